@@ -1,0 +1,215 @@
+"""A finished stage is a folder with `manifest.json`, written last and atomically.
+
+The manifest holds the flat `inputs` that determined the stage (configuration keys, content hashes of files,
+fingerprints of parent stages) and the outputs. A stage is kept when its expected inputs equal the recorded
+ones and its outputs are still there; otherwise the keys that differ say why it runs again. A stage that was
+started but not finished leaves `started.json` instead, so that a later call knows whether the checkpoints
+in the folder belong to the same inputs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm2rec.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+STARTED = "started.json"
+CHECKPOINTS = "checkpoints"
+SUPERSEDED = "superseded"
+FORMAT = 1
+HASHED_UP_TO_BYTES = 16 * 2**20
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage recorded: its name, inputs, outputs (path -> size and hash) and a summary."""
+
+    stage: str
+    inputs: Inputs
+    outputs: dict[str, dict[str, Any]]
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the outputs: equal for equal results, whatever led to them."""
+        return hash_json({path: output["sha256"] for path, output in sorted(self.outputs.items())})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a finished stage may be kept, and if not, the input keys (or files) that differ."""
+
+    keep: bool
+    reasons: tuple[str, ...] = ()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form, as hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value of a file.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist; run the stage that writes it") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
+
+
+def flatten(prefix: str, value: Any) -> Inputs:
+    """Nested mappings as dotted keys: `flatten('csft', {'a': {'b': 1}}) == {'csft.a.b': 1}`."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        key: leaf for name, inner in value.items() for key, leaf in flatten(f"{prefix}.{name}", inner).items()
+    }
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a finished stage, or None where the stage is not finished.
+
+    Raises:
+        ArtifactError: the manifest is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is not a manifest of format {FORMAT}; move the folder away and run again")
+    return Manifest(content["stage"], content["inputs"], content["outputs"], content["summary"])
+
+
+def require(folder: Path, stage: str) -> Manifest:
+    """The manifest of a finished stage.
+
+    Raises:
+        ArtifactError: the stage is not finished.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(f"{folder} holds no finished '{stage}' stage; run `llm2rec {stage}` first")
+    return manifest
+
+
+def decide(folder: Path, inputs: Inputs) -> Decision:
+    """Keep or rerun: compares `inputs` with the manifest and checks that the outputs are intact."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return Decision(False, ("interrupted",) if (folder / STARTED).exists() else ("not run yet",))
+    changed = sorted(
+        key
+        for key in manifest.inputs.keys() | inputs.keys()
+        if manifest.inputs.get(key, _MISSING) != inputs.get(key, _MISSING)
+    )
+    if changed:
+        return Decision(False, tuple(changed))
+    damaged = [path for path, output in manifest.outputs.items() if not _intact(folder / path, output)]
+    return Decision(not damaged, tuple(f"damaged {path}" for path in damaged))
+
+
+_MISSING = object()
+
+
+def _intact(path: Path, output: dict[str, Any]) -> bool:
+    if not path.is_file() or path.stat().st_size != output["bytes"]:
+        return False
+    return output["bytes"] > HASHED_UP_TO_BYTES or hash_file(path) == output["sha256"]
+
+
+@contextmanager
+def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator[dict[str, Any]]:
+    """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
+
+    Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
+    resume from; anything else in the folder is moved to `run_folder/superseded`.
+    """
+    started = folder / STARTED
+    resumable = started.exists() and not (folder / MANIFEST).exists() and read_json(started) == inputs
+    if not resumable:
+        move_aside(folder, run_folder)
+        write_json(started, inputs)
+    summary: dict[str, Any] = {}
+    began = time.perf_counter()
+    yield summary
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    summary.setdefault("seconds", round(time.perf_counter() - began, 2))
+    write_manifest(folder, name, inputs, summary)
+    started.unlink()
+
+
+def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, Any]) -> None:
+    """Hashes everything in `folder` and writes the manifest last."""
+    outputs = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, STARTED)
+    }
+    content = {"format": FORMAT, "stage": name, "inputs": inputs, "outputs": outputs, "summary": summary}
+    write_json(folder / MANIFEST, content)
+
+
+def move_aside(folder: Path, run_folder: Path) -> None:
+    """Moves a superseded stage folder to `run_folder/superseded/<time>/<its path>`: results are never deleted."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # optimizer states: large, useless elsewhere
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")
+    target = base / folder.relative_to(run_folder)
+    number = 1
+    while target.exists():
+        target = base.with_name(f"{base.name}-{number}") / folder.relative_to(run_folder)
+        number += 1
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, target)
+
+
+@contextmanager
+def run_lock(run_folder: Path) -> Iterator[None]:
+    """Holds the operating system's lock on a run folder; a killed process leaves none behind.
+
+    Raises:
+        ArtifactError: another live process holds it.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ArtifactError(
+                f"another llm2rec process is working in {run_folder}; wait for it, or choose another --out"
+            ) from error
+        yield

@@ -1,0 +1,371 @@
+"""The evaluation protocol: full ranking of held-out events, per-user table, intervals and paired tests.
+
+A user is the unit of every statistic. A user's metric is first averaged over recommender seeds and over the
+user's test events; users are then resampled with replacement (bootstrap), the same users for every row, so
+that comparisons are paired. Users, not events, are independent: their events are clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypedDict
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from llm2rec.errors import ArtifactError, ConfigError, first_few
+from llm2rec.evaluation.ranking import measure, metric_names, ranks
+from llm2rec.progress import track
+
+if TYPE_CHECKING:
+    from llm2rec.data.sequences import Sequences
+
+COMPARED_METRIC = "ndcg@10"
+SIGNIFICANCE = 0.05
+BETTER, WORSE, WITHIN_NOISE = "better", "worse", "not distinguishable"
+PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")
+
+_EVENT = ["user_id", "item_id"]
+_CHUNK_BYTES = 32 * 2**20
+_ROUNDING = 1e-12
+
+
+class Scorer(Protocol):
+    """Whatever scores every item of the catalogue after a history."""
+
+    @property
+    def n_items(self) -> int:
+        """Items in the catalogue."""
+        ...
+
+    def score(self, histories: Tensor) -> Tensor:
+        """(B, N) float32, column j for item_index j + 1, from (B, L) int64 left-aligned, 0 = padding."""
+        ...
+
+
+class MetricSummary(TypedDict):
+    """One metric of one row; `std` is None with one seed, where no spread over seeds can be known."""
+
+    mean: float
+    std: float | None
+    values: list[float]
+    n: int
+    low: float
+    high: float
+
+
+class Comparison(TypedDict):
+    """One row against the reference; `relative` is None where the reference is 0."""
+
+    difference: float
+    relative: float | None
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    verdict: str
+
+
+Summary = dict[str, dict[str, dict[str, MetricSummary]]]
+
+
+def evaluate(
+    scorer: Scorer,
+    sequences: Sequences,
+    part: int,
+    history_length: int,
+    batch_size: int = 512,
+    description: str | None = "ranking",
+) -> pl.DataFrame:
+    """Rank of every held-out event of `part` over the whole catalogue: user_index, item_index, rank.
+
+    Full ranking: nothing is sampled and nothing is masked, items of the history compete as well. One row an
+    event, in the order of `sequences`.
+
+    Args:
+        part: VALIDATION or TEST of `data.sequences`.
+        history_length: events before the target that the scorer sees, at most.
+        description: of the progress bar; None draws none (inside another bar).
+    Raises:
+        ValueError: the scorer knows another number of items, or a score is not finite.
+    """
+    if scorer.n_items != sequences.n_items:
+        raise ValueError(
+            f"the scorer ranks {scorer.n_items} items, the catalogue has {sequences.n_items}; fit it on this data"
+        )
+    positions = sequences.held_out(part)
+    targets = np.asarray(sequences.items[positions])
+    starts: Sequence[int] = range(0, len(positions), batch_size)
+    found = np.empty(len(positions), dtype=np.int64)
+    with torch.inference_mode():
+        for start in starts if description is None else track(starts, description, len(starts)):
+            batch = slice(start, start + batch_size)
+            histories = sequences.histories(positions[batch], history_length)
+            scores = scorer.score(torch.from_numpy(histories.astype(np.int64)))
+            if scores.shape[1] != sequences.n_items:
+                raise ValueError(
+                    f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item"
+                )
+            found[batch] = ranks(scores, torch.from_numpy(targets[batch].astype(np.int64))).cpu().numpy()
+    users = sequences.users_of(positions)
+    return pl.DataFrame({"user_index": users, "item_index": targets, "rank": found})
+
+
+def per_user_table(ranked: pl.DataFrame, sequences: Sequences, row: str, seed: int) -> pl.DataFrame:
+    """The result of `evaluate` under outside ids, ready for `per_user.parquet`: PER_USER_COLUMNS."""
+    user_ids = pl.Series(sequences.user_ids, dtype=pl.String)
+    item_ids = pl.Series(sequences.item_ids, dtype=pl.String)
+    return ranked.select(
+        row=pl.lit(row),
+        seed=pl.lit(seed, dtype=pl.Int64),
+        user_id=user_ids.gather(ranked["user_index"]),
+        item_id=item_ids.gather(ranked["item_index"].cast(pl.Int64) - 1),
+        rank=pl.col("rank"),
+    )
+
+
+def mean_metric(ranked: pl.DataFrame, name: str) -> float:
+    """One metric of an `evaluate` result, averaged within users, then over users."""
+    return float(_with_metrics(ranked, [name]).group_by("user_index").agg(pl.mean(name))[name].mean())  # type: ignore[arg-type]
+
+
+def summarise(per_user: pl.DataFrame, k: Sequence[int], samples: int = 10_000, seed: int = 0) -> Summary:
+    """The content of `metrics.json`: `{"rows": {row: {metric: MetricSummary}}}`.
+
+    `values` holds one mean over users a seed, `mean` is theirs, `std` is over seeds with n - 1. `low` and
+    `high` bound a 95 % percentile bootstrap over users of the seed-averaged metric: they carry the chance of
+    which users were asked, not that of training again. Metrics are those of `metric_names(k)`.
+
+    Args:
+        per_user: PER_USER_COLUMNS, all rows and seeds on the same test events.
+        samples, seed: of the bootstrap.
+    Raises:
+        ArtifactError: the table is empty, or rows or seeds differ in their test events.
+    """
+    names = metric_names(k)
+    by_row = _user_metrics(per_user, names)
+    averaged = np.stack([values.mean(axis=0) for values in by_row.values()], axis=1)  # (U, R, M)
+    n_users = averaged.shape[0]
+    means = bootstrap_means(averaged.reshape(n_users, -1), samples, seed)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0).reshape(2, len(by_row), len(names))
+    return {
+        "rows": {
+            row: {
+                name: _metric_summary(values[:, :, m].mean(axis=1), low[r, m], high[r, m])
+                for m, name in enumerate(names)
+            }
+            for r, (row, values) in enumerate(by_row.items())
+        }
+    }
+
+
+def compare_rows(
+    per_user: pl.DataFrame, reference: str, samples: int = 10_000, seed: int = 0
+) -> dict[str, Comparison]:
+    """NDCG@10 of every other row against `reference`: paired bootstrap over users, Holm over the rows.
+
+    `low` and `high` bound the difference (95 %, not corrected for the number of rows); the verdict follows
+    the corrected `p_holm` at 0.05: "better", "worse" or "not distinguishable".
+
+    Raises:
+        ConfigError: there is no row `reference`.
+        ArtifactError: the table is empty, or rows or seeds differ in their test events.
+    """
+    averaged = _seed_averaged(per_user)
+    if reference not in averaged:
+        raise ConfigError(f"reference row {reference!r} is not in the table; rows: {', '.join(averaged)}")
+    base = averaged.pop(reference)
+    return _compare(averaged, {row: base for row in averaged}, samples, seed)
+
+
+def compare_runs(
+    runs: Mapping[str, pl.DataFrame], samples: int = 10_000, seed: int = 0
+) -> dict[str, dict[str, Comparison]]:
+    """NDCG@10 of each run's rows against the same rows of the first run: `{run: {row: Comparison}}`.
+
+    Rows that only one of the two holds are left out. The Holm family is the whole table. Statistics as in
+    `compare_rows`.
+
+    Args:
+        runs: name -> its `per_user.parquet`; at least two, the first is the reference.
+    Raises:
+        ConfigError: fewer than two runs.
+        ArtifactError: test events differ (the first difference is named), or no row is shared.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"comparing takes at least two runs, got {len(runs)}; name a second run folder")
+    (first, base_table), *others = runs.items()
+    base = _seed_averaged(base_table)
+    rows, bases = {}, {}
+    for run, table in others:
+        _require_same_events(_events(base_table), _events(table), first, run)
+        for row, values in _seed_averaged(table).items():
+            if row in base:
+                rows[run, row], bases[run, row] = values, base[row]
+    if not rows:
+        raise ArtifactError(f"no other run shares a row with {first!r} (its rows: {', '.join(base)})")
+    compared = _compare(rows, bases, samples, seed)
+    return {
+        run: {row: result for (name, row), result in compared.items() if name == run} for run, _ in others
+    }
+
+
+def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tuple[int, float]]]:
+    """Recall@k of each row for k = 1..up_to, as (k, recall) points: averaged as in `summarise`."""
+    cutoffs = range(1, up_to + 1)
+    by_row = _user_metrics(per_user, [f"recall@{k}" for k in cutoffs])
+    means = {row: values.mean(axis=(0, 1)) for row, values in by_row.items()}
+    return {
+        row: [(k, float(mean)) for k, mean in zip(cutoffs, values, strict=True)]
+        for row, values in means.items()
+    }
+
+
+def bootstrap_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
+    """Means of `samples` resamples of the users, (samples, C), the same resamples for every column.
+
+    A resample is a vector of how often each user was drawn, so that all columns cost one matrix product;
+    resamples are made in chunks of 32 MB whatever the number of users.
+
+    Args:
+        values: (U, C) float64, one row a user.
+    """
+    n_users = len(values)
+    generator = np.random.default_rng(seed)
+    means = np.empty((samples, values.shape[1]))
+    chunk = max(1, _CHUNK_BYTES // (8 * n_users))
+    for start in range(0, samples, chunk):
+        counts = np.empty((min(chunk, samples - start), n_users))
+        for resample in counts:
+            resample[:] = np.bincount(generator.integers(0, n_users, n_users), minlength=n_users)
+        means[start : start + len(counts)] = counts @ values / n_users
+    return means
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected by Holm's step-down method, in the given order, at most 1.
+
+    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    corrected = [0.0] * len(p_values)
+    running = 0.0
+    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
+        corrected[index] = running
+    return corrected
+
+
+def _metric_summary(values: np.ndarray, low: float, high: float) -> MetricSummary:
+    return {
+        "mean": float(values.mean()),
+        "std": float(values.std(ddof=1)) if len(values) > 1 else None,
+        "values": values.tolist(),
+        "n": len(values),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def _compare[Key](
+    rows: Mapping[Key, np.ndarray], bases: Mapping[Key, np.ndarray], samples: int, seed: int
+) -> dict[Key, Comparison]:
+    """Paired comparison of each (U,) row with its (U,) base; Holm over all of them."""
+    if not rows:
+        return {}
+    differences = np.stack([values - bases[key] for key, values in rows.items()], axis=1)  # (U, R)
+    means = bootstrap_means(differences, samples, seed)
+    low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    # Two-sided: twice the smaller tail beyond 0. Rounding must not push a true 0 out of either tail.
+    below = (means <= _ROUNDING).sum(axis=0)
+    above = (means >= -_ROUNDING).sum(axis=0)
+    p_values = np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (samples + 1)).tolist()
+    results: dict[Key, Comparison] = {}
+    for r, (key, corrected) in enumerate(zip(rows, holm(p_values), strict=True)):
+        difference, base = float(differences[:, r].mean()), float(bases[key].mean())
+        results[key] = {
+            "difference": difference,
+            "relative": difference / base if base else None,
+            "low": float(low[r]),
+            "high": float(high[r]),
+            "p": p_values[r],
+            "p_holm": corrected,
+            "verdict": _verdict(difference, corrected),
+        }
+    return results
+
+
+def _verdict(difference: float, p_holm: float) -> str:
+    if p_holm >= SIGNIFICANCE:
+        return WITHIN_NOISE
+    return BETTER if difference > 0 else WORSE
+
+
+def _seed_averaged(per_user: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Row -> (U,) the compared metric of each user, users in order of id."""
+    by_row = _user_metrics(per_user, [COMPARED_METRIC])
+    return {row: values.mean(axis=0)[:, 0] for row, values in by_row.items()}
+
+
+def _user_metrics(per_user: pl.DataFrame, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Row -> (S, U, M) metrics averaged within users; rows as first met, seeds and users in order of id."""
+    trainings = _trainings(per_user)
+    seeds: dict[str, list[np.ndarray]] = {}
+    for (row, _), frame in trainings.items():
+        within = _with_metrics(frame, names).group_by("user_id").agg(pl.col(names).mean()).sort("user_id")
+        seeds.setdefault(row, []).append(within.select(names).to_numpy())
+    return {row: np.stack(values) for row, values in seeds.items()}
+
+
+def _with_metrics(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+    rank = torch.from_numpy(frame["rank"].to_numpy().astype(np.int64))
+    return frame.with_columns(pl.Series(name, measure(rank, name).numpy()) for name in names)
+
+
+def _trainings(per_user: pl.DataFrame) -> dict[tuple[str, int], pl.DataFrame]:
+    """(row, seed) -> its events, seeds in order; every part must hold the same test events."""
+    missing = [column for column in PER_USER_COLUMNS if column not in per_user.columns]
+    if missing:
+        raise ArtifactError(
+            f"per-user table lacks the column(s) {first_few(missing)}; run the evaluate stage again"
+        )
+    if per_user.is_empty():
+        raise ArtifactError("per-user table is empty; there is nothing to evaluate")
+    parts = per_user.sort("seed", maintain_order=True).partition_by(["row", "seed"], as_dict=True)
+    order = {row: place for place, row in enumerate(per_user["row"].unique(maintain_order=True))}
+    trainings = {(str(row), int(seed)): frame for (row, seed), frame in parts.items()}
+    trainings = dict(sorted(trainings.items(), key=lambda part: (order[part[0][0]], part[0][1])))
+    (first, reference), *others = [
+        (key, _events(frame, one_training=True)) for key, frame in trainings.items()
+    ]
+    for key, events in others:
+        _require_same_events(reference, events, "{} (seed {})".format(*first), "{} (seed {})".format(*key))
+    return trainings
+
+
+def _events(per_user: pl.DataFrame, one_training: bool = False) -> pl.DataFrame:
+    """The sorted test events (user_id, item_id) of one training, by default the first of the table."""
+    if not one_training:
+        per_user = next(iter(_trainings(per_user).values()))
+    return per_user.select(_EVENT).sort(_EVENT)
+
+
+def _require_same_events(
+    first: pl.DataFrame, second: pl.DataFrame, first_name: str, second_name: str
+) -> None:
+    if first.equals(second):
+        return
+    shown = []
+    for name, here, there in ((first_name, first, second), (second_name, second, first)):
+        counted = here.group_by(_EVENT, maintain_order=True).len()
+        extra = counted.join(
+            there.group_by(_EVENT).len(), on=[*_EVENT, "len"], how="anti", maintain_order="left"
+        )
+        if not extra.is_empty():
+            user, item = extra.row(0)[:2]
+            shown.append(f"{extra.height} only in {name!r} (first: user {user!r}, item {item!r})")
+    raise ArtifactError(
+        f"the test events of {first_name!r} ({first.height}) and {second_name!r} ({second.height}) differ: "
+        f"{'; '.join(shown)}. Compare results of the same data and the same split"
+    )

@@ -1,0 +1,280 @@
+"""The decoder language model: where it comes from, how it attends, what it returns for a packed row.
+
+No model classes of our own: transformers turns any decoder bidirectional with `config.is_causal = False`.
+No release is trusted to honour that: `probe` changes the last token and looks at the first hidden state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.masking_utils import AttentionMaskInterface
+
+from llm2rec import artifacts
+from llm2rec.data import sources
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm.packing import Packed
+
+PACKED = "llm2rec_packed"
+TINY_RANDOM = "tiny-random"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A decoder and its tokenizer; `model` has a language-model head where it was asked for."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def body(self) -> Any:
+        """The decoder without its head: what gives hidden states."""
+        return self.model.get_decoder() if hasattr(self.model, "lm_head") else self.model
+
+    @property
+    def head(self) -> Tensor:
+        """The output embedding, (V, H)."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees only the positions before it."""
+        return getattr(self.body.config, "is_causal", True) is not False
+
+    def hidden_states(self, packed: Packed) -> Tensor:
+        """Last hidden states of a packed row, (1, T, H); its sequences do not see each other."""
+        with _packed_attention(self.body):
+            return self.body(
+                input_ids=packed["input_ids"],
+                position_ids=packed["position_ids"],
+                segments=packed["segments"],
+                use_cache=False,
+            ).last_hidden_state
+
+    def set_causal(self, causal: bool) -> None:
+        """Makes the model causal or bidirectional, in its configuration, so that saving keeps it.
+
+        Raises:
+            ArtifactError: the model does not attend as told (`probe`).
+        """
+        for config in {id(module.config): module.config for module in (self.model, self.body)}.values():
+            config.is_causal = causal
+        probe(self, causal)
+
+
+def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbone:
+    """A pretrained decoder from a hub id, a folder, or a GGUF file, with its tokenizer.
+
+    Raises:
+        ConfigError: nothing loadable there.
+        ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model.
+    """
+    path = str(_converted(Path(source)) if str(source).endswith(".gguf") else source)
+    kind = AutoModelForCausalLM if head else AutoModel
+    try:
+        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token is None or len(tokenizer) > vocabulary:
+        raise ArtifactError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and pad token {tokenizer.pad_token!r}, the "
+            f"model {vocabulary} embeddings; use the tokenizer that belongs to the model"
+        )
+    return Backbone(model.eval(), tokenizer)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` as a dtype: bfloat16 where its matrix product is the faster one (AMX, GPU), else float32.
+
+    Measured, not looked up: there are processors that list bfloat16 instructions and run them at half the
+    speed of float32.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+    import time
+
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    left @ right  # the first call prepares the kernel
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def probe(backbone: Backbone, causal: bool) -> None:
+    """Checks by experiment that the model attends as told: does the last token move the first hidden state?
+
+    Raises:
+        ArtifactError: a bidirectional model does not see the future, or a causal one does.
+    """
+    vocabulary = backbone.body.get_input_embeddings().weight.shape[0]
+    first = torch.arange(5, 5 + 8).remainder(vocabulary)[None].to(backbone.body.device)
+    second = first.clone()
+    second[0, -1] = (first[0, -1] + 7) % vocabulary
+    training = backbone.body.training
+    backbone.body.eval()
+    with torch.no_grad():
+        states = [backbone.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0] for ids in (first, second)]
+    backbone.body.train(training)
+    sees_future = bool((states[0] - states[1]).abs().max() > 0)
+    if sees_future == causal:
+        wanted, got = ("causal", "sees") if causal else ("bidirectional", "does not see")
+        raise ArtifactError(
+            f"{type(backbone.body).__name__} should be {wanted}, but its first position {got} the last token "
+            "with this version of transformers; use another version or another model"
+        )
+
+
+@contextmanager
+def dropout(model: nn.Module, share: float) -> Iterator[None]:
+    """Sets the attention dropout of every layer for the time being; the configuration stays as it was."""
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if share and not layers:
+        raise ArtifactError(f"{type(model).__name__} has no attention dropout to make two views with")
+    before = [layer.attention_dropout for layer in layers]
+    for layer in layers:
+        layer.attention_dropout = share
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.attention_dropout = value
+
+
+@contextmanager
+def _packed_attention(body: nn.Module) -> Iterator[None]:
+    before = body.config._attn_implementation
+    body.config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        body.config._attn_implementation = before
+
+
+def _packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: dict[str, Tensor],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out."""
+    gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
+    sequences, longest = gather.shape
+    if softcap is not None or (sliding_window is not None and longest > sliding_window):
+        raise ArtifactError(
+            f"packed attention has no soft cap and no sliding window (this model: {softcap}, {sliding_window}; "
+            f"longest sequence {longest} tokens); lower data.history_length or model.max_title_tokens"
+        )
+
+    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (S, heads, L, d)
+        rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
+        return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
+
+    causal = getattr(module.config, "is_causal", True) is not False
+    mixed = F.scaled_dot_product_attention(
+        pad(query),
+        pad(key),
+        pad(value),
+        attn_mask=None if causal else valid[:, None, None, :],
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # (S, heads, L, d)
+    flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
+    return flat.index_select(0, scatter)[None], None
+
+
+AttentionInterface.register(PACKED, _packed_attention_forward)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+
+
+def _converted(gguf: Path) -> Path:
+    """A GGUF file as a Hugging Face folder in the cache, converted once a content hash."""
+    if not gguf.is_file():
+        raise ConfigError(f"there is no GGUF file {gguf}")
+    folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
+    if not (folder / artifacts.MANIFEST).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
+        model.hf_quantizer = None
+        save(Backbone(model, tokenizer), folder)
+        artifacts.write_manifest(folder, "converted", {"gguf": gguf.name}, {})
+    return folder
+
+
+def save(backbone: Backbone, folder: Path) -> None:
+    """Writes the Hugging Face layout: safetensors, config.json and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+
+
+def make_tiny_random(texts: list[str], folder: Path, seed: int) -> None:
+    """Writes a random 2-layer decoder and a tokenizer trained on `texts`: any recipe runs in seconds."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=core.get_vocab_size(),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save(Backbone(LlamaForCausalLM(config), tokenizer), folder)

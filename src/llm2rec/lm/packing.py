@@ -1,0 +1,110 @@
+"""Token-budget batches: sequences of different lengths laid end to end in one row, without padding.
+
+Everything but attention works on the flat row (1, T). Attention alone sees each sequence by itself: the
+packed attention of `backbone` re-pads queries, keys and values to (S, L) around the kernel, with the
+indices that `pack` prepares. So packed sequences cannot see each other, causal or bidirectional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Packed = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TokenisedTexts:
+    """Texts as flat token ids, tokenised once: text i is `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    tokens: np.ndarray  # int64 (T,)
+    offsets: np.ndarray  # int64 (N + 1,)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 (N,)."""
+        return np.diff(self.offsets)
+
+
+def tokenise(tokenizer: Any, texts: list[str], max_tokens: int, special_tokens: bool) -> TokenisedTexts:
+    """Token ids of each text, truncated to `max_tokens`, in one batched call.
+
+    Args:
+        special_tokens: whether the tokenizer adds what it adds to a text on its own (a BOS, say):
+            yes for vectors, so that they equal sentence-transformers'; no inside a longer sequence.
+
+    Raises:
+        ValueError: a text gives no token at all.
+    """
+    encoded = tokenizer(texts, add_special_tokens=special_tokens, truncation=True, max_length=max_tokens)
+    ids = encoded["input_ids"]
+    lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
+    if (lengths == 0).any():
+        raise ValueError(f"text {texts[int(np.argmin(lengths))]!r} has no tokens")
+    tokens = np.fromiter((token for row in ids for token in row), dtype=np.int64, count=int(lengths.sum()))
+    return TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def gather_texts(texts: TokenisedTexts, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of the chosen texts end to end, int64 (T,), and their lengths, int64 (len(indices),)."""
+    lengths = texts.lengths[indices]
+    starts = np.repeat(texts.offsets[indices], lengths)
+    return texts.tokens[starts + positions_within(lengths)], lengths
+
+
+def positions_within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... inside each sequence of a packed row, int64 (T,)."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def pack(tokens: np.ndarray, lengths: np.ndarray) -> Packed:
+    """Model inputs of one packed row.
+
+    Args:
+        tokens: (T,) ids of all sequences end to end.
+        lengths: (S,) tokens of each, all > 0.
+
+    Returns:
+        `input_ids` and `position_ids` (1, T) int64, and `segments`, what the packed attention needs:
+        `gather` (S, L) row position of each padded cell, `valid` (S, L) bool, `scatter` (T,) padded cell of
+        each row position, `sequence` (T,) the sequence of each row position.
+    """
+    positions = positions_within(lengths)
+    longest = int(lengths.max())
+    cells = np.arange(longest)
+    starts = np.cumsum(lengths) - lengths
+    valid = cells[None, :] < lengths[:, None]
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    return {
+        "input_ids": torch.from_numpy(tokens)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "segments": {
+            "gather": torch.from_numpy(np.where(valid, starts[:, None] + cells, 0)),
+            "valid": torch.from_numpy(valid),
+            "scatter": torch.from_numpy(sequence * longest + positions),
+            "sequence": torch.from_numpy(sequence),
+        },
+    }
+
+
+def token_budget_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Runs of consecutive indices whose tokens fit `budget`; a longer sequence makes a batch alone."""
+    start, total = 0, 0
+    for index, length in enumerate(lengths.tolist()):
+        if total and total + length > budget:
+            yield np.arange(start, index)
+            start, total = index, 0
+        total += length
+    if total:
+        yield np.arange(start, len(lengths))

@@ -1,0 +1,21 @@
+"""Items and histories as text. Strings only; tokens are `packing`'s business."""
+
+from __future__ import annotations
+
+import hashlib
+
+SEPARATOR = "\n"
+TEMPLATE = "{title}"
+
+
+def item_texts(titles: list[str]) -> list[str]:
+    r"""The text of each item: its title on one line, inner white space collapsed.
+
+    A line break inside a title would read as the end of the title: CSFT ends every title with "\n".
+    """
+    return [" ".join(TEMPLATE.format(title=title).split()) for title in titles]
+
+
+def template_hash() -> str:
+    """Hash of everything that turns an item into text; recorded with the vectors."""
+    return hashlib.sha256(f"{TEMPLATE}|{SEPARATOR}".encode()).hexdigest()[:16]

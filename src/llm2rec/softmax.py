@@ -1,0 +1,95 @@
+"""Softmax cross-entropy over a large vocabulary that never holds the whole logits.
+
+Serves the head of the language model (V tens of thousands, M thousands of tokens a step) and the full
+softmax of the recommenders (V = the catalogue).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_BYTES = 64 * 2**20
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of `softmax(hidden @ weight.T)` at `targets` (scalar, nats, float32).
+
+    Loss and gradients are computed together, `chunk_rows` rows at a time, during the forward pass: the
+    gradient of a softmax needs the logits just computed, so nothing of size (M, V) outlives its chunk.
+    Memory beyond the inputs is about two (chunk_rows, V) float32 matrices plus the gradients (M, H) and (V, H)
+    themselves, whatever M; the plain way keeps three (M, V) matrices. Logits are rounded to the dtype of
+    the inputs, as `F.linear` rounds them; softmax, loss and the sums over chunks are float32.
+
+    Args:
+        hidden: (M, H) float32 or bfloat16; M = 0 gives 0.
+        weight: (V, H), the dtype of `hidden`. Frozen inputs cost no gradient, nor does `torch.no_grad()`.
+        targets: (M,) int64 in [0, V); every row counts, so drop unlabelled rows before.
+        chunk_rows: rows at a time; by default as many as give logits of `CHUNK_BYTES`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or `chunk_rows` < 1.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (M, H), (V, H)")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)} must be ({hidden.shape[0]},), one a row of hidden")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight is {weight.dtype}; convert one of them first")
+    if chunk_rows is None:
+        chunk_rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    if chunk_rows < 1:
+        raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
+    if not torch.is_grad_enabled():  # inside a Function, needs_input_grad is set even under no_grad
+        hidden, weight = hidden.detach(), weight.detach()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk_rows)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            target = targets[rows, None]  # (C, 1)
+            log_share = torch.log_softmax(hidden[rows] @ weight.T, dim=1, dtype=torch.float32)  # (C, V)
+            total -= log_share.gather(1, target).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            share = log_share.exp_()
+            share.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            grad_logits = share.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.T, hidden[rows])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * upstream).to(ctx.weight_dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left @ right` to the float32 `total` in place; a bfloat16 product is rounded once a chunk."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

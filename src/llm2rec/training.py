@@ -1,0 +1,362 @@
+"""The one training engine: every stage that trains gives it batches, an objective and a validation measure.
+
+A thin layer over `transformers.Trainer`, which brings resume, distributed training, loggers and callbacks.
+Added here: ready-made batches, a loss normalised by the targets of the whole optimizer step, an optimizer
+that keeps small updates of bfloat16 weights, checkpoints that count only once complete, early stopping that
+survives a resume, and one progress bar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from llm2rec import artifacts, progress
+from llm2rec.errors import ArtifactError
+
+COMPLETE = "complete"
+STATE = "trainer_state.json"
+Batch = dict[str, Any]
+Objective = Callable[[nn.Module, Batch], Tensor]
+
+
+class Batches(Dataset):
+    """Ready-made micro-batches of one epoch; the base class of what stages feed the engine.
+
+    `batches[i]` is a dict of tensors with `n_targets`, the number of targets its loss sums over.
+    `set_epoch` must reshuffle from (seed, epoch) alone, so that a resumed run sees the same batches.
+    """
+
+    def __len__(self) -> int:
+        """Micro-batches in the current epoch; must be the same for every epoch."""
+        raise TypeError(f"{type(self).__name__} must define __len__")
+
+    def __getitem__(self, index: int) -> Batch:
+        """The micro-batch at `index` of the current epoch."""
+        raise TypeError(f"{type(self).__name__} must define __getitem__")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Reshuffles for `epoch`; called by the engine before each pass."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Plain numbers of one training; steps are optimizer steps, of `accumulation` micro-batches each."""
+
+    max_steps: int
+    learning_rate: float
+    seed: int
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    max_grad_norm: float = 1.0
+    accumulation: int = 1
+    checkpoint_every: int = 0
+    evaluate_every: int = 0
+    patience: int | None = None
+    metric: str = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a training went: optimizer steps taken, the best validation and every logged value."""
+
+    steps: int
+    best_step: int | None
+    best_metric: float | None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """A 31-bit seed of its own for each named stage, so that adding a stage changes no other."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big") >> 1
+
+
+def default_device() -> torch.device:
+    """The device that training and encoding use: the first accelerator, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    objective: Objective,
+    *,
+    out: Path,
+    settings: TrainSettings,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    description: str,
+) -> TrainSummary:
+    """Trains `model` in place and returns a summary; afterwards it holds the best weights, in eval mode.
+
+    Args:
+        model: any module; parameters that require no gradient stay as they are.
+        batches: micro-batches with `n_targets`; see `Batches`.
+        objective: the loss of one micro-batch, *summed* over its targets. The engine divides by the targets
+            of the whole optimizer step, across micro-batches and processes.
+        out: stage folder; checkpoints go to `out/checkpoints`, the logged values to `out/metrics.jsonl`.
+        settings: plain numbers.
+        evaluate: validation measure, greater is better under `settings.metric`; called every
+            `evaluate_every` steps. With it the best weights win, without it the last.
+        description: what the progress bar says.
+
+    Raises:
+        ArtifactError: a non-finite loss, or too little disk for a checkpoint.
+    """
+    if len(batches) == 0:
+        raise ArtifactError(f"{description}: there is not one training batch; check the data of this stage")
+    checkpoints = out / artifacts.CHECKPOINTS
+    with _own_randomness():
+        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, description)
+        last = _last_complete_checkpoint(checkpoints)
+        state = None if last is None else TrainerState.load_from_json(str(last / STATE))
+        if state is not None and _is_over(state, settings, evaluate is not None):
+            _load_weights(model, Path(state.best_model_checkpoint or last))
+        else:
+            _require_disk(model, out, settings)
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            state = trainer.state
+    model.eval()
+    _write_metrics(out / "metrics.jsonl", state.log_history)
+    metric = f"eval_{settings.metric}"
+    best = max((log for log in state.log_history if metric in log), key=lambda log: log[metric], default=None)
+    return TrainSummary(
+        steps=state.global_step,
+        best_step=None if best is None else int(best["step"]),
+        best_metric=None if best is None else float(best[metric]),
+        history=state.log_history,
+    )
+
+
+class _StageTrainer(Trainer):
+    """`transformers.Trainer` over ready-made batches, a summed objective and a validation function."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        objective: Objective,
+        checkpoints: Path,
+        settings: TrainSettings,
+        evaluate: Callable[[], dict[str, float]] | None,
+        description: str,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=_arguments(checkpoints, settings, evaluate is not None),
+            train_dataset=batches,
+            callbacks=[_Watch(settings, description)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by all targets of the optimizer step
+        self._objective, self._measure = objective, evaluate
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_only)
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        targets = torch.tensor(sum(batch["n_targets"] for batch in batches), device=device)
+        return batches, self.accelerator.gather(targets).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        loss = self._objective(model, inputs)
+        if not torch.isfinite(loss):
+            raise ArtifactError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch "
+                f"{ {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)} });"
+                " the last checkpoint is kept: lower the learning rate and run again"
+            )
+        return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = _adamw(self.model, self.args, set(self.get_decay_parameter_names(self.model)))
+        return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self._measure is not None
+        self.model.eval()
+        with torch.no_grad():
+            metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        return 0  # the parent's estimate assumes padded `input_ids`
+
+
+class _Watch(TrainerCallback):
+    """Moves the bar, marks checkpoints complete and stops when validation no longer gains."""
+
+    def __init__(self, settings: TrainSettings, description: str) -> None:
+        self._settings = settings
+        self._bar = progress.bar(description, settings.max_steps)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._running = self._bar.__enter__()
+        self._running.move_to(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._bar.__exit__(None, None, None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._running.advance()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        log = state.log_history[-1]
+        for name in ("loss", f"eval_{self._settings.metric}"):
+            if name in log:
+                self._running.advance(0, note=f"{name.removeprefix('eval_')} {log[name]:.4g}")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._settings.patience and _evaluations_without_gain(state, self._settings) >= self._settings.patience:
+            control.should_training_stop = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            artifacts.write_json(folder / COMPLETE, {"step": state.global_step})
+
+
+def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
+    every = settings.evaluate_every if evaluates else settings.checkpoint_every
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_steps,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.max_grad_norm,
+        save_strategy="steps" if every else "no",
+        save_steps=every or 1,
+        save_total_limit=2,  # never fewer: the older one stands until the newer one is complete
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=every or 1,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model=settings.metric if evaluates else None,
+        greater_is_better=True if evaluates else None,
+        logging_steps=max(1, settings.max_steps // 100),
+        logging_nan_inf_filter=False,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+        use_cpu=default_device().type == "cpu",
+        dataloader_pin_memory=default_device().type != "cpu",
+    )
+
+
+def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) -> torch.optim.Optimizer:
+    """AdamW: fused for float32 weights, with Kahan summation for bfloat16 ones, which lose small updates."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": arguments.weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
+        from optimi import AdamW
+
+        return AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, kahan_sum=True)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _only(batches: Sequence[Batch]) -> Batch:
+    return batches[0]
+
+
+def _evaluations_without_gain(state: TrainerState, settings: TrainSettings) -> int:
+    values = [log[f"eval_{settings.metric}"] for log in state.log_history if f"eval_{settings.metric}" in log]
+    return len(values) - 1 - int(np.argmax(values)) if values else 0
+
+
+def _is_over(state: TrainerState, settings: TrainSettings, evaluates: bool) -> bool:
+    """Whether a checkpoint already ends its training, so that a resume must not take another step."""
+    stale = evaluates and settings.patience and _evaluations_without_gain(state, settings) >= settings.patience
+    return state.global_step >= settings.max_steps or bool(stale)
+
+
+def _last_complete_checkpoint(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that was written whole; half-written ones (killed while saving) are deleted."""
+    complete = []
+    for folder in checkpoints.glob("checkpoint-*"):
+        if (folder / COMPLETE).exists():
+            complete.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _load_weights(model: nn.Module, checkpoint: Path) -> None:
+    weights: dict[str, Tensor] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        weights |= load_file(file)
+    _, unexpected = model.load_state_dict(weights, strict=False)  # tied weights are stored once
+    if unexpected or not weights:
+        raise ArtifactError(f"{checkpoint} does not hold this model's weights; run again with --fresh")
+
+
+def _require_disk(model: nn.Module, out: Path, settings: TrainSettings) -> None:
+    if not (settings.checkpoint_every or settings.evaluate_every):
+        return
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    stored = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 3 * (stored + 3 * trained)  # two kept and one being written; moments and compensation
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise ArtifactError(
+            f"{out} has {free / 1e9:.1f} GB free, checkpoints of this stage need up to {needed / 1e9:.1f} GB; "
+            "free some space or choose another --out"
+        )
+
+
+def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(log) + "\n" for log in history), encoding="utf-8")
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """The engine seeds the global generators (dropout draws from them); the caller's are put back."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
