@@ -60,3 +60,8 @@ def track(values: Iterable[T], description: str, total: int) -> Iterator[T]:
         for value in values:
             yield value
             running.advance()
+
+
+def say(text: str) -> None:
+    """One line about the course of a run, on stderr."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -121,8 +121,8 @@ def train(
     if len(batches) == 0:
         raise ArtifactError(f"{description}: there is not one training batch; check the data of this stage")
     checkpoints = out / artifacts.CHECKPOINTS
-    with _own_randomness():
-        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, description)
+    with _own_randomness(), progress.bar(description, settings.max_steps) as running:
+        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, running)
         last = _last_complete_checkpoint(checkpoints)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and _is_over(state, settings, evaluate is not None):
@@ -154,13 +154,14 @@ class _StageTrainer(Trainer):
         checkpoints: Path,
         settings: TrainSettings,
         evaluate: Callable[[], dict[str, float]] | None,
-        description: str,
+        running: progress.Bar,
     ) -> None:
         super().__init__(
             model=model,
             args=_arguments(checkpoints, settings, evaluate is not None),
             train_dataset=batches,
-            callbacks=[_Watch(settings, description)],
+            eval_dataset=batches if evaluate else None,  # only so that the parent agrees to evaluate
+            callbacks=[_Watch(settings, running)],
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by all targets of the optimizer step
@@ -210,20 +211,13 @@ class _StageTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Moves the bar, marks checkpoints complete and stops when validation no longer gains."""
 
-    def __init__(self, settings: TrainSettings, description: str) -> None:
-        self._settings = settings
-        self._bar = progress.bar(description, settings.max_steps)
+    def __init__(self, settings: TrainSettings, running: progress.Bar) -> None:
+        self._settings, self._running = settings, running
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._running = self._bar.__enter__()
         self._running.move_to(state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self._bar.__exit__(None, None, None)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -1,1 +1,47 @@
-"""Tables, readers, named sources, sequences and embeddings: everything that is not a model."""
+"""Tables, readers, named sources, sequences and embeddings: everything that is not a model.
+
+The verbs `llm2rec data list | fetch | describe` are `llm2rec.data.list()`, `.fetch(name)`, `.describe(...)`.
+"""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm2rec.data.sources import Source
+    from llm2rec.data.tables import Catalogue, Interactions
+
+
+def list() -> builtins.list[Source]:
+    """The data sets known by name."""
+    from llm2rec.data.sources import DATA
+
+    return [*DATA.values()]
+
+
+def fetch(name: str) -> tuple[Interactions, Catalogue]:
+    """The canonical tables of a named data set, downloaded into the cache if need be.
+
+    Raises:
+        DataError: no such name, or no mirror has the registered content.
+    """
+    from llm2rec.data.sources import fetch_data
+
+    return fetch_data(name)
+
+
+def describe(what: str | Path, items: str | Path | None = None) -> dict[str, Any]:
+    """Counts, density, lengths, popularity, repeats and ties of a log.
+
+    Args:
+        what: the name of a source, a recipe (name or path), or an interactions file.
+        items: the items file that belongs to an interactions file.
+
+    Raises:
+        DataError, ConfigError: whatever is wrong with the input.
+    """
+    from llm2rec.data.description import describe_input
+
+    return describe_input(what, items)

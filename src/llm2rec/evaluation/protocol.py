@@ -7,8 +7,8 @@ that comparisons are paired. Users, not events, are independent: their events ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import polars as pl
@@ -30,6 +30,7 @@ PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")
 _EVENT = ["user_id", "item_id"]
 _CHUNK_BYTES = 32 * 2**20
 _ROUNDING = 1e-12
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Scorer(Protocol):
@@ -85,15 +86,19 @@ def evaluate(
     event, in the order of `sequences`.
 
     Args:
+        scorer: anything with `n_items` and `score`.
+        sequences: the prepared data.
         part: VALIDATION or TEST of `data.sequences`.
         history_length: events before the target that the scorer sees, at most.
+        batch_size: histories a call of the scorer; its scores take 4 * batch_size * n_items bytes.
         description: of the progress bar; None draws none (inside another bar).
+
     Raises:
         ValueError: the scorer knows another number of items, or a score is not finite.
     """
     if scorer.n_items != sequences.n_items:
         raise ValueError(
-            f"the scorer ranks {scorer.n_items} items, the catalogue has {sequences.n_items}; fit it on this data"
+            f"the scorer ranks {scorer.n_items} items, the catalogue has {sequences.n_items}; fit it again"
         )
     positions = sequences.held_out(part)
     targets = np.asarray(sequences.items[positions])
@@ -128,7 +133,8 @@ def per_user_table(ranked: pl.DataFrame, sequences: Sequences, row: str, seed: i
 
 def mean_metric(ranked: pl.DataFrame, name: str) -> float:
     """One metric of an `evaluate` result, averaged within users, then over users."""
-    return float(_with_metrics(ranked, [name]).group_by("user_index").agg(pl.mean(name))[name].mean())  # type: ignore[arg-type]
+    within = _with_metrics(ranked, [name]).group_by("user_index", maintain_order=True).agg(pl.mean(name))
+    return float(within[name].to_numpy().mean())
 
 
 def summarise(per_user: pl.DataFrame, k: Sequence[int], samples: int = 10_000, seed: int = 0) -> Summary:
@@ -140,7 +146,10 @@ def summarise(per_user: pl.DataFrame, k: Sequence[int], samples: int = 10_000, s
 
     Args:
         per_user: PER_USER_COLUMNS, all rows and seeds on the same test events.
-        samples, seed: of the bootstrap.
+        k: cut-offs of recall and NDCG.
+        samples: resamples of the bootstrap.
+        seed: of the bootstrap.
+
     Raises:
         ArtifactError: the table is empty, or rows or seeds differ in their test events.
     """
@@ -190,37 +199,37 @@ def compare_runs(
 
     Args:
         runs: name -> its `per_user.parquet`; at least two, the first is the reference.
+        samples: resamples of the bootstrap.
+        seed: of the bootstrap.
+
     Raises:
         ConfigError: fewer than two runs.
         ArtifactError: test events differ (the first difference is named), or no row is shared.
     """
     if len(runs) < 2:
         raise ConfigError(f"comparing takes at least two runs, got {len(runs)}; name a second run folder")
-    (first, base_table), *others = runs.items()
-    base = _seed_averaged(base_table)
+    averaged = {run: _seed_averaged(table) for run, table in runs.items()}
+    first, *others = runs
     rows, bases = {}, {}
-    for run, table in others:
-        _require_same_events(_events(base_table), _events(table), first, run)
-        for row, values in _seed_averaged(table).items():
-            if row in base:
-                rows[run, row], bases[run, row] = values, base[row]
+    for run in others:
+        _require_same_events(_test_events(runs[first]), _test_events(runs[run]), first, run)
+        for row, values in averaged[run].items():
+            if row in averaged[first]:
+                rows[run, row], bases[run, row] = values, averaged[first][row]
     if not rows:
-        raise ArtifactError(f"no other run shares a row with {first!r} (its rows: {', '.join(base)})")
+        raise ArtifactError(
+            f"no other run shares a row with {first!r}, which has {', '.join(averaged[first])}"
+        )
     compared = _compare(rows, bases, samples, seed)
-    return {
-        run: {row: result for (name, row), result in compared.items() if name == run} for run, _ in others
-    }
+    return {run: {row: result for (name, row), result in compared.items() if name == run} for run in others}
 
 
 def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tuple[int, float]]]:
     """Recall@k of each row for k = 1..up_to, as (k, recall) points: averaged as in `summarise`."""
     cutoffs = range(1, up_to + 1)
     by_row = _user_metrics(per_user, [f"recall@{k}" for k in cutoffs])
-    means = {row: values.mean(axis=(0, 1)) for row, values in by_row.items()}
-    return {
-        row: [(k, float(mean)) for k, mean in zip(cutoffs, values, strict=True)]
-        for row, values in means.items()
-    }
+    means = {row: values.mean(axis=(0, 1)).tolist() for row, values in by_row.items()}
+    return {row: list(zip(cutoffs, values, strict=True)) for row, values in means.items()}
 
 
 def bootstrap_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
@@ -231,6 +240,8 @@ def bootstrap_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
 
     Args:
         values: (U, C) float64, one row a user.
+        samples: number of resamples.
+        seed: equal seeds and U give equal resamples.
     """
     n_users = len(values)
     generator = np.random.default_rng(seed)
@@ -268,9 +279,9 @@ def _metric_summary(values: np.ndarray, low: float, high: float) -> MetricSummar
     }
 
 
-def _compare[Key](
-    rows: Mapping[Key, np.ndarray], bases: Mapping[Key, np.ndarray], samples: int, seed: int
-) -> dict[Key, Comparison]:
+def _compare(
+    rows: Mapping[_Key, np.ndarray], bases: Mapping[_Key, np.ndarray], samples: int, seed: int
+) -> dict[_Key, Comparison]:
     """Paired comparison of each (U,) row with its (U,) base; Holm over all of them."""
     if not rows:
         return {}
@@ -281,7 +292,7 @@ def _compare[Key](
     below = (means <= _ROUNDING).sum(axis=0)
     above = (means >= -_ROUNDING).sum(axis=0)
     p_values = np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (samples + 1)).tolist()
-    results: dict[Key, Comparison] = {}
+    results: dict[_Key, Comparison] = {}
     for r, (key, corrected) in enumerate(zip(rows, holm(p_values), strict=True)):
         difference, base = float(differences[:, r].mean()), float(bases[key].mean())
         results[key] = {
@@ -310,10 +321,10 @@ def _seed_averaged(per_user: pl.DataFrame) -> dict[str, np.ndarray]:
 
 def _user_metrics(per_user: pl.DataFrame, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Row -> (S, U, M) metrics averaged within users; rows as first met, seeds and users in order of id."""
-    trainings = _trainings(per_user)
     seeds: dict[str, list[np.ndarray]] = {}
-    for (row, _), frame in trainings.items():
-        within = _with_metrics(frame, names).group_by("user_id").agg(pl.col(names).mean()).sort("user_id")
+    for row, frame in _trainings(per_user):
+        ordered = _with_metrics(frame, names).sort("user_id", "item_id", "rank")
+        within = ordered.group_by("user_id", maintain_order=True).agg(pl.col(names).mean())
         seeds.setdefault(row, []).append(within.select(names).to_numpy())
     return {row: np.stack(values) for row, values in seeds.items()}
 
@@ -323,32 +334,34 @@ def _with_metrics(frame: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     return frame.with_columns(pl.Series(name, measure(rank, name).numpy()) for name in names)
 
 
-def _trainings(per_user: pl.DataFrame) -> dict[tuple[str, int], pl.DataFrame]:
-    """(row, seed) -> its events, seeds in order; every part must hold the same test events."""
+def _trainings(per_user: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
+    """(row, events) of each training: rows as first met, seeds in order, all on the same test events."""
     missing = [column for column in PER_USER_COLUMNS if column not in per_user.columns]
     if missing:
-        raise ArtifactError(
-            f"per-user table lacks the column(s) {first_few(missing)}; run the evaluate stage again"
-        )
+        raise ArtifactError(f"per-user table lacks {first_few(missing)}; run the evaluate stage again")
     if per_user.is_empty():
-        raise ArtifactError("per-user table is empty; there is nothing to evaluate")
-    parts = per_user.sort("seed", maintain_order=True).partition_by(["row", "seed"], as_dict=True)
-    order = {row: place for place, row in enumerate(per_user["row"].unique(maintain_order=True))}
-    trainings = {(str(row), int(seed)): frame for (row, seed), frame in parts.items()}
-    trainings = dict(sorted(trainings.items(), key=lambda part: (order[part[0][0]], part[0][1])))
-    (first, reference), *others = [
-        (key, _events(frame, one_training=True)) for key, frame in trainings.items()
-    ]
-    for key, events in others:
-        _require_same_events(reference, events, "{} (seed {})".format(*first), "{} (seed {})".format(*key))
+        raise ArtifactError("the per-user table is empty: there is nothing to evaluate")
+    expected = _test_events(per_user)
+    trainings = []
+    for by_row in per_user.partition_by("row", maintain_order=True):
+        for frame in by_row.sort("seed", maintain_order=True).partition_by("seed", maintain_order=True):
+            _require_same_events(expected, _events(frame), _training_name(per_user), _training_name(frame))
+            trainings.append((frame["row"][0], frame))
     return trainings
 
 
-def _events(per_user: pl.DataFrame, one_training: bool = False) -> pl.DataFrame:
-    """The sorted test events (user_id, item_id) of one training, by default the first of the table."""
-    if not one_training:
-        per_user = next(iter(_trainings(per_user).values()))
-    return per_user.select(_EVENT).sort(_EVENT)
+def _training_name(frame: pl.DataFrame) -> str:
+    return f"{frame['row'][0]}, seed {frame['seed'][0]}"
+
+
+def _test_events(per_user: pl.DataFrame) -> pl.DataFrame:
+    """The sorted (user_id, item_id) of the first training in the table."""
+    first = (pl.col("row") == per_user["row"][0]) & (pl.col("seed") == per_user["seed"][0])
+    return _events(per_user.filter(first))
+
+
+def _events(training: pl.DataFrame) -> pl.DataFrame:
+    return training.select(_EVENT).sort(_EVENT)
 
 
 def _require_same_events(

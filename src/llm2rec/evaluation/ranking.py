@@ -22,6 +22,7 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     Args:
         scores: (B, N), any float dtype.
         targets: (B,) item_index, 1..N.
+
     Raises:
         ValueError: a score is not finite, a target is outside 1..N, or the shapes do not fit.
     """
@@ -96,6 +97,7 @@ def top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor
         scores: (B, N), any float dtype; compared in float32.
         k: >= 1.
         exclude: (B, L) item_index to hide in each row, padded with 0; duplicates are fine.
+
     Raises:
         ValueError: a score is not finite, k < 1, an excluded item is outside 0..N, or the shapes do not fit.
     """

@@ -1,0 +1,200 @@
+"""The command line: parse, call the public function of the same name, print. No logic."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import llm2rec as lr
+from llm2rec.errors import Llm2RecError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Language models as item encoders for sequential recommendation (LLM2Rec, KDD 2025).",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Named public data sets, and a look into any log.")
+models_app = typer.Typer(no_args_is_help=True, help="Named language models.")
+app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
+out = Console()
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or a folder with a recipe.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one key; repeatable")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
+Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
+
+
+@app.command()
+def demo(
+    out_folder: Annotated[Path, typer.Option("--out", help="the run folder")] = Path("runs/demo"),
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+) -> None:
+    """Run the main job on MovieLens 100K and SmolLM2-135M, and show what came out."""
+    _show_run(lr.demo(out_folder, tuple(overrides or ()), fresh))
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="a shipped recipe name, or a path")],
+    out_folder: Annotated[Path | None, typer.Option("--out", help="the run folder [runs/RECIPE]")] = None,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+) -> None:
+    """Run every stage of a recipe; unchanged stages are kept, interrupted ones go on."""
+    _show_run(lr.run(recipe, out_folder, tuple(overrides or ()), fresh))
+
+
+@app.command()
+def prepare(run_folder: RunFolder) -> None:
+    """Stage 1: tables, split, sequences, leakage check."""
+    lr.prepare(run_folder)
+
+
+@app.command()
+def csft(run_folder: RunFolder) -> None:
+    """Stage 2: the language model learns to write the next title."""
+    lr.csft(run_folder)
+
+
+@app.command()
+def iem(run_folder: RunFolder) -> None:
+    """Stage 3: the language model becomes a bidirectional item encoder."""
+    lr.iem(run_folder)
+
+
+@app.command()
+def encode(run_folder: RunFolder) -> None:
+    """Stage 4: item vectors."""
+    lr.encode(run_folder)
+
+
+@app.command()
+def fit(run_folder: RunFolder) -> None:
+    """Stage 5: the sequential recommenders."""
+    lr.fit(run_folder)
+
+
+@app.command()
+def evaluate(run_folder: RunFolder) -> None:
+    """Stage 6: full ranking of the test events, statistics, report."""
+    _show_run(lr.evaluate(run_folder))
+
+
+@app.command()
+def recommend(
+    run_folder: RunFolder,
+    history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")],
+    k: Count = 10,
+    row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
+) -> None:
+    """The next items for any history of catalogue items, also of a user never seen."""
+    ids = [part.strip() for part in history.split(",") if part.strip()]
+    _show_items(lr.recommend(run_folder, ids, k, row), "score")
+
+
+@app.command()
+def similar(
+    run_folder: RunFolder, item: Annotated[str, typer.Argument(help="an item id")], k: Count = 10
+) -> None:
+    """The items nearest to an item by LLM2Rec cosine."""
+    _show_items(lr.similar(run_folder, item, k), "cosine")
+
+
+@app.command()
+def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...")]) -> None:
+    """The rows of several runs on the same test events, with paired tests against the first run."""
+    from llm2rec.comparison import comparison_table
+
+    out.print(comparison_table(lr.compare(runs)))
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """The data sets known by name."""
+    _show_sources(lr.data.list())
+
+
+@data_app.command("fetch")
+def data_fetch(name: Annotated[str, typer.Argument(help="a name from `data list`")]) -> None:
+    """Download a named data set into the cache and check its content."""
+    interactions, catalogue = lr.data.fetch(name)
+    out.print(f"{name}: {len(interactions):,} interactions, {len(catalogue):,} items")
+
+
+@data_app.command("describe")
+def data_describe(
+    what: Annotated[str, typer.Argument(help="a source name, a recipe, or an interactions file")],
+    items: Annotated[Path | None, typer.Argument(help="the items file, with an interactions file")] = None,
+) -> None:
+    """Counts, density, lengths, popularity, repeats, ties."""
+    table = Table("what", "value")
+    for name, value in lr.data.describe(what, items).items():
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table)
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """The language models known by name."""
+    _show_sources(lr.models.list())
+
+
+@models_app.command("fetch")
+def models_fetch(name: Annotated[str, typer.Argument(help="a name from `models list`")]) -> None:
+    """Download a named language model into the cache and check its content."""
+    out.print(str(lr.models.fetch(name)), soft_wrap=True)
+
+
+def _show_run(run: lr.Run) -> None:
+    from llm2rec.judging import show
+
+    for part in show(run):
+        out.print(part)
+
+
+def _show_items(items: list[lr.ScoredItem], score: str) -> None:
+    table = Table("", "item", "title", score)
+    for number, item in enumerate(items, 1):
+        table.add_row(str(number), item.item_id, item.title, f"{item.score:.3f}")
+    out.print(table)
+
+
+def _show_sources(sources: list[Any]) -> None:
+    table = Table("name", "what", "licence", "citation")
+    for source in sources:
+        table.add_row(source.name, source.description, source.licence, source.citation)
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: errors a user can cause end in one message and exit status 1, not in a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except Llm2RecError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on where it stopped", status=130)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            _fail(f"the disk is full ({error}); free some space, the same command goes on where it stopped")
+        raise
+
+
+def _fail(message: str, status: int = 1) -> None:
+    Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(status)

@@ -1,0 +1,55 @@
+"""Verb `compare`: the rows of several runs on the same test events, tested against the first run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from rich.table import Table
+
+from llm2rec.evaluation import protocol
+from llm2rec.runs import Run, open_run
+
+METRIC = protocol.COMPARED_METRIC
+
+
+def compare(runs: Sequence[str | Path | Run]) -> dict[str, Any]:
+    """NDCG@10 of each row in each run, and each later run tested against the first.
+
+    Returns:
+        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}}`, runs by folder name.
+
+    Raises:
+        ArtifactError: a run is not evaluated, or their test events differ (the difference is named).
+        ConfigError: fewer than two runs.
+    """
+    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    tables, means = {}, {}
+    for run in opened:
+        name = str(run.folder)
+        means[name] = {row: values[METRIC]["mean"] for row, values in run.metrics()["rows"].items()}
+        tables[name] = pl.read_parquet(run.evaluation / "per_user.parquet")
+    samples = opened[0].recipe.evaluation.bootstrap_samples if opened else 1
+    return {"runs": means, "comparisons": protocol.compare_runs(tables, samples)}
+
+
+def comparison_table(compared: dict[str, Any]) -> Table:
+    """The result of `compare` for the terminal."""
+    first, *others = compared["runs"]
+    table = Table("row", first, *others, title=f"{METRIC}, each run against {first}")
+    for row in dict.fromkeys(row for rows in compared["runs"].values() for row in rows):
+        cells = [_cell(compared, run, row) for run in (first, *others)]
+        table.add_row(row, *cells)
+    return table
+
+
+def _cell(compared: dict[str, Any], run: str, row: str) -> str:
+    mean = compared["runs"][run].get(row)
+    if mean is None:
+        return "-"
+    result = compared["comparisons"].get(run, {}).get(row)
+    if result is None:
+        return f"{mean:.4f}"
+    return f"{mean:.4f}  {result['verdict']} ({result['difference']:+.4f}, p {result['p_holm']:.3f})"

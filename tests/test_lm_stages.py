@@ -1,0 +1,296 @@
+"""The language stages on a tiny random decoder: labels, masks, batches, what moves and what is written."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TITLES, cyclic_log
+from torch import nn
+
+from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.errors import ConfigError
+from llm2rec.lm import backbone as backbones
+from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
+from llm2rec.lm.encode import encode, encode_titles
+from llm2rec.lm.iem import (
+    ContrastiveObjective,
+    MaskedBatches,
+    TitleBatches,
+    ValidationPairs,
+    contrastive,
+    distinct_texts,
+    mntp,
+)
+from llm2rec.lm.objectives import contrastive_loss
+
+OPTIMIZER = {"weight_decay": 0.0, "warmup_share": 0.0, "schedule": "constant", "max_grad_norm": 1.0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Sequences and titles of the cyclic log."""
+    folder = tmp_path_factory.mktemp("world")
+    log, items = cyclic_log()
+    catalogue = Catalogue.from_frame(items, "items")
+    prepare(
+        Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder
+    )
+    return Sequences.load(folder), catalogue.titles
+
+
+def run_csft(world, model, out, **changes):
+    sequences, titles = world
+    options = {"max_tokens": 3000, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 128}
+    options |= {"history_length": 4, "max_title_tokens": 16, "learning_rate": 1e-2, "checkpoints": 0, "seed": 0}
+    return csft(
+        sequences, titles, model=model, dtype=torch.float32, out=out, **(OPTIMIZER | options | changes)
+    )
+
+
+def test_labels_are_the_titles_after_the_first_and_their_separators(tiny):
+    texts = csft_texts(tiny.tokenizer, TITLES, 64)
+    batch = supervise(texts, [np.array([1, 2, 3]), np.array([5, 4])], [1, 1])
+    tokens = batch["input_ids"][0]
+    assert torch.equal(tokens[batch["rows"] + 1], batch["labels"])
+    labelled = tiny.tokenizer.decode(batch["labels"])
+    assert labelled == f"{TITLES[1]}\n{TITLES[2]}\n{TITLES[3]}\n"
+    assert batch["n_targets"] == len(batch["labels"])
+
+
+def test_the_row_reads_as_titles_on_lines(tiny):
+    texts = csft_texts(tiny.tokenizer, TITLES, 64)
+    batch = supervise(texts, [np.array([2, 7])], [1])
+    assert tiny.tokenizer.decode(batch["input_ids"][0]) == f"{TITLES[1]}\n{TITLES[6]}\n"
+
+
+def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
+    sequences, titles = world
+    texts = csft_texts(tiny.tokenizer, titles, 64)
+    batches = WindowBatches(texts, sequences, 3, 64, max_tokens=None, epochs=1, seed=0)
+    users = len(sequences.user_ids)
+    items, _ = sequences.training()
+    assert batches.targets == len(items) - users
+
+
+def test_the_token_budget_is_kept(tiny, world):
+    sequences, titles = world
+    texts = csft_texts(tiny.tokenizer, titles, 64)
+    batches = WindowBatches(texts, sequences, 3, 64, max_tokens=1000, epochs=None, seed=0)
+    tokens = sum(batches[i]["input_ids"].shape[1] for i in range(len(batches)))
+    assert 900 < tokens <= 1000
+    assert tokens == batches.tokens
+
+
+def test_held_out_text_ends_with_the_validation_title_alone_labelled(tiny, world):
+    sequences, titles = world
+    texts = csft_texts(tiny.tokenizer, titles, 64)
+    batches = held_out_batches(texts, sequences, 3, 10_000, seed=0)
+    labels = tiny.tokenizer.decode(torch.cat([batch["labels"] for batch in batches])).splitlines()
+    assert len(labels) == sequences.n_users
+    assert set(labels) <= set(titles)
+
+
+def test_csft_learns_the_next_title(world, tiny_folder, tmp_path):
+    summary = run_csft(world, tiny_folder, tmp_path, max_tokens=20_000)
+    assert summary["perplexity_after"] < 0.7 * summary["perplexity_before"]
+    reloaded = backbones.load(tmp_path, torch.float32)
+    assert reloaded.is_causal
+
+
+def test_a_budget_below_one_step_is_refused(world, tiny_folder, tmp_path):
+    with pytest.raises(ConfigError, match="less than one step"):
+        run_csft(world, tiny_folder, tmp_path, max_tokens=100)
+
+
+def test_csft_moves_every_weight(world, tiny_folder, tmp_path):
+    run_csft(world, tiny_folder, tmp_path)
+    before = dict(backbones.load(tiny_folder, torch.float32).model.named_parameters())
+    after = dict(backbones.load(tmp_path, torch.float32).model.named_parameters())
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def masked(tiny, share=0.2):
+    texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=False)
+    return MaskedBatches(texts, tiny.tokenizer("_")["input_ids"][0], 5, 8, share, seed=0), texts
+
+
+def test_masked_positions_predict_the_hidden_token_from_the_one_before(tiny):
+    batches, _ = masked(tiny)
+    mask = tiny.tokenizer("_")["input_ids"][0]
+    for index in range(len(batches)):
+        batch = batches[index]
+        assert (batch["input_ids"][0][batch["rows"] + 1] == mask).all()
+        assert (batch["position_ids"][0][batch["rows"] + 1] > 0).all()
+
+
+def test_every_title_has_a_masked_token_and_the_share_is_met(tiny):
+    batches, texts = masked(tiny, share=0.3)
+    for index in range(len(batches)):
+        batch = batches[index]
+        sequence = batch["segments"]["sequence"]
+        assert set(sequence[batch["rows"] + 1].tolist()) == set(sequence.tolist())
+    total = sum(batches[i]["n_targets"] for i in range(5)) / batches.tokens
+    assert total == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_unmasked_tokens_are_the_title(tiny):
+    batches, _ = masked(tiny)
+    batch = batches[0]
+    tokens = batch["input_ids"][0].clone()
+    tokens[batch["rows"] + 1] = batch["labels"]
+    texts = [tiny.tokenizer.decode(tokens[batch["segments"]["sequence"] == row]) for row in range(8)]
+    assert set(texts) <= set(TITLES)
+
+
+def test_no_title_stands_twice_in_a_contrastive_batch(tiny):
+    texts = distinct_texts(tiny.tokenizer, TITLES + TITLES, 64, special_tokens=True)
+    assert len(texts) == len(TITLES)
+    batches = TitleBatches(texts, 6, 9, 10_000, seed=0)
+    for index in range(len(batches)):
+        assert len(np.unique(batches._chosen[index])) == 9
+
+
+def contrastive_gradients(tiny, micro_batch_tokens):
+    texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=True)
+    tiny.model.zero_grad()
+    tiny.model.eval()  # without dropout, chunked and whole batches see the same vectors
+    batch = TitleBatches(texts, 1, 12, micro_batch_tokens, seed=0)[0]
+    loss = ContrastiveObjective(tiny, 0.1)(tiny.model, batch)
+    loss.backward()
+    gradients = [p.grad.clone() for p in tiny.body.parameters() if p.grad is not None]
+    return len(batch["chunks"]), loss.item(), gradients
+
+
+def test_a_chunked_contrastive_batch_gives_the_gradients_of_the_whole(tiny):
+    tiny.set_causal(False)
+    whole_chunks, whole_loss, whole = contrastive_gradients(tiny, 100_000)
+    chunks, loss, chunked = contrastive_gradients(tiny, 60)
+    assert (whole_chunks, chunks > 2) == (1, True)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert max(gradient.abs().max() for gradient in whole) > 1e-3
+    for one, other in zip(whole, chunked, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_dropout_makes_two_different_views(tiny):
+    tiny.set_causal(False)
+    texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=True)
+    batch = TitleBatches(texts, 1, 8, 100_000, seed=0)[0]
+
+
+    tiny.model.train()
+    from llm2rec.lm.encode import embed
+
+    with backbones.dropout(tiny.model, 0.5):
+        views = embed(tiny, batch["chunks"]["chunk0"]).chunk(2)
+    assert not torch.allclose(views[0], views[1])
+    assert torch.isfinite(contrastive_loss(*views, 0.1))
+
+
+def test_the_auc_of_perfect_vectors_is_one_and_of_constant_vectors_a_half(tiny, world, monkeypatch):
+    sequences, titles = world
+    pairs = ValidationPairs(sequences, titles, tiny.tokenizer, 64, seed=0)
+    angles = np.linspace(0, 2 * math.pi, len(titles), endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    monkeypatch.setattr("llm2rec.lm.iem.encode_tokens", lambda *args: circle)
+    assert pairs.auc(tiny) > 0.8  # a neighbour on the circle, against all others
+    monkeypatch.setattr("llm2rec.lm.iem.encode_tokens", lambda *args: np.ones((len(titles), 2), np.float32))
+    assert pairs.auc(tiny) == 0.5
+
+
+@pytest.fixture(scope="module")
+def encoder(world, tiny_folder, tmp_path_factory):
+    """csft -> mntp -> contrastive, each in its folder."""
+    root = tmp_path_factory.mktemp("stages")
+    run_csft(world, tiny_folder, root / "csft")
+    sequences, titles = world
+    shared = OPTIMIZER | {"dtype": torch.float32, "max_title_tokens": 16, "learning_rate": 1e-2, "seed": 0}
+    mntp(
+        titles,
+        model=root / "csft",
+        steps=20,
+        batch_size=8,
+        mask_share=0.2,
+        checkpoints=0,
+        out=root / "mntp",
+        **shared,
+    )
+    contrastive(
+        sequences,
+        titles,
+        model=root / "mntp",
+        steps=4,
+        batch_size=8,
+        temperature=0.1,
+        dropout=0.2,
+        evaluations=2,
+        patience=2,
+        micro_batch_tokens=64,
+        out=root / "iem",
+        **shared,
+    )
+    return root
+
+
+def test_mntp_lowers_its_loss(encoder):
+    lines = [json.loads(line) for line in (encoder / "mntp" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_the_trained_encoder_is_bidirectional(encoder):
+    for name in ("mntp", "iem"):
+        assert not backbones.load(encoder / name, torch.float32, head=False).is_causal
+
+
+def test_sentence_transformers_gives_the_vectors_that_encode_gives(encoder, world, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    _, titles = world
+    ids = [str(number) for number in range(len(titles))]
+    encode(
+        ids,
+        titles,
+        model=encoder / "iem",
+        causal=False,
+        dtype=torch.float32,
+        max_title_tokens=16,
+        batch_tokens=64,
+        name="llm2rec",
+        out=tmp_path,
+    )
+    ours = ItemEmbeddings.load(tmp_path).vectors
+    theirs = SentenceTransformer(str(encoder / "iem"), device="cpu").encode(titles, show_progress_bar=False)
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_vectors_do_not_depend_on_the_batch(tiny):
+    tiny.set_causal(False)
+    one, _ = encode_titles(tiny, TITLES, 64, batch_tokens=1)
+    many, _ = encode_titles(tiny, TITLES, 64, batch_tokens=100_000)
+    assert np.abs(one - many).max() < 1e-5
+
+
+def test_equal_titles_are_encoded_once_and_get_equal_vectors(tiny):
+    vectors, distinct = encode_titles(tiny, [TITLES[0], TITLES[1], TITLES[0]], 64, 1000)
+    assert distinct == 2
+    assert np.array_equal(vectors[0], vectors[2])
+
+
+def test_causal_and_bidirectional_vectors_differ(tiny):
+    tiny.set_causal(True)
+    causal, _ = encode_titles(tiny, TITLES, 64, 1000)
+    tiny.set_causal(False)
+    bidirectional, _ = encode_titles(tiny, TITLES, 64, 1000)
+    assert np.abs(causal - bidirectional).max() > 1e-3
+
+
+def test_a_model_without_attention_dropout_is_refused():
+    from llm2rec.errors import ArtifactError
+
+    with pytest.raises(ArtifactError, match="no attention dropout"), backbones.dropout(nn.Linear(1, 1), 0.2):
+        pass

@@ -1,0 +1,210 @@
+"""The engine: what it optimises, and that a killed training goes on to the same weights."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from llm2rec.errors import ArtifactError
+from llm2rec.training import Batches, TrainSettings, stage_seed, train
+
+
+class Numbers(Batches):
+    """Regression batches of uneven size, the same for every epoch."""
+
+    def __init__(self, sizes=(1, 7, 4, 2, 6, 4)):
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [torch.randn(size, 3, generator=generator) for size in sizes]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return {"x": self.batches[index], "n_targets": len(self.batches[index])}
+
+
+def squared_error(model, batch):
+    return ((model(batch["x"])[:, 0] - batch["x"].sum(1)) ** 2).sum()
+
+
+def network(dropout=0.0):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Linear(3, 4), nn.Dropout(dropout), nn.Linear(4, 1))
+
+
+def settings(**changes):
+    return TrainSettings(**({"max_steps": 6, "learning_rate": 0.01, "seed": 1} | changes))
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_the_loss_is_averaged_over_the_targets_of_the_whole_step(tmp_path):
+    models = []
+    for number, (sizes, accumulation) in enumerate([((8, 16), 1), ((1, 7, 4, 12), 2)]):
+        model, batches = network(), Numbers(sizes)
+        everything = torch.cat(Numbers((8, 16)).batches)
+        batches.batches = list(everything.split(list(sizes)))
+        options = settings(max_steps=2, accumulation=accumulation)
+        train(model, batches, squared_error, out=tmp_path / str(number), settings=options, description="x")
+        models.append(weights(model))
+    assert torch.allclose(models[0], models[1], atol=1e-6)
+
+
+def test_frozen_parameters_stay_and_the_others_move(tmp_path):
+    model = network()
+    model[0].weight.requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    train(model, Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [False, True, True, True]
+
+
+def test_the_best_weights_win(tmp_path):
+    model, values, seen = network(), iter([0.1, 0.5, 0.3, 0.2]), []
+
+    def evaluate():
+        seen.append(weights(model))
+        return {"ndcg@10": next(values)}
+
+    summary = train(
+        model,
+        Numbers(),
+        squared_error,
+        out=tmp_path,
+        settings=settings(max_steps=4, evaluate_every=1),
+        evaluate=evaluate,
+        description="x",
+    )
+    assert (summary.best_step, summary.best_metric) == (2, 0.5)
+    assert torch.equal(weights(model), seen[1])
+
+
+def test_training_stops_when_validation_no_longer_gains(tmp_path):
+    model, values = network(), iter([0.5, 0.4, 0.3, 0.9])
+    summary = train(
+        model,
+        Numbers(),
+        squared_error,
+        out=tmp_path,
+        settings=settings(max_steps=4, evaluate_every=1, patience=2),
+        evaluate=lambda: {"ndcg@10": next(values)},
+        description="x",
+    )
+    assert summary.steps == 3
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 8, 11])
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, evaluates):
+    def run(folder, model, objective):
+        options = settings(max_steps=12, checkpoint_every=2, evaluate_every=2 * evaluates, patience=9)
+        evaluate = (lambda: {"ndcg@10": float(weights(model).sum())}) if evaluates else None
+        return train(
+            model, Numbers(), objective, out=folder, settings=options, evaluate=evaluate, description="x"
+        )
+
+    whole = network(dropout=0.5)
+    expected = run(tmp_path / "whole", whole, squared_error)
+    calls = iter(range(100))
+
+    def until_killed(model, batch):
+        if next(calls) == killed_at:
+            raise Killed
+        return squared_error(model, batch)
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", network(dropout=0.5), until_killed)
+    resumed = network(dropout=0.5)
+    summary = run(tmp_path / "killed", resumed, squared_error)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert summary.best_step == expected.best_step
+
+
+def test_a_checkpoint_that_was_not_written_whole_is_ignored(tmp_path):
+    half = tmp_path / "checkpoints" / "checkpoint-4"
+    half.mkdir(parents=True)
+    (half / "trainer_state.json").write_text("{")
+    summary = train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
+    assert summary.steps == 6
+
+
+def test_a_finished_training_is_not_trained_further(tmp_path):
+    options = settings(max_steps=4, checkpoint_every=2)
+    first, second = network(), network()
+    train(first, Numbers(), squared_error, out=tmp_path, settings=options, description="x")
+    train(second, Numbers(), lambda model, batch: 1 / 0, out=tmp_path, settings=options, description="x")
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_a_non_finite_loss_stops_and_names_the_step(tmp_path):
+    with pytest.raises(ArtifactError, match="loss is nan at step 1"):
+        train(
+            network(),
+            Numbers(),
+            lambda model, batch: squared_error(model, batch) * float("nan"),
+            out=tmp_path,
+            settings=settings(),
+            description="x",
+        )
+
+
+def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm2rec.training.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(ArtifactError, match="GB free"):
+        train(
+            network(),
+            Numbers(),
+            squared_error,
+            out=tmp_path,
+            settings=settings(checkpoint_every=2),
+            description="x",
+        )
+
+
+def test_bfloat16_weights_keep_small_updates(tmp_path):
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    nn.init.constant_(model.weight, 256.0)  # one step of 0.1 is far below bfloat16's resolution of 2
+
+    class Ones(Batches):
+        def __len__(self):
+            return 100
+
+        def __getitem__(self, index):
+            return {"x": torch.ones(1, 1, dtype=torch.bfloat16), "n_targets": 1}
+
+    train(
+        model,
+        Ones(),
+        lambda m, batch: m(batch["x"]).float().sum(),
+        out=tmp_path,
+        settings=settings(max_steps=100, learning_rate=0.1),
+        description="x",
+    )
+    assert model.weight.item() == pytest.approx(246, abs=2)
+
+
+def test_the_callers_random_numbers_are_left_alone(tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    train(network(0.5), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_logged_values_are_written_as_lines_of_json(tmp_path):
+    train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_stages_have_seeds_of_their_own():
+    assert stage_seed(0, "csft") == stage_seed(0, "csft")
+    assert len({stage_seed(0, "csft"), stage_seed(0, "iem"), stage_seed(1, "csft")}) == 3
