@@ -198,3 +198,7 @@ def main() -> None:
 def _fail(message: str, status: int = 1) -> None:
     Console(stderr=True).print(f"error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from llm2rec import artifacts
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.rec.items import FrozenItems, LearnedItems, checked_vectors, hash_vectors
+from llm2rec.rec.items import FrozenItems, ItemTable, LearnedItems, checked_vectors, hash_vectors
 from llm2rec.rec.sasrec import SASRec
 
 ARCHITECTURES = {"sasrec": SASRec}
@@ -34,6 +34,7 @@ def build(
     dropout: float,
     history_length: int,
     seed: int,
+    statistics: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Recommender:
     """An untrained recommender over learned ids, or over frozen `vectors` with a linear adapter.
 
@@ -42,6 +43,7 @@ def build(
     Args:
         architecture: a key of `ARCHITECTURES`.
         vectors: (N, D) raw vectors in the order of the catalogue, or None for learned ids.
+        statistics: mean and scale (D,) that standardise `vectors`; None takes them from `vectors`.
 
     Raises:
         ConfigError: unknown architecture, or sizes that do not fit each other.
@@ -59,7 +61,11 @@ def build(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        items = LearnedItems(n_items, hidden_size) if vectors is None else FrozenItems(vectors, hidden_size)
+        items: ItemTable
+        if vectors is None:
+            items = LearnedItems(n_items, hidden_size)
+        else:
+            items = FrozenItems(vectors, hidden_size, statistics)
         return ARCHITECTURES[architecture](
             items,
             hidden_size=hidden_size,
@@ -104,11 +110,15 @@ def load(folder: Path, vectors: np.ndarray | None = None) -> Recommender:
     if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
         raise ArtifactError(f"{folder / CONFIG} is not a recommender of format {FORMAT}; run the fit stage again")
     _require_same_vectors(folder, config.pop("vectors_sha256"), vectors)
-    model = build(**config, vectors=vectors, seed=0)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ArtifactError(f"{folder / WEIGHTS} does not hold this recommender ({error}); fit it again") from error
+        weights = load_file(folder / WEIGHTS)
+        statistics = None
+        if vectors is not None:
+            statistics = weights["items.mean"].numpy(), weights["items.scale"].numpy()
+        model = build(**config, vectors=vectors, seed=0, statistics=statistics)
+        model.load_state_dict(weights)
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} does not hold a whole recommender ({error}); run the fit stage again") from error
     return model.eval()
 
 

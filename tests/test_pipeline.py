@@ -1,0 +1,303 @@
+"""The whole job on a toy world with a known answer, and what a user can do to a run folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import cyclic_log
+from safetensors.torch import load_file
+
+import llm2rec as lr
+from llm2rec import artifacts
+from llm2rec.data.sequences import TEST, Sequences
+from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.evaluation import protocol
+from llm2rec.serve.recommender import load_scorer
+
+SMALL = (
+    "model.source=tiny-random",
+    "model.dtype=float32",
+    "data.history_length=4",
+    "csft.max_tokens=4000",
+    "csft.batch_tokens=256",
+    "csft.checkpoints=4",
+    "iem.mntp.steps=8",
+    "iem.mntp.checkpoints=4",
+    "iem.contrastive.steps=8",
+    "iem.contrastive.batch_size=8",
+    "recommender.max_epochs=40",
+    "recommender.patience=40",
+    "recommender.dropout=0.0",
+    "recommender.hidden_size=32",
+    "recommender.learning_rate=0.01",
+    "evaluation.k=[1, 5]",
+    "evaluation.bootstrap_samples=200",
+)
+
+
+def overrides(folder):
+    return (f"data.interactions={folder}/interactions.csv", f"data.items={folder}/items.csv", *SMALL)
+
+
+def write_world(folder, **sizes):
+    interactions, items = cyclic_log(**sizes)
+    interactions.write_csv(folder / "interactions.csv")
+    items.write_csv(folder / "items.csv")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    write_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """The toy world's finished run; not to be changed."""
+    return lr.run("demo", tmp_path_factory.mktemp("runs") / "toy", overrides(world))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run that a test may change."""
+    shutil.copytree(finished.folder, tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def events(folder):
+    return [
+        (entry["stage"], entry["event"], entry.get("reasons"))
+        for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    ]
+
+
+def rerun(folder, world, *changes):
+    before = len(events(folder))
+    lr.run("demo", folder, overrides(world) + changes)
+    return [(stage, reasons) for stage, event, reasons in events(folder)[before:] if event == "run"]
+
+
+@pytest.mark.parametrize("row", ["sasrec-id", "markov"])
+def test_a_certain_next_item_is_always_found(finished, row):
+    assert finished.metrics()["rows"][row]["recall@1"]["mean"] == 1.0
+
+
+def test_text_rows_learn_the_circle_from_titles(finished):
+    assert finished.metrics()["rows"]["sasrec-llm2rec"]["recall@1"]["mean"] > 0.9
+
+
+def test_popularity_does_not(finished):
+    assert finished.metrics()["rows"]["popularity"]["recall@1"]["mean"] < 0.5
+
+
+def test_shuffling_the_vectors_after_training_breaks_the_text_row(finished):
+    sequences = Sequences.load(finished.data)
+    scorer = load_scorer(finished, "sasrec-llm2rec", 0)
+    scorer.items.frozen = scorer.items.frozen[torch.randperm(sequences.n_items)]
+    ranked = protocol.evaluate(scorer, sequences, TEST, 4, description=None)
+    assert protocol.mean_metric(ranked, "recall@1") < 0.5
+
+
+def test_every_language_stage_changes_the_weights(finished):
+    states = [
+        load_file(folder / "model.safetensors")
+        for folder in (finished.backbone, finished.csft, finished.mntp, finished.iem)
+    ]
+    layer = "layers.0.self_attn.q_proj.weight"
+    weights = [next(value for name, value in state.items() if name.endswith(layer)) for state in states]
+    assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
+
+
+def test_the_run_folder_is_laid_out_as_documented(finished):
+    root = finished.folder
+    files = ["recipe.yaml", "resolved.json", "log.jsonl", "data/main/interactions.parquet"]
+    files += ["data/main/catalogue.parquet", "csft/model.safetensors", "csft/tokenizer.json"]
+    files += ["mntp/config.json", "iem/modules.json", "csft/metrics.jsonl"]
+    files += [f"embeddings/main/{name}/embeddings.safetensors" for name in ("backbone", "csft", "llm2rec")]
+    rows = ("sasrec-id", "sasrec-backbone", "sasrec-csft", "sasrec-llm2rec")
+    files += [f"recommender/main/{row}/seed-0/model.safetensors" for row in rows]
+    files += ["evaluation/metrics.json", "evaluation/per_user.parquet", "evaluation/report.html"]
+    assert [file for file in files if not (root / file).is_file()] == []
+
+
+def test_per_user_ranks_have_one_line_a_row_and_test_event(finished):
+    table = pl.read_parquet(finished.evaluation / "per_user.parquet")
+    assert table.columns == ["row", "seed", "user_id", "item_id", "rank"]
+    assert table.group_by("row").len()["len"].to_list() == [40] * 6
+
+
+def test_the_better_attention_on_validation_is_the_row(finished):
+    choice = finished.metrics()["validation"]["sasrec-backbone"]
+    assert choice["ndcg@10"][choice["chosen"]] == max(choice["ndcg@10"].values())
+    kept = finished.recommender("sasrec-backbone", 0) / "model.safetensors"
+    original = finished.recommender(choice["chosen"], 0) / "model.safetensors"
+    assert kept.read_bytes() == original.read_bytes()
+
+
+def test_resolved_json_holds_every_value_the_versions_and_the_parents(finished):
+    resolved = artifacts.read_json(finished.folder / "resolved.json")
+    assert resolved["recipe"]["recommender"]["heads"] == 2
+    assert {"torch", "transformers", "llm2rec"} <= resolved["versions"].keys()
+    assert resolved["stages"]["csft"] == artifacts.require(finished.csft, "csft").fingerprint
+
+
+def test_the_same_seed_gives_identical_metrics(finished, world, tmp_path):
+    again = lr.run("demo", tmp_path / "again", overrides(world))
+    assert again.metrics()["rows"] == finished.metrics()["rows"]
+
+
+def test_an_unchanged_rerun_keeps_everything_and_imports_no_torch(copied, world):
+    command = ["run", "demo", "--out", str(copied)]
+    command += [part for override in overrides(world) for part in ("--set", override)]
+    probe = (
+        "import sys, time; began = time.perf_counter(); from llm2rec.pipeline import run;"
+        f"run('demo', {str(copied)!r}, {overrides(world)!r});"
+        "assert 'torch' not in sys.modules; print(time.perf_counter() - began)"
+    )
+    printed = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert float(printed.stdout) < 5
+    assert "run " not in printed.stderr
+
+
+def test_a_changed_recommender_key_reruns_the_trained_rows_only(copied, world):
+    ran = rerun(copied, world, "recommender.max_epochs=2")
+    assert {stage.split("/")[0] for stage, _ in ran} == {"recommender", "evaluation"}
+    assert ("recommender/main/sasrec-id/seed-0", ["recommender.max_epochs"]) in ran
+
+
+def test_a_changed_evaluation_key_reruns_the_evaluation_only(copied, world):
+    assert rerun(copied, world, "evaluation.k=[1, 3]") == [("evaluation", ["evaluation.k"])]
+
+
+def test_another_seed_is_added_without_training_the_first_again(copied, world):
+    ran = [stage for stage, _ in rerun(copied, world, "recommender.seeds=2", "recommender.max_epochs=40")]
+    assert "recommender/main/sasrec-id/seed-1" in ran
+    assert "recommender/main/sasrec-id/seed-0" not in ran
+
+
+def test_a_corrected_title_leaves_the_id_row_alone(copied, world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    text = (tmp_path / "world" / "items.csv").read_text().replace("red boat", "green boat")
+    (tmp_path / "world" / "items.csv").write_text(text)
+    ran = [stage for stage, _ in rerun(copied, tmp_path / "world")]
+    assert {"data/main", "csft", "embeddings/main/llm2rec", "evaluation"} <= set(ran)
+    assert "recommender/main/sasrec-id/seed-0" not in ran
+
+
+def test_superseded_results_are_kept_aside(copied, world):
+    rerun(copied, world, "evaluation.k=[1, 3]")
+    assert list((copied / "superseded").rglob("metrics.json"))
+
+
+def test_fresh_reruns_every_stage(copied, world):
+    before = len(events(copied))
+    lr.run("demo", copied, overrides(world), fresh=True)
+    assert "keep" not in {event for _, event, _ in events(copied)[before:]}
+
+
+def test_recommend_serves_an_unseen_history_and_hides_it(finished):
+    listed = lr.recommend(finished, ["i03", "i04", "i05"], k=12)
+    assert listed[0].item_id == "i06"
+    assert {"i03", "i04", "i05"}.isdisjoint(item.item_id for item in listed)
+    assert len(listed) == 9
+
+
+def test_similar_leaves_the_item_out_and_sorts_by_cosine(finished):
+    listed = lr.similar(finished.folder, "i03", k=5)
+    cosines = [item.score for item in listed]
+    assert "i03" not in [item.item_id for item in listed]
+    assert cosines == sorted(cosines, reverse=True) and max(cosines) <= 1.0001
+
+
+def test_recommending_after_an_unknown_item_names_it(finished):
+    with pytest.raises(DataError, match="no item 'nope'"):
+        lr.recommend(finished, ["i03", "nope"])
+
+
+def test_an_unknown_row_is_refused_with_the_rows_of_the_run(finished):
+    with pytest.raises(ConfigError, match="sasrec-llm2rec"):
+        lr.recommend(finished, ["i03"], row="sasrec-magic")
+
+
+def test_compare_finds_a_run_equal_to_itself(finished, copied):
+    compared = lr.compare([finished.folder, copied])
+    (rows,) = compared["comparisons"].values()
+    assert {result["verdict"] for result in rows.values()} == {"not distinguishable"}
+
+
+def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):
+    (tmp_path / "holiday.jpg").write_text("")
+    with pytest.raises(ArtifactError, match=r"holiday\.jpg"):
+        lr.run("demo", tmp_path, overrides(world))
+
+
+def test_a_stage_verb_needs_the_stages_before_it(world, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {interactions: %s/interactions.csv, items: %s/items.csv}\n"
+        "model: {source: tiny-random}\ncsft: {max_tokens: 4000}\n"
+        "iem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n" % (world, world)
+    )
+    with pytest.raises(ArtifactError, match="prepare"):
+        lr.fit(tmp_path)
+    lr.prepare(tmp_path)
+    assert (tmp_path / "data" / "main" / "manifest.json").exists()
+
+
+def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
+    run = lr.run("demo", tmp_path / "ids", (*overrides(world), "recommender.rows=[popularity, sasrec-id]"))
+    assert not run.csft.exists()
+    assert set(run.metrics()["rows"]) == {"popularity", "sasrec-id"}
+
+
+def command(world, folder):
+    parts = [sys.executable, "-m", "llm2rec.cli", "run", "demo", "--out", str(folder)]
+    return parts + [part for override in overrides(world) for part in ("--set", override)]
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not list(path.parent.glob(path.name)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    ["data/main/started.json", "csft/checkpoints/checkpoint-*/optimizer.pt", "mntp/started.json"]
+    + ["iem/checkpoints/checkpoint-4", "recommender/main/sasrec-id/seed-0/checkpoints/checkpoint-*"],
+)
+def test_a_killed_run_goes_on_to_the_same_result(finished, world, tmp_path, moment):
+    process = subprocess.Popen(command(world, tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / moment, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = lr.run("demo", tmp_path / "run", overrides(world))
+    for stage in ("csft", "mntp", "iem"):
+        weights = [
+            load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)
+        ]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert resumed.metrics()["rows"] == finished.metrics()["rows"]
+
+
+def test_a_second_live_run_in_the_folder_is_refused(world, tmp_path):
+    process = subprocess.Popen(command(world, tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(tmp_path / "run" / "data" / "main" / "started.json", process)
+        with pytest.raises(ArtifactError, match="another llm2rec process"):
+            lr.run("demo", tmp_path / "run", overrides(world))
+    finally:
+        process.kill()
+        process.wait()
+
+
