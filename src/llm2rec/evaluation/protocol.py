@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.ranking import measure, metric_names, ranks
+from llm2rec.evaluation.verdicts import BETTER, WITHIN_NOISE, WORSE
 from llm2rec.progress import track
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 COMPARED_METRIC = "ndcg@10"
 SIGNIFICANCE = 0.05
-BETTER, WORSE, WITHIN_NOISE = "better", "worse", "not distinguishable"
+
 PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")
 
 _EVENT = ["user_id", "item_id"]

