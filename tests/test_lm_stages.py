@@ -23,6 +23,7 @@ from llm2rec.lm.iem import (
     ValidationPairs,
     contrastive,
     distinct_texts,
+    export,
     mntp,
 )
 from llm2rec.lm.objectives import contrastive_loss
@@ -266,6 +267,19 @@ def test_sentence_transformers_gives_the_vectors_that_encode_gives(encoder, worl
     ours = ItemEmbeddings.load(tmp_path).vectors
     theirs = SentenceTransformer(str(encoder / "iem"), device="cpu").encode(titles, show_progress_bar=False)
     assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_the_exported_encoder_of_a_chat_model_reads_titles_as_they_are(tiny_folder, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    chat = backbones.load(tiny_folder, torch.float32)
+    chat.tokenizer.chat_template = "{% for message in messages %}<eos>{{ message.content }}{% endfor %}"
+    backbones.save(chat, tmp_path / "chat")
+    lm = backbones.load(tmp_path / "chat", torch.float32, head=False)
+    lm.set_causal(False)
+    export(lm, TITLES, 64, tmp_path / "encoder")
+    theirs = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(TITLES)
+    assert np.abs(encode_titles(lm, TITLES, 64, 1000)[0] - theirs).max() < 1e-4
 
 
 def test_vectors_do_not_depend_on_the_batch(tiny):

@@ -95,6 +95,7 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
             f"{path}: the tokenizer has {len(tokenizer)} tokens and pad token {tokenizer.pad_token!r}, the "
             f"model {vocabulary} embeddings; use the tokenizer that belongs to the model"
         )
+    tokenizer.chat_template = None  # sentence-transformers would wrap every title in a chat message
     return Backbone(model.eval(), tokenizer)
 
 

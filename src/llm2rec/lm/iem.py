@@ -334,5 +334,5 @@ def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path) ->
     if similarity < 0.999:
         raise ArtifactError(
             f"the exported encoder {out} gives other vectors than the trained one (cosine {similarity:.4f}); "
-            "this version of sentence-transformers does not honour the attention of the model"
+            "this version of sentence-transformers reads the model's attention, pooling or tokenizer otherwise"
         )
