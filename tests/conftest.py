@@ -7,9 +7,13 @@ import torch
 
 from llm2rec.lm import backbone as backbones
 
-TITLES = [f"The {colour} {thing} ({year})" for year, (colour, thing) in enumerate(
-    [(c, t) for c in ("red", "blue", "old", "last") for t in ("boat", "road", "king", "river", "night")], 1980
-)]
+TITLES = [
+    f"The {colour} {thing} ({year})"
+    for year, (colour, thing) in enumerate(
+        [(c, t) for c in ("red", "blue", "old", "last") for t in ("boat", "road", "king", "river", "night")],
+        1980,
+    )
+]
 
 
 @pytest.fixture(scope="session")

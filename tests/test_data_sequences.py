@@ -16,9 +16,7 @@ from llm2rec.errors import ArtifactError, DataError
 
 N_ITEMS = 6
 ITEMS = Catalogue.from_frame(
-    pl.DataFrame(
-        {"item_id": [f"i{i}" for i in range(N_ITEMS)], "title": [f"Title {i}" for i in range(N_ITEMS)]}
-    ),
+    pl.DataFrame({"item_id": [f"i{i}" for i in range(N_ITEMS)], "title": [f"Title {i}" for i in range(N_ITEMS)]}),
     "items",
 )
 events = st.tuples(st.integers(0, N_ITEMS - 1), st.integers(0, 4))  # few times: many ties
@@ -66,8 +64,7 @@ def test_the_split_partitions_the_events_in_order_of_time(case):
     for start, end in zip(sequences.offsets, sequences.offsets[1:], strict=False):
         training = end - start - 2 * holdout
         assert (
-            sequences.parts[start:end].tolist()
-            == [TRAIN] * training + [VALIDATION] * holdout + [TEST] * holdout
+            sequences.parts[start:end].tolist() == [TRAIN] * training + [VALIDATION] * holdout + [TEST] * holdout
         )
 
 

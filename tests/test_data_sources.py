@@ -158,9 +158,7 @@ def data(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path / "sets"))
     games = sources.DATA["amazon-games"]
     mirrors = ((sources.LocalFolder("toy"), games.mirrors[0][1]),)
-    source = dataclasses.replace(
-        games, name="toy", content_hash=sources.tables_hash(*tables()), mirrors=mirrors
-    )
+    source = dataclasses.replace(games, name="toy", content_hash=sources.tables_hash(*tables()), mirrors=mirrors)
     monkeypatch.setitem(sources.DATA, "toy", source)
     return folder
 

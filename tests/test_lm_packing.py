@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TITLES
 
+from conftest import TITLES
 from llm2rec.lm.packing import gather_texts, pack, positions_within, token_budget_batches, tokenise
 
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TITLES, cyclic_log
 from torch import nn
 
+from conftest import TITLES, cyclic_log
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.tables import Catalogue, Interactions
@@ -37,19 +37,21 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     log, items = cyclic_log()
     catalogue = Catalogue.from_frame(items, "items")
-    prepare(
-        Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder
-    )
+    prepare(Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder)
     return Sequences.load(folder), catalogue.titles
 
 
 def run_csft(world, model, out, **changes):
     sequences, titles = world
     options = {"max_tokens": 3000, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 128}
-    options |= {"history_length": 4, "max_title_tokens": 16, "learning_rate": 1e-2, "checkpoints": 0, "seed": 0}
-    return csft(
-        sequences, titles, model=model, dtype=torch.float32, out=out, **(OPTIMIZER | options | changes)
-    )
+    options |= {
+        "history_length": 4,
+        "max_title_tokens": 16,
+        "learning_rate": 1e-2,
+        "checkpoints": 0,
+        "seed": 0,
+    }
+    return csft(sequences, titles, model=model, dtype=torch.float32, out=out, **(OPTIMIZER | options | changes))
 
 
 def test_labels_are_the_titles_after_the_first_and_their_separators(tiny):
@@ -181,7 +183,6 @@ def test_dropout_makes_two_different_views(tiny):
     tiny.set_causal(False)
     texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=True)
     batch = TitleBatches(texts, 1, 8, 100_000, seed=0)[0]
-
 
     tiny.model.train()
     from llm2rec.lm.encode import embed

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import cyclic_log
 from safetensors.torch import load_file
 
 import llm2rec as lr
+from conftest import cyclic_log
 from llm2rec import artifacts
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -242,9 +241,9 @@ def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):
 
 def test_a_stage_verb_needs_the_stages_before_it(world, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
-        "data: {interactions: %s/interactions.csv, items: %s/items.csv}\n"
+        f"data: {{interactions: {world}/interactions.csv, items: {world}/items.csv}}\n"
         "model: {source: tiny-random}\ncsft: {max_tokens: 4000}\n"
-        "iem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n" % (world, world)
+        "iem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n"
     )
     with pytest.raises(ArtifactError, match="prepare"):
         lr.fit(tmp_path)
@@ -283,9 +282,7 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, world, tmp_path, mome
     process.wait()
     resumed = lr.run("demo", tmp_path / "run", overrides(world))
     for stage in ("csft", "mntp", "iem"):
-        weights = [
-            load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)
-        ]
+        weights = [load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert resumed.metrics()["rows"] == finished.metrics()["rows"]
 
@@ -299,5 +296,3 @@ def test_a_second_live_run_in_the_folder_is_refused(world, tmp_path):
     finally:
         process.kill()
         process.wait()
-
-

@@ -107,9 +107,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, eval
     def run(folder, model, objective):
         options = settings(max_steps=12, checkpoint_every=2, evaluate_every=2 * evaluates, patience=9)
         evaluate = (lambda: {"ndcg@10": float(weights(model).sum())}) if evaluates else None
-        return train(
-            model, Numbers(), objective, out=folder, settings=options, evaluate=evaluate, description="x"
-        )
+        return train(model, Numbers(), objective, out=folder, settings=options, evaluate=evaluate, description="x")
 
     whole = network(dropout=0.5)
     expected = run(tmp_path / "whole", whole, squared_error)

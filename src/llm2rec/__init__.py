@@ -31,9 +31,7 @@ _HOMES = {
     "Sequences": "llm2rec.data.sequences",
     **dict.fromkeys(("Catalogue", "Interactions"), "llm2rec.data.tables"),
     **dict.fromkeys(("ArtifactError", "ConfigError", "DataError", "Llm2RecError"), "llm2rec.errors"),
-    **dict.fromkeys(
-        ("csft", "demo", "encode", "evaluate", "fit", "iem", "prepare", "run"), "llm2rec.pipeline"
-    ),
+    **dict.fromkeys(("csft", "demo", "encode", "evaluate", "fit", "iem", "prepare", "run"), "llm2rec.pipeline"),
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
     **dict.fromkeys(("ScoredItem", "recommend", "similar"), "llm2rec.serve.recommender"),
 }

@@ -93,9 +93,7 @@ def flatten(prefix: str, value: Any) -> Inputs:
     """Nested mappings as dotted keys: `flatten('csft', {'a': {'b': 1}}) == {'csft.a.b': 1}`."""
     if not isinstance(value, Mapping):
         return {prefix: value}
-    return {
-        key: leaf for name, inner in value.items() for key, leaf in flatten(f"{prefix}.{name}", inner).items()
-    }
+    return {key: leaf for name, inner in value.items() for key, leaf in flatten(f"{prefix}.{name}", inner).items()}
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -105,9 +105,7 @@ def recommend(
 
 
 @app.command()
-def similar(
-    run_folder: RunFolder, item: Annotated[str, typer.Argument(help="an item id")], k: Count = 10
-) -> None:
+def similar(run_folder: RunFolder, item: Annotated[str, typer.Argument(help="an item id")], k: Count = 10) -> None:
     """The items nearest to an item by LLM2Rec cosine."""
     _show_items(lr.similar(run_folder, item, k), "cosine")
 

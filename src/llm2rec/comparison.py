@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
+from llm2rec.errors import ConfigError
 from llm2rec.evaluation import protocol
 from llm2rec.runs import Run, open_run
 
@@ -26,12 +27,16 @@ def compare(runs: Sequence[str | Path | Run]) -> dict[str, Any]:
         ConfigError: fewer than two runs.
     """
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    if len({run.folder.resolve() for run in opened}) < 2:
+        raise ConfigError(
+            f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}"
+        )
     tables, means = {}, {}
     for run in opened:
         name = str(run.folder)
         means[name] = {row: values[METRIC]["mean"] for row, values in run.metrics()["rows"].items()}
         tables[name] = pl.read_parquet(run.evaluation / "per_user.parquet")
-    samples = opened[0].recipe.evaluation.bootstrap_samples if opened else 1
+    samples = opened[0].recipe.evaluation.bootstrap_samples
     return {"runs": means, "comparisons": protocol.compare_runs(tables, samples)}
 
 

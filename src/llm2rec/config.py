@@ -244,8 +244,10 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: required, but missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message} (got {problem['input']!r})" if problem["type"] != "value_error" else (
-        f"{key}: {message}"
+    return (
+        f"{key}: {message} (got {problem['input']!r})"
+        if problem["type"] != "value_error"
+        else (f"{key}: {message}")
     )
 
 

@@ -113,7 +113,10 @@ def showcase(run: Run, sequences: Sequences) -> dict[str, Any]:
         }
         for index in known.tolist()
     }
-    row = next((name for name in PREFERRED_ROWS if name in run.recipe.recommender.rows), run.recipe.recommender.rows[0])
+    row = next(
+        (name for name in PREFERRED_ROWS if name in run.recipe.recommender.rows),
+        run.recipe.recommender.rows[0],
+    )
     user, history = _typical_user(sequences)
     ids = [catalogue.item_ids[item - 1] for item in history]
     best = recommend(run, ids, RECOMMENDATIONS, row)
@@ -185,7 +188,9 @@ def report_data(run: Run, per_user: pl.DataFrame) -> report.ReportData:
     prepared = artifacts.require(run.data, "prepare").summary
     return report.ReportData(
         title=f"llm2rec: {run.folder.name}",
-        facts={key: value for key, value in prepared.items() if key not in ("item_ids", "seconds", "peak_memory_gb")},
+        facts={
+            key: value for key, value in prepared.items() if key not in ("item_ids", "seconds", "peak_memory_gb")
+        },
         metrics=metrics,
         recall_curves=protocol.recall_curves(per_user),
         training_curves=training_curves(run),

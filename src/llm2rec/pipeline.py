@@ -38,7 +38,16 @@ def run(
     with artifacts.run_lock(folder):
         started = create_run(recipe, folder, tuple(overrides))
         if fresh:
-            for name in ("data", "backbone", "csft", "mntp", "iem", "embeddings", "recommender", "evaluation"):
+            for name in (
+                "data",
+                "backbone",
+                "csft",
+                "mntp",
+                "iem",
+                "embeddings",
+                "recommender",
+                "evaluation",
+            ):
                 artifacts.move_aside(folder / name, folder)
         _carry_out(started, VERBS)
     return started

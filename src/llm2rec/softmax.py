@@ -15,9 +15,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 64 * 2**20
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
-) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
     """Sum of the cross-entropies of `softmax(hidden @ weight.T)` at `targets` (scalar, nats, float32).
 
     Loss and gradients are computed together, `chunk_rows` rows at a time, during the forward pass: the

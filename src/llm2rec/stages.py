@@ -270,7 +270,12 @@ def _encode_stage(run: Run, name: str) -> Stage:
     def inputs() -> Inputs:
         parent = {trained[name].name: _parent(trained[name], "iem")} if name in trained else {}
         settings = flatten("encode", run.recipe.encode.model_dump(mode="json"))
-        return {**parent, **_text_inputs(run), **(_model_inputs(run) if name not in trained else {}), **settings}
+        return {
+            **parent,
+            **_text_inputs(run),
+            **(_model_inputs(run) if name not in trained else {}),
+            **settings,
+        }
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype

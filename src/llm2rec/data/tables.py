@@ -169,7 +169,9 @@ def _refuse(values: pl.Series, wrong: pl.Series, what: str, origin: str) -> None
     rows = wrong.arg_true()
     if len(rows):
         shown = ", ".join(f"row {row + 1}: {values[row]!r}" for row in rows[:5].to_list())
-        raise DataError(f"{origin}: {what} in {len(rows):,} of {len(values):,} rows ({shown}); mend or remove them")
+        raise DataError(
+            f"{origin}: {what} in {len(rows):,} of {len(values):,} rows ({shown}); mend or remove them"
+        )
 
 
 def _read_own(path: Path) -> pl.DataFrame:

@@ -69,9 +69,7 @@ def bars(metrics: Mapping[str, Any], name: str) -> str:
             value, verdict = values[name], verdict_of(metrics, row)
             reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
             axes.barh(place, value["mean"], height=0.66, color=_PALETTE[_VERDICT_COLOURS[verdict]])
-            axes.errorbar(
-                value["mean"], place, xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5
-            )
+            axes.errorbar(value["mean"], place, xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
             label = f"{value['mean']:.4f} {MARKS[verdict]}".rstrip()
             axes.annotate(
                 label, (value["high"], place), (5, 0), textcoords="offset points", va="center", fontsize=8
@@ -103,9 +101,7 @@ def recall_lines(curves: Mapping[str, Points]) -> str:
         axes.margins(x=0.02)
         _grid(axes, "both")
         figure.legend(loc="outside lower center", ncols=2 if len(curves) < 10 else 3, handlelength=2.6)
-        last = "; ".join(
-            f"{row} {points[-1][1]:.4f} at k = {points[-1][0]}" for row, points in curves.items()
-        )
+        last = "; ".join(f"{row} {points[-1][1]:.4f} at k = {points[-1][0]}" for row, points in curves.items())
         return _svg(figure, f"Recall@k over k by row: {last}")
 
 
@@ -122,9 +118,7 @@ def training_line(name: str, points: Points) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         _grid(axes, "y")
-        return _svg(
-            figure, f"{name} over steps: from {values[0]:.4g} to {values[-1]:.4g} at step {steps[-1]:g}"
-        )
+        return _svg(figure, f"{name} over steps: from {values[0]:.4g} to {values[-1]:.4g} at step {steps[-1]:g}")
 
 
 def metric_label(name: str) -> str:

@@ -111,9 +111,7 @@ def evaluate(
             histories = sequences.histories(positions[batch], history_length)
             scores = scorer.score(torch.from_numpy(histories.astype(np.int64)))
             if scores.shape[1] != sequences.n_items:
-                raise ValueError(
-                    f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item"
-                )
+                raise ValueError(f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item")
             found[batch] = ranks(scores, torch.from_numpy(targets[batch].astype(np.int64))).cpu().numpy()
     users = sequences.users_of(positions)
     return pl.DataFrame({"user_index": users, "item_index": targets, "rank": found})
@@ -218,9 +216,7 @@ def compare_runs(
             if row in averaged[first]:
                 rows[run, row], bases[run, row] = values, averaged[first][row]
     if not rows:
-        raise ArtifactError(
-            f"no other run shares a row with {first!r}, which has {', '.join(averaged[first])}"
-        )
+        raise ArtifactError(f"no other run shares a row with {first!r}, which has {', '.join(averaged[first])}")
     compared = _compare(rows, bases, samples, seed)
     return {run: {row: result for (name, row), result in compared.items() if name == run} for run in others}
 
@@ -365,17 +361,13 @@ def _events(training: pl.DataFrame) -> pl.DataFrame:
     return training.select(_EVENT).sort(_EVENT)
 
 
-def _require_same_events(
-    first: pl.DataFrame, second: pl.DataFrame, first_name: str, second_name: str
-) -> None:
+def _require_same_events(first: pl.DataFrame, second: pl.DataFrame, first_name: str, second_name: str) -> None:
     if first.equals(second):
         return
     shown = []
     for name, here, there in ((first_name, first, second), (second_name, second, first)):
         counted = here.group_by(_EVENT, maintain_order=True).len()
-        extra = counted.join(
-            there.group_by(_EVENT).len(), on=[*_EVENT, "len"], how="anti", maintain_order="left"
-        )
+        extra = counted.join(there.group_by(_EVENT).len(), on=[*_EVENT, "len"], how="anti", maintain_order="left")
         if not extra.is_empty():
             user, item = extra.row(0)[:2]
             shown.append(f"{extra.height} only in {name!r} (first: user {user!r}, item {item!r})")

@@ -28,9 +28,7 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     """
     scores = _checked(scores)
     if targets.shape != scores.shape[:1]:
-        raise ValueError(
-            f"targets have shape {tuple(targets.shape)}; expected ({scores.shape[0]},), one a row"
-        )
+        raise ValueError(f"targets have shape {tuple(targets.shape)}; expected ({scores.shape[0]},), one a row")
     targets = targets.to(scores.device, torch.int64)
     _check_item_indices(targets, scores.shape[1], "target", lowest=1)
     target_scores = scores.gather(1, targets.unsqueeze(1) - 1)  # (B, 1)

@@ -16,8 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AttentionInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.masking_utils import AttentionMaskInterface
 
 from llm2rec import artifacts
@@ -228,9 +235,7 @@ def _converted(gguf: Path) -> Path:
     folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
     if not (folder / artifacts.MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; saving refuses otherwise

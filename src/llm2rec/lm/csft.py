@@ -122,9 +122,7 @@ def csft_texts(tokenizer: Any, titles: list[str], max_title_tokens: int) -> Toke
     """
     plain = tokenise(tokenizer, item_texts(titles), max_title_tokens, special_tokens=False)
     separator = np.array(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
-    tokens = np.insert(
-        plain.tokens, np.repeat(plain.offsets[1:], len(separator)), np.tile(separator, len(plain))
-    )
+    tokens = np.insert(plain.tokens, np.repeat(plain.offsets[1:], len(separator)), np.tile(separator, len(plain)))
     return TokenisedTexts(tokens, plain.offsets + len(separator) * np.arange(len(plain) + 1))
 
 
@@ -186,8 +184,7 @@ class WindowBatches(Batches):
 
     def __getitem__(self, index: int) -> Batch:
         windows = [
-            np.asarray(self._items[self._starts[window] : self._ends[window]])
-            for window in self._batches[index]
+            np.asarray(self._items[self._starts[window] : self._ends[window]]) for window in self._batches[index]
         ]
         return supervise(self._texts, windows, [1] * len(windows))
 
@@ -232,7 +229,7 @@ def held_out_batches(
 
 
 def perplexity(lm: Backbone, batches: list[Batch]) -> float:
-    """exp of the mean loss per labelled token (>= 1)."""
+    """Exp of the mean loss per labelled token (>= 1)."""
     lm.model.eval()
     total, targets = 0.0, 0
     with torch.no_grad():

@@ -118,7 +118,9 @@ def load(folder: Path, vectors: np.ndarray | None = None) -> Recommender:
         model = build(**config, vectors=vectors, seed=0, statistics=statistics)
         model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ArtifactError(f"{folder} does not hold a whole recommender ({error}); run the fit stage again") from error
+        raise ArtifactError(
+            f"{folder} does not hold a whole recommender ({error}); run the fit stage again"
+        ) from error
     return model.eval()
 
 

@@ -56,7 +56,7 @@ def recommend(
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
     if not history:
-        raise ConfigError("the history is empty; give at least one item id (`--row popularity` ignores it)")
+        raise ConfigError("the history is empty; give at least one item id")
     catalogue = _catalogue(run)
     indices = [index_of(catalogue, item_id) for item_id in history]
     seen = torch.tensor([indices])
@@ -132,8 +132,10 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
             for candidate, title in zip(catalogue.item_ids, catalogue.titles, strict=True)
             if wanted in title.lower()
         ]
-        hint = f"items with that in their title: {first_few(close)}" if close else (
-            f"ids look like {first_few(catalogue.item_ids, 3)}"
+        hint = (
+            f"items with that in their title: {first_few(close)}"
+            if close
+            else (f"ids look like {first_few(catalogue.item_ids, 3)}")
         )
         raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
 

@@ -1,0 +1,144 @@
+"""The command line on good and on bad input: every mistake ends in one message, before any training."""
+
+import errno
+import sys
+
+import pytest
+
+from conftest import cyclic_log
+from llm2rec import cli
+from test_pipeline import overrides, write_world
+
+
+@pytest.fixture
+def llm2rec(monkeypatch, capsys):
+    """Calls the command line in this process; returns exit status, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llm2rec", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def run_on(llm2rec, tmp_path):
+    """Runs the toy recipe on the given CSV texts; returns exit status and what stderr says."""
+
+    def run(interactions=None, items=None, *changes):
+        log, table = cyclic_log(users=4, items=6, events=5)
+        (tmp_path / "interactions.csv").write_bytes((interactions or log.write_csv()).encode())
+        (tmp_path / "items.csv").write_bytes((items or table.write_csv()).encode())
+        settings = [part for change in (*overrides(tmp_path), *changes) for part in ("--set", change)]
+        status, _, err = llm2rec("run", "demo", "--out", tmp_path / "run", *settings)
+        return status, err
+
+    return run
+
+
+LOG = "user_id,item_id,timestamp\n"
+ITEMS = "item_id,title\n"
+EVENTS = "".join(f"u{user},i{item},{item}\n" for user in range(2) for item in range(3))
+TITLES = "".join(f"i{item},Film {item}\n" for item in range(3))
+
+BAD_INPUT = {
+    "missing column": ("user,item_id,timestamp\nu,i0,1\n", None, ["interactions.csv", "user_id"]),
+    "empty title": (LOG + EVENTS, ITEMS + "i0,\ni1,x\ni2,y\n", ["items.csv", "'i0'", "title"]),
+    "blank title": (LOG + EVENTS, ITEMS + "i0,  \ni1,x\ni2,y\n", ["items.csv", "'i0'", "title"]),
+    "unknown item": (LOG + EVENTS + "u0,i9,9\n", ITEMS + TITLES, ["'i9'"]),
+    "duplicate item": (LOG + EVENTS, ITEMS + TITLES + "i1,again\n", ["items.csv", "'i1'"]),
+    "null timestamp": (LOG + EVENTS + "u0,i0,\n", ITEMS + TITLES, ["interactions.csv", "timestamp", "row 7"]),
+    "bad timestamp": (LOG + EVENTS + "u0,i0,soon\n", ITEMS + TITLES, ["timestamp", "row 7", "soon"]),
+    "NaN timestamp": (LOG + EVENTS + "u0,i0,NaN\n", ITEMS + TITLES, ["timestamp", "row 7"]),
+    "empty log": (LOG, ITEMS + TITLES, ["interactions.csv", "no rows"]),
+    "zero bytes": (" ", ITEMS + TITLES, ["interactions.csv"]),
+    "one user": (LOG + "u,i0,1\nu,i1,2\nu,i2,3\n", ITEMS + TITLES, ["only one user_id"]),
+    "one item": (LOG + "u,i0,1\nv,i0,2\n", ITEMS + TITLES, ["only one item_id"]),
+    "short histories": (LOG + EVENTS + "w,i0,1\n", ITEMS + TITLES, ["'w'", "short_histories=drop"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_message_before_any_training(run_on, tmp_path, case):
+    interactions, items, words = BAD_INPUT[case]
+    status, err = run_on(interactions, items)
+    assert status == 1
+    assert "Traceback" not in err and len(err.splitlines()) < 20
+    assert [word for word in words if word not in err] == []
+    assert not (tmp_path / "run" / "csft").exists()
+
+
+def test_crlf_files_load(run_on):
+    log, table = cyclic_log(users=4, items=6, events=5)
+    crlf = [frame.write_csv().replace("\n", "\r\n") for frame in (log, table)]
+    assert run_on(*crlf, "recommender.rows=[popularity]")[0] == 0
+
+
+def test_short_histories_can_be_dropped(run_on):
+    log, _ = cyclic_log(users=4, items=6, events=5)
+    status, err = run_on(
+        log.write_csv() + "w,i00,1\n", None, "data.short_histories=drop", "recommender.rows=[popularity]"
+    )
+    assert status == 0
+    assert "dropped users 1" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("csft.max_token=5", "no such key"),
+        ("csft.max_tokens=lots", "csft.max_tokens"),
+        ("model.source=./no/such/model", "no file or folder"),
+        ("recommender.rows=[sasrec-magic]", "unknown row"),
+        ("data.history_length=0", "data.history_length"),
+    ],
+)
+def test_a_bad_setting_is_one_message(run_on, change, words):
+    status, err = run_on(None, None, change)
+    assert status == 1
+    assert words in err and "Traceback" not in err
+
+
+def test_a_full_disk_is_said_in_words(run_on, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llm2rec.data.sequences.np.save", full)
+    status, err = run_on()
+    assert status == 1
+    assert "disk is full" in err and "Traceback" not in err
+
+
+def test_the_verbs_print_titles(llm2rec, tmp_path):
+    write_world(tmp_path, users=6, items=6, events=6)
+    settings = [part for change in overrides(tmp_path) for part in ("--set", change)]
+    settings += ["--set", "recommender.max_epochs=2"]
+    status, out, _ = llm2rec("run", "demo", "--out", tmp_path / "run", *settings)
+    assert status == 0
+    assert "sasrec-llm2rec" in out and "nearest by llm2rec" in out
+    status, out, _ = llm2rec("recommend", tmp_path / "run", "--history", "i00, i01", "-k", "2")
+    assert status == 0 and "The " in out
+    status, out, _ = llm2rec("similar", tmp_path / "run", "i00", "-k", "2")
+    assert status == 0 and "The " in out
+    status, out, _ = llm2rec("compare", tmp_path / "run", tmp_path / "run")
+    assert status == 1  # the same folder twice is one run
+    status, out, _ = llm2rec("data", "describe", tmp_path / "interactions.csv", tmp_path / "items.csv")
+    assert status == 0 and "density" in out
+
+
+@pytest.mark.parametrize("verb", ["data", "models"])
+def test_sources_are_listed_with_licence(llm2rec, verb):
+    status, out, _ = llm2rec(verb, "list")
+    assert status == 0 and "licence" in out
+
+
+def test_a_missing_run_says_how_to_start_one(llm2rec, tmp_path):
+    status, _, err = llm2rec("fit", tmp_path / "nowhere")
+    assert status == 1
+    assert "llm2rec run RECIPE" in err
