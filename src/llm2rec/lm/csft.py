@@ -204,6 +204,7 @@ class TokenObjective:
         self._lm = lm
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of one micro-batch, summed over its targets."""
         return token_loss(self._lm.hidden_states(batch), self._lm.head, batch["rows"], batch["labels"])
 
 

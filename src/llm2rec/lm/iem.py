@@ -268,6 +268,7 @@ class ContrastiveObjective:
         self._lm, self._temperature = lm, temperature
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of one micro-batch, summed over its targets."""
         chunks = list(batch["chunks"].values())
 
         def encode(number: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,6 +149,7 @@ class NextItemObjective:
         self._recommender = recommender
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of one batch from `WindowBatches`, summed over its targets."""
         # `model` may be the engine's wrapper of the recommender, which has only its forward.
         vectors = self._recommender.items.vectors()
         states = model(batch["histories"], vectors)

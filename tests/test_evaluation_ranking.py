@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm2rec.evaluation.ranking import measure, metric_names, ranks, top_k
+
+SCORES = st.lists(st.lists(st.integers(-3, 3).map(float), min_size=5, max_size=5), min_size=1, max_size=6).map(
+    torch.tensor
+)
+
+
+@given(SCORES, st.data())
+def test_ranks_equal_a_brute_force_count(scores, data):
+    targets = torch.tensor([data.draw(st.integers(1, 5)) for _ in scores])
+    for row, target, rank in zip(scores.tolist(), targets.tolist(), ranks(scores, targets).tolist(), strict=True):
+        others = [score for item, score in enumerate(row, 1) if item != target]
+        assert rank == 1 + sum(score >= row[target - 1] for score in others)
+
+
+def test_a_scorer_without_an_opinion_ranks_last():
+    assert ranks(torch.zeros(1, 7), torch.tensor([3])).tolist() == [7]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_raises(bad):
+    with pytest.raises(ValueError, match="not finite"):
+        ranks(torch.tensor([[0.0, bad]]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("recall@5", [1, 1, 0]),
+        ("ndcg@5", [1, 1 / math.log2(4), 0]),
+        ("ndcg@10", [1, 1 / math.log2(4), 1 / math.log2(7)]),
+        ("mrr", [1, 1 / 3, 1 / 6]),
+    ],
+)
+def test_metrics_counted_by_hand(name, expected):
+    assert measure(torch.tensor([1, 3, 6]), name).tolist() == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1))
+def test_metrics_lie_in_the_unit_interval_and_grow_with_k(values):
+    rank = torch.tensor(values)
+    for name in metric_names([5, 20]):
+        assert ((measure(rank, name) >= 0) & (measure(rank, name) <= 1)).all()
+    for base in ("recall", "ndcg"):
+        assert (measure(rank, f"{base}@5") <= measure(rank, f"{base}@20")).all()
+
+
+@pytest.mark.parametrize("name", ["recall", "mrr@5", "recall@0", "hits@5"])
+def test_an_unknown_metric_is_refused(name):
+    with pytest.raises(ValueError, match="no metric"):
+        measure(torch.tensor([1]), name)
+
+
+def test_top_k_hides_the_excluded_and_breaks_ties_by_index():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 2.0]])
+    items, values = top_k(scores, 2, exclude=torch.tensor([[2, 0]]))
+    assert items.tolist() == [[3, 4]] and values.tolist() == [[3.0, 2.0]]
+    assert top_k(scores, 2)[0].tolist() == [[2, 3]]
+
+
+def test_top_k_gives_no_more_than_what_is_left():
+    items, _ = top_k(torch.randn(1, 4), 10, exclude=torch.tensor([[1, 2]]))
+    assert sorted(items[0].tolist()) == [3, 4]

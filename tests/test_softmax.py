@@ -1,0 +1,49 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm2rec.softmax import linear_cross_entropy
+
+
+def gradients(loss_of, dtype, upstream=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(23, 8, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(50, 8, generator=generator).to(dtype).requires_grad_()
+    loss = loss_of(hidden, weight, torch.randint(0, 50, (23,), generator=generator))
+    (upstream * loss).backward()
+    return loss.item(), hidden.grad.float(), weight.grad.float()
+
+
+def plain(hidden, weight, targets):
+    return F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("chunk_rows", [None, 1, 5, 23])
+def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, chunk_rows):
+    expected = gradients(plain, dtype, upstream=0.5)
+    found = gradients(lambda *a: linear_cross_entropy(*a, chunk_rows=chunk_rows), dtype, upstream=0.5)
+    assert expected[1].abs().max() > 0.1  # premise: there is a gradient to miss
+    assert found[0] == pytest.approx(expected[0], rel=1e-3)
+    assert torch.allclose(found[1], expected[1], atol=tolerance)
+    assert torch.allclose(found[2], expected[2], atol=tolerance)
+
+
+def test_a_frozen_head_receives_no_gradient():
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(9, 8)
+    linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 3])).backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_no_row_costs_nothing():
+    assert linear_cross_entropy(torch.empty(0, 8), torch.randn(9, 8), torch.empty(0, dtype=torch.int64)) == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden", "targets"),
+    [(torch.randn(4, 7), 4), (torch.randn(4, 8), 3), (torch.randn(4, 8, dtype=torch.float64), 4)],
+)
+def test_shapes_and_dtypes_that_do_not_fit_are_refused(hidden, targets):
+    with pytest.raises(ValueError, match="must be|is torch"):
+        linear_cross_entropy(hidden, torch.randn(9, 8), torch.zeros(targets, dtype=torch.int64))
