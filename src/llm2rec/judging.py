@@ -44,6 +44,7 @@ def judge(run: Run) -> dict[str, Any]:
     per_user.write_parquet(out / "per_user.parquet")
     summary = protocol.summarise(per_user, settings.k, settings.bootstrap_samples)
     compared = protocol.compare_rows(per_user, reference, settings.bootstrap_samples)
+    test_events = len(sequences.held_out(TEST))
     content = {
         **summary,
         "reference": reference,
@@ -51,7 +52,7 @@ def judge(run: Run) -> dict[str, Any]:
         "validation": validation_choices(run),
         "protocol": {
             "ranking": "full, over the whole catalogue; items of the history compete as well",
-            "test_events": int(len(sequences.held_out(TEST))),
+            "test_events": test_events,
             "holdout": run.recipe.data.holdout,
             "history_length": run.recipe.data.history_length,
             "ties": "count against the target; events of equal time are ordered by item_id",
@@ -60,7 +61,7 @@ def judge(run: Run) -> dict[str, Any]:
     artifacts.write_json(out / "metrics.json", content)
     artifacts.write_json(out / "showcase.json", showcase(run, sequences))
     (out / "report.html").write_text(report.render_html(report_data(run, per_user)), encoding="utf-8")
-    return {"rows": len(summary["rows"]), "test_events": content["protocol"]["test_events"]}
+    return {"rows": len(summary["rows"]), "test_events": test_events}
 
 
 def reference_row(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -29,12 +29,12 @@ class Bar:
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
         """Move on by `steps`, and replace the note if one is given."""
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self._progress.update(self._task, advance=steps, **fields)
 
     def move_to(self, completed: int, note: str | None = None) -> None:
         """Set the absolute position (after a resume)."""
-        fields = {} if note is None else {"note": note}
+        fields: dict[str, Any] = {} if note is None else {"note": note}
         self._progress.update(self._task, completed=completed, **fields)
 
 

@@ -126,7 +126,7 @@ def train(
         last = _last_complete_checkpoint(checkpoints)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and _is_over(state, settings, evaluate is not None):
-            _load_weights(model, Path(state.best_model_checkpoint or last))
+            _load_weights(model, Path(state.best_model_checkpoint or str(last)))
         else:
             _require_disk(model, out, settings)
             trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -145,6 +145,9 @@ def train(
 
 class _StageTrainer(Trainer):
     """`transformers.Trainer` over ready-made batches, a summed objective and a validation function."""
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def __init__(
         self,

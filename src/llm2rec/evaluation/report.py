@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -93,7 +94,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
         clear = sum(result["verdict"] == WORSE for result in metrics["comparisons"].values())
         return f"{start}, the reference row; {clear} of {len(rows) - 1} other rows are distinguishably worse."
     result = metrics["comparisons"][best]
-    change = f"{_percent(result['relative'])}, p = {_p_value(result['p_holm'])}"
+    change = f"{_percent(result['relative'])}, p {_p_value(result['p_holm'])} after Holm"
     if result["verdict"] == WITHIN_NOISE:
         return f"{start}, not distinguishable from the reference {reference} ({change})."
     return f"{start}, {result['verdict']} than the reference {reference} ({change})."
@@ -101,14 +102,19 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 def render_table(metrics: Mapping[str, Any]) -> Table:
     """The content of `metrics.json` for the terminal: means, intervals, verdict against the reference."""
-    table = Table(title="Full ranking on the test events", caption=_caption(metrics))
+    table = Table(
+        title=f"Test events, full ranking; against {metrics['reference']}",
+        caption=_caption(metrics),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("row", no_wrap=True)
-    for name in ("Recall@10", "NDCG@10"):
-        table.add_column(name, justify="right")
+    table.add_column("Recall@10", justify="right")
+    table.add_column("NDCG@10", justify="right")
     table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("difference", justify="right")
-    table.add_column("p (Holm)", justify="right")
-    table.add_column(f"against {metrics['reference']}")
+    for name in ("change", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=len(WITHIN_NOISE.split()[-1]))
     for cells, verdict in _table_rows(metrics):
         table.add_row(*cells[:-1], Text(cells[-1], style=_TERMINAL_STYLES[verdict]))
     return table
@@ -116,7 +122,7 @@ def render_table(metrics: Mapping[str, Any]) -> Table:
 
 def markdown_table(metrics: Mapping[str, Any]) -> str:
     """The same table in Markdown, for a README; ends with its caption."""
-    heads = ["row", "Recall@10", "NDCG@10", "95 % interval", "difference", "p (Holm)"]
+    heads = ["row", "Recall@10", "NDCG@10", "95 % interval", "change", "p (Holm)"]
     heads.append(f"against {metrics['reference']}")
     lines = [heads, ["---", *["---:"] * 5, "---"], *(cells for cells, _ in _table_rows(metrics))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_caption(metrics)}\n"
@@ -128,7 +134,7 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
     for row, values in metrics["rows"].items():
         verdict = verdict_of(metrics, row)
         ndcg, recall = values["ndcg@10"], values["recall@10"]
-        cells = [row, _spread(recall), _spread(ndcg), f"{ndcg['low']:.4f} – {ndcg['high']:.4f}"]
+        cells = [row, _spread(recall), _spread(ndcg), f"{ndcg['low']:.4f}–{ndcg['high']:.4f}"]
         if verdict == REFERENCE:
             cells += ["", ""]
         else:
@@ -142,7 +148,7 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
     return (
-        f"{spread}; interval and difference are of NDCG@10: bootstrap over users, paired, "
+        f"{spread}; interval, change and p are of NDCG@10: bootstrap over users, paired, "
         f"Holm over {len(metrics['comparisons'])} rows."
     )
 

@@ -25,6 +25,7 @@ from llm2rec.lm.csft import TokenObjective
 from llm2rec.lm.encode import embed, encode_tokens
 from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss
 from llm2rec.lm.packing import (
+    Packed,
     TokenisedTexts,
     gather_texts,
     pack,
@@ -254,7 +255,7 @@ class TitleBatches(_ShuffledTexts):
     def __getitem__(self, index: int) -> Batch:
         chosen = self._chosen[index]
         chosen = chosen[np.argsort(-self._texts.lengths[chosen], kind="stable")]
-        chunks = {}
+        chunks: dict[str, Packed] = {}
         for rows in token_budget_batches(2 * self._texts.lengths[chosen], self._micro_batch_tokens):
             twice = np.concatenate([chosen[rows], chosen[rows]])
             chunks[f"chunk{len(chunks)}"] = pack(*gather_texts(self._texts, twice))

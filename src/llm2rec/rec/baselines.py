@@ -59,6 +59,9 @@ class Markov:
         return torch.from_numpy(self._transitions[newest].toarray() + self._tie_break)
 
 
+FLOORS: dict[str, type[Popularity] | type[Markov]] = {"popularity": Popularity, "markov": Markov}
+
+
 def _counts(sequences: Sequences) -> np.ndarray:
     """Training events of each item, (N,) int64."""
     items, _ = sequences.training()

@@ -97,7 +97,7 @@ def load_scorer(run: Run, row: str, seed: int) -> Scorer:
     """
     sequences = Sequences.load(run.data)
     if row in FLOORS:
-        return {"popularity": baselines.Popularity, "markov": baselines.Markov}[row](sequences)
+        return baselines.FLOORS[row](sequences)
     folder = run.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
     vectors = load_vectors(run, name, _catalogue(run)) if name else None
