@@ -1,7 +1,9 @@
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol
 
@@ -16,6 +18,24 @@ def table(**rows):
         for seed, ranks in enumerate(seeds)
     ]
     return pl.concat(frames)
+
+
+class NextOnTheCircle:
+    """Scores the item after the last of the history highest, the others lower the further on they are."""
+
+    def __init__(self, n_items):
+        self.n_items = n_items
+
+    def score(self, histories):
+        last = histories.gather(1, (histories > 0).sum(1, keepdim=True) - 1)  # (B, 1) item_index
+        return -((torch.arange(1, self.n_items + 1) - last - 1) % self.n_items).float()
+
+
+def circle_of(n_items):
+    """Two users on a circle of items; the second user's test event goes one too far."""
+    parts = np.array([TRAIN, TRAIN, VALIDATION, TEST] * 2, dtype=np.uint8)
+    items = np.array([1, 2, 3, 4, 2, 3, 4, 1], dtype=np.int32)
+    return Sequences(items, np.array([0, 4, 8]), parts, [f"i{i}" for i in range(1, n_items + 1)], ["u0", "u1"])
 
 
 GOOD, BAD = [1, 2] * 50, [30, 2] * 50
@@ -81,3 +101,56 @@ def test_several_events_of_a_user_are_one_cluster():
 def test_the_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(0).random((30, 2))
     assert np.array_equal(protocol.bootstrap_means(values, 20, 3), protocol.bootstrap_means(values, 20, 3))
+
+
+def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
+    values = np.random.default_rng(0).random((30, 2))
+    whole = protocol.bootstrap_means(values, 20, 3)
+    monkeypatch.setattr(protocol, "_CHUNK_BYTES", 1)
+    assert protocol.bootstrap_means(values, 20, 3) == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("batch_size", [1, 512])
+def test_every_test_event_is_ranked_over_the_whole_catalogue(batch_size):
+    ranked = protocol.evaluate(NextOnTheCircle(5), circle_of(5), TEST, 2, batch_size)
+    assert ranked.rows() == [(0, 4, 1), (1, 1, 2)]
+
+
+def test_ranks_are_kept_under_outside_ids():
+    ranked = protocol.evaluate(NextOnTheCircle(5), circle_of(5), TEST, 2)
+    kept = protocol.per_user_table(ranked, circle_of(5), "circle", 7)
+    assert kept.rows() == [("circle", 7, "u0", "i4", 1), ("circle", 7, "u1", "i1", 2)]
+
+
+def test_a_scorer_of_another_catalogue_is_refused():
+    with pytest.raises(ValueError, match="ranks 4 items, the catalogue has 5"):
+        protocol.evaluate(NextOnTheCircle(4), circle_of(5), TEST, 2)
+
+
+def test_the_mean_of_a_metric_weighs_users_and_not_events():
+    ranked = pl.DataFrame({"user_index": [0, 0, 0, 1], "item_index": [1, 2, 3, 1], "rank": [1, 1, 1, 50]})
+    assert protocol.mean_metric(ranked, "recall@10") == 0.5
+
+
+def test_rows_on_other_test_events_are_refused():
+    frame = table(a=[[1, 2]], b=[[1, 2]])
+    moved = frame.with_columns(item_id=pl.when(row="b").then(pl.lit("j")).otherwise("item_id"))
+    with pytest.raises(ArtifactError, match="only in 'b, seed 0'"):
+        protocol.compare_rows(moved, "a", samples=50)
+
+
+def test_holm_covers_the_rows_of_the_table():
+    noisy = np.random.default_rng(0).integers(1, 30, (5, 60)).tolist()
+    result = protocol.compare_rows(table(**{f"r{i}": [ranks] for i, ranks in enumerate(noisy)}), "r0", samples=500)
+    p_values = [row["p"] for row in result.values()]
+    assert len(set(p_values)) > 1
+    assert [row["p_holm"] for row in result.values()] == protocol.holm(p_values)
+
+
+def test_a_row_is_compared_between_runs():
+    runs = {"old": table(a=[BAD], b=[GOOD]), "new": table(a=[GOOD], b=[GOOD])}
+    result = protocol.compare_runs(runs, samples=500)
+    assert {row: values["verdict"] for row, values in result["new"].items()} == {
+        "a": "better",
+        "b": "not distinguishable",
+    }

@@ -20,6 +20,18 @@ def test_ranks_equal_a_brute_force_count(scores, data):
         assert rank == 1 + sum(score >= row[target - 1] for score in others)
 
 
+def test_scores_that_differ_only_beyond_float32_tie():
+    scores = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)
+    assert scores[0, 0] != scores[0, 1]
+    assert ranks(scores, torch.tensor([2])).tolist() == [2]
+
+
+@pytest.mark.parametrize("target", [0, 3])
+def test_a_target_outside_the_catalogue_raises(target):
+    with pytest.raises(ValueError, match=f"item_index {target} is outside 1..2"):
+        ranks(torch.zeros(1, 2), torch.tensor([target]))
+
+
 def test_a_scorer_without_an_opinion_ranks_last():
     assert ranks(torch.zeros(1, 7), torch.tensor([3])).tolist() == [7]
 
@@ -68,3 +80,20 @@ def test_top_k_hides_the_excluded_and_breaks_ties_by_index():
 def test_top_k_gives_no_more_than_what_is_left():
     items, _ = top_k(torch.randn(1, 4), 10, exclude=torch.tensor([[1, 2]]))
     assert sorted(items[0].tolist()) == [3, 4]
+
+
+@given(SCORES, st.integers(1, 7), st.data())
+def test_top_k_equals_a_sort_by_score_and_index(scores, k, data):
+    hidden = torch.tensor([data.draw(st.lists(st.integers(0, 5), min_size=3, max_size=3)) for _ in scores])
+    items, values = top_k(scores, k, exclude=hidden)
+    for row, excluded, found, best in zip(scores, hidden.tolist(), items.tolist(), values.tolist(), strict=True):
+        left = sorted((-score, item) for item, score in enumerate(row.tolist(), 1) if item not in excluded)[:k]
+        padding = len(found) - len(left)
+        assert found == [item for _, item in left] + [0] * padding
+        assert best == [-score for score, _ in left] + [-math.inf] * padding
+
+
+def test_top_k_leaves_the_scores_as_they_were():
+    scores = torch.tensor([[1.0, 2.0]])
+    top_k(scores, 1, exclude=torch.tensor([[2]]))
+    assert scores.tolist() == [[1.0, 2.0]]

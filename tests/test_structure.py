@@ -19,7 +19,7 @@ LEVELS = [
     {"softmax", "training"},
     {"lm", "rec"},
     {"serve"},
-    {"stages", "judging"},
+    {"stages", "judging", "display"},
     {"pipeline", "comparison"},
     {"cli"},
 ]
@@ -63,6 +63,7 @@ def test_imports_run_one_way(path):
     [
         ("import llm2rec", ("torch", "transformers", "polars")),
         ("import llm2rec.pipeline, llm2rec.cli", ("torch", "transformers")),
+        ("import llm2rec.display", ("torch", "transformers")),
         ("import llm2rec.serve.recommender", ("transformers",)),
     ],
 )

@@ -156,7 +156,7 @@ def models_fetch(name: Annotated[str, typer.Argument(help="a name from `models l
 
 
 def _show_run(run: lr.Run) -> None:
-    from llm2rec.judging import show
+    from llm2rec.display import show
 
     for part in show(run):
         out.print(part)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from rich.console import RenderableType
-from rich.table import Table
 
 from llm2rec import artifacts
 from llm2rec.config import FLOORS
@@ -199,35 +197,3 @@ def report_data(run: Run, per_user: pl.DataFrame) -> report.ReportData:
         costs=stage_costs(run),
         settings=run.recipe.model_dump(mode="json"),
     )
-
-
-def show(run: Run) -> list[RenderableType]:
-    """What the terminal shows of an evaluated run: the table, neighbours, recommendations, the report's path."""
-    metrics = run.metrics()
-    shown = artifacts.read_json(run.evaluation / "showcase.json")
-    parts: list[RenderableType] = [report.render_table(metrics)]
-    for row, choice in metrics["validation"].items():
-        values = ", ".join(f"{name} {value:.4f}" for name, value in choice["ndcg@10"].items())
-        parts.append(f"{row}: {choice['chosen']} (validation NDCG@10: {values})")
-    parts += _neighbour_tables(shown["neighbours"])
-    parts.append(_recommendation_table(shown["recommendations"]))
-    parts.append(f"report: {run.evaluation / 'report.html'}")
-    return parts
-
-
-def _neighbour_tables(neighbours: dict[str, dict[str, list[Any]]]) -> list[RenderableType]:
-    if not any(neighbours.values()):
-        return []
-    names = list(next(iter(neighbours.values())))
-    ends = list(dict.fromkeys([names[0], names[-1]]))
-    table = Table("item", *(f"nearest by {name}" for name in ends), title="Neighbours before and after")
-    for title, sets in neighbours.items():
-        table.add_row(title, *("\n".join(near for near, _ in sets[name]) for name in ends), end_section=True)
-    return [table]
-
-
-def _recommendation_table(shown: dict[str, Any]) -> RenderableType:
-    table = Table("last items of the history", f"next, by {shown['row']}", title=f"User {shown['user_id']}")
-    recommended = [f"{title}  ({score:.2f})" for title, score in shown["items"]]
-    table.add_row("\n".join(shown["history"]), "\n".join(recommended))
-    return table

@@ -132,17 +132,21 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def write_resolved(run: Run, overrides: tuple[str, ...] = ()) -> None:
-    """Writes every value of the recipe, the versions, and the fingerprints of the finished stages."""
+def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
+    """Writes every value of the recipe, the versions, and the fingerprints of the finished stages.
+
+    Without `overrides` those already recorded stay.
+    """
     stages = {
         str(manifest.parent.relative_to(run.folder)): _fingerprint(manifest.parent)
         for manifest in sorted(run.folder.rglob(artifacts.MANIFEST))
         if artifacts.SUPERSEDED not in manifest.parts
     }
-    known = artifacts.read_json(run.folder / RESOLVED) if (run.folder / RESOLVED).exists() else {}
+    if overrides is None:
+        overrides = tuple(artifacts.read_json(run.folder / RESOLVED)["overrides"])
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
-        "overrides": list(overrides) or known.get("overrides", []),
+        "overrides": list(overrides),
         "seed": run.recipe.seed,
         "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
         | {name: metadata.version(name) for name in VERSIONED},

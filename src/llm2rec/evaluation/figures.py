@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from llm2rec.evaluation.verdicts import BETTER, MARKS, REFERENCE, WITHIN_NOISE, WORSE, verdict_of
+from llm2rec.evaluation.verdicts import BETTER, COMPARED_METRIC, MARKS, REFERENCE, WITHIN_NOISE, WORSE, verdict_of
 
 Points = Sequence[tuple[float, float]]
 
@@ -42,6 +43,7 @@ _STYLE: dict[Any, Any] = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,
     "text.parse_math": False,
+    "axes.prop_cycle": cycler(color=[_INK]),
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
@@ -70,7 +72,8 @@ def bars(metrics: Mapping[str, Any], name: str) -> str:
             reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
             axes.barh(place, value["mean"], height=0.66, color=_PALETTE[_VERDICT_COLOURS[verdict]])
             axes.errorbar(value["mean"], place, xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
-            label = f"{value['mean']:.4f} {MARKS[verdict]}".rstrip()
+            mark = MARKS[verdict] if name == COMPARED_METRIC else ""  # no verdict is given on other metrics
+            label = f"{value['mean']:.4f} {mark}".rstrip()
             axes.annotate(
                 label, (value["high"], place), (5, 0), textcoords="offset points", va="center", fontsize=8
             )

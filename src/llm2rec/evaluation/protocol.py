@@ -17,13 +17,12 @@ from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.ranking import measure, metric_names, ranks
-from llm2rec.evaluation.verdicts import BETTER, WITHIN_NOISE, WORSE
+from llm2rec.evaluation.verdicts import BETTER, COMPARED_METRIC, WITHIN_NOISE, WORSE
 from llm2rec.progress import track
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
 
-COMPARED_METRIC = "ndcg@10"
 SIGNIFICANCE = 0.05
 
 PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")

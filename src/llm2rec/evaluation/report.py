@@ -101,22 +101,26 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def render_table(metrics: Mapping[str, Any]) -> Table:
-    """The content of `metrics.json` for the terminal: means, intervals, verdict against the reference."""
+    """The content of `metrics.json` for the terminal: means, intervals, verdict against the reference.
+
+    Without the p-values, so that no verdict is cut at 80 columns.
+    """
     table = Table(
         title=f"Test events, full ranking; against {metrics['reference']}",
         caption=_caption(metrics),
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
+        pad_edge=False,
+        show_edge=False,
     )
     table.add_column("row", no_wrap=True)
     table.add_column("Recall@10", justify="right")
     table.add_column("NDCG@10", justify="right")
     table.add_column("95 % interval", justify="right", no_wrap=True)
-    for name in ("change", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=len(WITHIN_NOISE.split()[-1]))
-    for cells, verdict in _table_rows(metrics):
-        table.add_row(*cells[:-1], Text(cells[-1], style=_TERMINAL_STYLES[verdict]))
+    table.add_column("change", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for (*numbers, _, word), verdict in _table_rows(metrics):
+        table.add_row(*numbers, Text(word, style=_TERMINAL_STYLES[verdict]))
     return table
 
 
@@ -148,7 +152,7 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
     return (
-        f"{spread}; interval, change and p are of NDCG@10: bootstrap over users, paired, "
+        f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users, paired, "
         f"Holm over {len(metrics['comparisons'])} rows."
     )
 
@@ -158,7 +162,7 @@ def _spread(value: Mapping[str, Any]) -> str:
 
 
 def _percent(relative: float | None) -> str:
-    return "n/a" if relative is None else f"{100 * relative:+.1f} %"
+    return "n/a" if relative is None else f"{100 * relative:+z.1f} %"
 
 
 def _p_value(p: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 BETTER, WORSE, WITHIN_NOISE = "better", "worse", "not distinguishable"
 REFERENCE = "reference"
+COMPARED_METRIC = "ndcg@10"
 MARKS = {BETTER: "▲", WORSE: "▼", WITHIN_NOISE: "≈", REFERENCE: ""}
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2rec.rec.dropout import dropout
 from llm2rec.rec.histories import checked, lengths, recent
 from llm2rec.rec.items import INITIAL_STD, ItemTable, lookup
 
@@ -56,7 +57,7 @@ class SASRec(nn.Module):
         vectors = self.items.vectors() if vectors is None else vectors
         # The item vectors are small (std 0.02) beside what the blocks add: scaled as in the paper.
         states = lookup(vectors, histories) * self.hidden_size**0.5 + self.positions[: histories.shape[1]]
-        states = F.dropout(states, self.dropout, self.training)  # (B, L, H)
+        states = dropout(states, self.dropout, self.training)  # (B, L, H)
         for block in self.blocks:
             states = block(states)
         normed: Tensor = self.norm(states)
@@ -108,10 +109,10 @@ class Block(nn.Module):
     def _attend(self, states: Tensor) -> Tensor:
         split = self.query_key_value(states).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, H / heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)  # (B, heads, L, H / heads) each
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout)
+        share = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=share)
         attended: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
         return attended
 
     def _drop(self, states: Tensor) -> Tensor:
-        return F.dropout(states, self.dropout, self.training)
+        return dropout(states, self.dropout, self.training)
