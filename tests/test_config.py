@@ -85,9 +85,18 @@ def test_a_malformed_override_is_a_config_error(override):
         load_recipe("demo", [override])
 
 
-def test_both_csft_budgets_are_refused():
+def test_both_csft_budgets_are_refused(write):
     with pytest.raises(ConfigError, match="exactly one"):
-        load_recipe("demo", ["csft.epochs=1"])
+        load_recipe(write(csft={"epochs": 1, "max_tokens": 5}))
+
+
+def test_overriding_one_csft_budget_replaces_the_other():
+    assert load_recipe("demo", ["csft.epochs=2"]).csft.max_tokens is None
+
+
+def test_a_reference_that_is_no_row_is_refused():
+    with pytest.raises(ConfigError, match="'foo' is not a row"):
+        load_recipe("demo", ["evaluation.reference=foo"])
 
 
 def fields(section, prefix=""):

@@ -108,7 +108,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a manifest of format {FORMAT}; move the folder away and run again")
-    return Manifest(content["stage"], content["inputs"], content["outputs"], content["summary"])
+    try:
+        return Manifest(
+            content["stage"], dict(content["inputs"]), dict(content["outputs"]), dict(content["summary"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error!r}); move its folder away and run again") from error
 
 
 def require(folder: Path, stage: str) -> Manifest:
@@ -183,7 +188,7 @@ def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, A
 def move_aside(folder: Path, run_folder: Path) -> None:
     """Moves a superseded stage folder to `run_folder/superseded/<time>/<its path>`: results are never deleted."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # optimizer states: large, useless elsewhere
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")
     target = base / folder.relative_to(run_folder)

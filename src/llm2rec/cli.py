@@ -25,7 +25,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Named public data sets, and a
 models_app = typer.Typer(no_args_is_help=True, help="Named language models.")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
-out = Console()
+out = Console(markup=False, highlight=False)  # a title may hold square brackets
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or a folder with a recipe.yaml")]
 Overrides = Annotated[
@@ -48,7 +48,9 @@ def demo(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe name, or a path")],
-    out_folder: Annotated[Path | None, typer.Option("--out", help="the run folder [runs/RECIPE]")] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="the run folder; by default runs/RECIPE")
+    ] = None,
     overrides: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
@@ -171,6 +173,7 @@ def _show_items(items: list[lr.ScoredItem], score: str) -> None:
 
 def _show_sources(sources: list[Any]) -> None:
     table = Table("name", "what", "licence", "citation")
+    table.columns[0].no_wrap = True
     for source in sources:
         table.add_row(source.name, source.description, source.licence, source.citation)
     out.print(table)
@@ -190,6 +193,8 @@ def main() -> None:
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             _fail(f"the disk is full ({error}); free some space, the same command goes on where it stopped")
+        if isinstance(error, OSError) and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; choose another folder or file")
         raise
 
 

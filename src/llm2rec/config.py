@@ -18,11 +18,12 @@ RECIPES = Path(__file__).parent / "recipes"
 FLOORS = ("popularity", "markov")
 ARCHITECTURES = ("sasrec",)
 VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")
+CSFT_BUDGETS = {"max_tokens", "epochs"}
 ROWS = FLOORS + tuple(f"{architecture}-{vectors}" for architecture in ARCHITECTURES for vectors in VECTORS)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -38,7 +39,9 @@ class DataConfig(Section):
     source: str | None = Field(None, description="a named public data set (`llm2rec data list`)")
     interactions: Path | None = Field(None, description="table with user_id, item_id, timestamp")
     items: Path | None = Field(None, description="table with item_id, title and further text columns")
-    history_length: Positive = Field(10, description="items that one prediction looks at (paper: 10)")
+    history_length: Annotated[int, Field(gt=0, le=1000)] = Field(
+        10, description="items that one prediction looks at (paper: 10)"
+    )
     holdout: Positive = Field(1, description="last events a user held out as test; as many before: validation")
     short_histories: Literal["error", "drop"] = Field(
         "error", description="users with fewer than 2 * holdout + 1 events: refuse the log, or drop them"
@@ -181,6 +184,15 @@ class Recipe(Section):
     recommender: RecommenderConfig = RecommenderConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="after")
+    def _known_reference(self) -> Recipe:
+        reference, default = self.evaluation.reference, EvaluationConfig.model_fields["reference"].default
+        if reference not in (*self.recommender.rows, default):
+            raise ValueError(
+                f"evaluation.reference {reference!r} is not a row of the run: {', '.join(self.recommender.rows)}"
+            )
+        return self
+
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes."""
@@ -278,6 +290,9 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
     section[parts[-1]] = _number(parsed)
+    if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
+        for other in CSFT_BUDGETS - {parts[-1]}:
+            section.pop(other, None)
     if parts[0] == "data" and parts[-1] in ("interactions", "items"):
         section[parts[-1]] = _expand(str(parsed), Path.cwd())
         section.pop("source", None)

@@ -91,8 +91,7 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if (folder / RESOLVED).exists():
-        resolved = artifacts.read_json(folder / RESOLVED)
-        return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
+        return Run(folder, parse_recipe(_read_resolved(folder)["recipe"], str(folder / RESOLVED)))
     if (folder / RECIPE).exists():
         return create_run(folder / RECIPE, folder)
     raise ArtifactError(
@@ -123,9 +122,9 @@ def refuse_foreign(folder: Path) -> None:
     """Raises ArtifactError where `folder` exists and holds something that is not a run."""
     if folder.exists() and not folder.is_dir():
         raise ArtifactError(f"{folder} is a file; --out takes a folder")
-    if not folder.exists() or (folder / RESOLVED).exists():
+    if not folder.exists() or (folder / RESOLVED).exists() or (folder / RECIPE).exists():
         return
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, RECIPE))
+    strangers = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
     if strangers:
         raise ArtifactError(
             f"{folder} is not empty and not a run folder (it holds {strangers[0]!r}); choose another --out"
@@ -143,7 +142,7 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
         if artifacts.SUPERSEDED not in manifest.parts
     }
     if overrides is None:
-        overrides = tuple(artifacts.read_json(run.folder / RESOLVED)["overrides"])
+        overrides = tuple(_read_resolved(run.folder)["overrides"])
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
         "overrides": list(overrides),
@@ -153,6 +152,13 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
         "stages": stages,
     }
     artifacts.write_json(run.folder / RESOLVED, content)
+
+
+def _read_resolved(folder: Path) -> dict[str, Any]:
+    content = artifacts.read_json(folder / RESOLVED)
+    if not isinstance(content, dict) or not {"recipe", "overrides"} <= content.keys():
+        raise ArtifactError(f"{folder / RESOLVED} is damaged; `llm2rec run RECIPE --out {folder}` writes it anew")
+    return content
 
 
 def _fingerprint(folder: Path) -> str:

@@ -7,6 +7,7 @@ No release is trusted to honour that: `probe` changes the last token and looks a
 from __future__ import annotations
 
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,8 +236,15 @@ def _converted(gguf: Path) -> Path:
     folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
     if not (folder / artifacts.MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
+            raise ConfigError(
+                f"{gguf} is not a whole GGUF file of a known family ({error}); fetch it again"
+            ) from error
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
         model.hf_quantizer = None

@@ -76,8 +76,8 @@ def csft(
     steps = len(batches) // accumulation
     if steps == 0:
         raise ConfigError(
-            f"the csft budget gives {batches.tokens:,} tokens, less than one step of {batch_tokens:,}; raise "
-            "csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
+            f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, less than a step of "
+            f"{batch_tokens:,} tokens; raise csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
         )
     held_out = held_out_batches(texts, sequences, history_length, micro, seed)
     before = perplexity(lm, held_out)
