@@ -105,7 +105,7 @@ def test_csft_learns_the_next_title(world, tiny_folder, tmp_path):
 
 
 def test_a_budget_below_one_step_is_refused(world, tiny_folder, tmp_path):
-    with pytest.raises(ConfigError, match="less than one step"):
+    with pytest.raises(ConfigError, match="under one step"):
         run_csft(world, tiny_folder, tmp_path, max_tokens=100)
 
 

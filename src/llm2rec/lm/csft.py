@@ -76,7 +76,7 @@ def csft(
     steps = len(batches) // accumulation
     if steps == 0:
         raise ConfigError(
-            f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, less than a step of "
+            f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, under one step of "
             f"{batch_tokens:,} tokens; raise csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
         )
     held_out = held_out_batches(texts, sequences, history_length, micro, seed)
