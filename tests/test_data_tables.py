@@ -136,7 +136,8 @@ def test_interactions_with_unknown_items_are_refused():
 
 
 def test_items_without_interactions_are_fine():
-    check_known_items(interactions(), catalogue(item_id=["x", "y", "new"], title=["Ex", "Why", "New"]))
+    items = catalogue(item_id=["x", "y", "new"], title=["Ex", "Why", "New"])
+    assert check_known_items(interactions(), items) is None  # an unknown item raises
 
 
 @pytest.mark.parametrize(("make", "kind"), [(interactions, Interactions), (catalogue, Catalogue)])
