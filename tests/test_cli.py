@@ -2,9 +2,13 @@
 
 import errno
 import sys
+import urllib.error
+import urllib.request
 
+import polars as pl
 import pytest
 
+import llm2rec as lr
 from conftest import cyclic_log
 from llm2rec import cli
 from test_pipeline import overrides, write_world
@@ -58,6 +62,7 @@ BAD_INPUT = {
     "NaN timestamp": (LOG + EVENTS + "u0,i0,NaN\n", ITEMS + TITLES, ["timestamp", "row 7"]),
     "empty log": (LOG, ITEMS + TITLES, ["interactions.csv", "no rows"]),
     "zero bytes": (" ", ITEMS + TITLES, ["interactions.csv"]),
+    "invisible title": (LOG + EVENTS, ITEMS + "i0,\u200b\ni1,x\ni2,y\n", ["items.csv", "'i0'", "title"]),
     "one user": (LOG + "u,i0,1\nu,i1,2\nu,i2,3\n", ITEMS + TITLES, ["only one user_id"]),
     "one item": (LOG + "u,i0,1\nv,i0,2\n", ITEMS + TITLES, ["only one item_id"]),
     "short histories": (LOG + EVENTS + "w,i0,1\n", ITEMS + TITLES, ["'w'", "short_histories=drop"]),
@@ -86,7 +91,7 @@ def test_short_histories_can_be_dropped(run_on):
         log.write_csv() + "w,i00,1\n", None, "data.short_histories=drop", "recommender.rows=[popularity]"
     )
     assert status == 0
-    assert "dropped users 1" in err
+    assert "left out: 1 (user too short for the split)" in err
 
 
 @pytest.mark.parametrize(
@@ -97,12 +102,50 @@ def test_short_histories_can_be_dropped(run_on):
         ("model.source=./no/such/model", "no file or folder"),
         ("recommender.rows=[sasrec-magic]", "unknown row"),
         ("data.history_length=0", "data.history_length"),
+        ("csft=", "csft: a section"),
+        ("recommender.rows=popularity", "[popularity]"),
+        ("evaluation.k=10", "[10]"),
+        ("evaluation.k=[5, 5]", "twice"),
+        ("csft.max_tokens=100", "batch_tokens"),
+        ("model.source=./nope.gguf", "no file or folder"),
+        ("model.source=a b", "no possible hub id"),
     ],
 )
 def test_a_bad_setting_is_one_message(run_on, change, words):
     status, err = run_on(None, None, change)
     assert status == 1
-    assert words in err and "Traceback" not in err
+    assert words in err and "Traceback" not in err and "Input should be" not in err
+
+
+def test_a_bad_setting_leaves_no_folder(run_on, tmp_path):
+    run_on(None, None, "csft.epochs=abc")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_model_is_refused_before_the_data_are_read(run_on, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, err = run_on(None, None, f"model.source={tmp_path / 'empty'}")
+    assert status == 1 and "config.json" in err
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_hub_that_cannot_be_asked_is_one_message_with_the_known_models(run_on, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    status, err = run_on(None, None, "model.source=someone/some-model")
+    assert status == 1
+    assert "no route to host" in err and "smollm2-135m-instruct-q4" in err
+
+
+@pytest.mark.parametrize(("title", "words"), [("Same film", "'Same film'"), (None, "single token")])
+def test_titles_without_text_are_refused_before_csft(run_on, title, words):
+    log, items = cyclic_log(users=4, items=6, events=5)
+    titles = [title or chr(97 + number) for number in range(len(items))]
+    status, err = run_on(log.write_csv(), items.with_columns(pl.Series("title", titles)).write_csv())
+    assert status == 1
+    assert words in err and "done   csft" not in err
 
 
 def test_a_full_disk_is_said_in_words(run_on, monkeypatch):
@@ -124,12 +167,32 @@ def test_the_verbs_print_titles(llm2rec, tmp_path):
     assert "sasrec-llm2rec" in out and "nearest by llm2rec" in out
     status, out, _ = llm2rec("recommend", tmp_path / "run", "--history", "i00, i01", "-k", "2")
     assert status == 0 and "The " in out
+    status, out, _ = llm2rec("recommend", tmp_path / "run", "--history", "i00", "--history", "i01", "-k", "2")
+    assert status == 0 and "The " in out
+    everything = ",".join(f"i{item:02d}" for item in range(6))
+    status, out, _ = llm2rec("recommend", tmp_path / "run", "--history", everything)
+    assert status == 0 and "covers the whole catalogue" in out
     status, out, _ = llm2rec("similar", tmp_path / "run", "i00", "-k", "2")
     assert status == 0 and "The " in out
     status, out, _ = llm2rec("compare", tmp_path / "run", tmp_path / "run")
     assert status == 1  # the same folder twice is one run
     status, out, _ = llm2rec("data", "describe", tmp_path / "interactions.csv", tmp_path / "items.csv")
     assert status == 0 and "density" in out
+
+
+def test_the_version_is_printed(llm2rec):
+    status, out, _ = llm2rec("--version")
+    assert status == 0 and out.strip() == f"llm2rec {lr.__version__}"
+
+
+def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm2rec.pipeline.run", interrupted)
+    status, _, err = llm2rec("run", "demo")
+    assert status == 130
+    assert "same command goes on" in err
 
 
 @pytest.mark.parametrize("verb", ["data", "models"])

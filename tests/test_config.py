@@ -119,3 +119,9 @@ def test_every_config_field_is_read_by_some_stage():
     read = set().union(*(used_names(path) for path in SOURCE.rglob("*.py") if path.name != "config.py"))
     unread = [key for key in fields(config.Recipe) if key.rpartition(".")[2] not in read]
     assert unread == []
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    (tmp_path / "twice.yaml").write_text("seed: 0\nmodel: {source: tiny-random}\nseed: 1\n")
+    with pytest.raises(ConfigError, match="line 1: the key 'seed' stands twice"):
+        load_recipe(tmp_path / "twice.yaml")

@@ -14,6 +14,7 @@ import pytest
 
 from llm2rec.data import readers, sources
 from llm2rec.data.sequences import Sequences, check_leakage, prepare
+from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import DataError
 
@@ -148,9 +149,9 @@ def test_a_leak_in_the_training_views_is_caught(leaky, tmp_path):
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
     log = Interactions.from_frame(frame, "log")
     items = pl.DataFrame({"item_id": [f"i{i}" for i in range(5)], "title": list("abcde")})
-    prepare(log, Catalogue.from_frame(items, "items"), holdout=1, short_histories="error", out=tmp_path)
+    prepare(log, Catalogue.from_frame(items, "items"), split=Split(), short_histories="error", out=tmp_path)
     honest = Sequences.load(tmp_path)
-    check_leakage(honest, log, holdout=1)  # the premise: without the leak it passes
+    check_leakage(honest, log, split=Split())  # the premise: without the leak it passes
     fields = {field.name: getattr(honest, field.name) for field in dataclasses.fields(honest)}
     with pytest.raises(DataError, match=r"leak: .*user 'u\d'"):
-        check_leakage(leaky(**fields), log, holdout=1)
+        check_leakage(leaky(**fields), log, split=Split())

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences, check_leakage, prepare
+from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ArtifactError, DataError
 
@@ -40,7 +41,7 @@ def as_log(rows):
 
 def split(log, holdout=1, short_histories="error"):
     with tempfile.TemporaryDirectory() as folder:
-        prepare(log, ITEMS, holdout=holdout, short_histories=short_histories, out=Path(folder))
+        prepare(log, ITEMS, split=Split(holdout=holdout), short_histories=short_histories, out=Path(folder))
         loaded = Sequences.load(Path(folder))
         arrays = {name: np.array(getattr(loaded, name)) for name in ("items", "offsets", "parts")}
         return dataclasses.replace(loaded, **arrays)
@@ -115,7 +116,7 @@ def test_training_holds_the_training_events_alone(case):
 @quick
 @given(logs())
 def test_an_honest_split_passes_the_leakage_check(case):
-    assert check_leakage(split(case[1], case[0]), case[1], holdout=case[0]) is None  # a leak raises
+    assert check_leakage(split(case[1], case[0]), case[1], split=Split(holdout=case[0])) is None  # a leak raises
 
 
 def test_the_history_of_a_test_event_ends_with_the_validation_event(log):
@@ -126,9 +127,9 @@ def test_the_history_of_a_test_event_ends_with_the_validation_event(log):
 
 def test_equal_input_gives_equal_bytes(log, tmp_path):
     for name in ("first", "second"):
-        prepare(log, ITEMS, holdout=1, short_histories="error", out=tmp_path / name)
+        prepare(log, ITEMS, split=Split(), short_histories="error", out=tmp_path / name)
     files = [path for path in (tmp_path / "first").rglob("*") if path.is_file()]
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files:
         assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
 
@@ -141,8 +142,8 @@ def test_short_histories_are_refused_with_users_and_mend(log):
 
 def test_dropped_users_are_counted(log, tmp_path):
     short = as_log([*log.frame.rows(), ("brief", "i0", 1), ("brief", "i1", 2)])
-    summary = prepare(short, ITEMS, holdout=1, short_histories="drop", out=tmp_path)
-    assert (summary["users"], summary["dropped_users"], summary["dropped_events"]) == (4, 1, 2)
+    summary = prepare(short, ITEMS, split=Split(), short_histories="drop", out=tmp_path)
+    assert (summary["users"], summary["dropped"]) == (4, {"user too short for the split": 2})
 
 
 def test_dropping_all_but_one_user_is_refused(log):
@@ -154,12 +155,12 @@ def test_dropping_all_but_one_user_is_refused(log):
 def test_an_unknown_item_is_refused_before_anything_is_written(log, tmp_path):
     stranger = as_log([*log.frame.rows(), ("u0", "stranger", 99)])
     with pytest.raises(DataError, match="'stranger'"):
-        prepare(stranger, ITEMS, holdout=1, short_histories="error", out=tmp_path / "out")
+        prepare(stranger, ITEMS, split=Split(), short_histories="error", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_sequences_are_memory_mapped(log, tmp_path):
-    prepare(log, ITEMS, holdout=1, short_histories="error", out=tmp_path)
+    prepare(log, ITEMS, split=Split(), short_histories="error", out=tmp_path)
     assert isinstance(Sequences.load(tmp_path).items, np.memmap)
 
 
@@ -200,6 +201,6 @@ def trains_on_everything(sequences):
 @pytest.mark.parametrize("leak", [relabelled, exchanged, reordered, trains_on_everything])
 def test_a_planted_leak_is_caught(leak, log):
     sequences = split(log)
-    check_leakage(sequences, log, holdout=1)  # the premise: without the leak it passes
+    check_leakage(sequences, log, split=Split())  # the premise: without the leak it passes
     with pytest.raises(DataError, match="leak"):
-        check_leakage(leak(sequences), log, holdout=1)
+        check_leakage(leak(sequences), log, split=Split())

@@ -17,8 +17,10 @@ import llm2rec as lr
 from conftest import cyclic_log
 from llm2rec import artifacts
 from llm2rec.data.sequences import TEST, Sequences
+from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.judging import distinct_names
 from llm2rec.serve.recommender import load_scorer
 
 SMALL = (
@@ -234,6 +236,36 @@ def test_compare_finds_a_run_equal_to_itself(finished, copied):
     assert {result["verdict"] for result in rows.values()} == {"not distinguishable"}
 
 
+def test_compare_says_which_settings_differ(finished, copied, world):
+    rerun(copied, world, "evaluation.bootstrap_samples=100")
+    settings = lr.compare([finished.folder, copied])["settings"]
+    assert settings == {"evaluation.bootstrap_samples": [200, 100]}
+
+
+def test_compare_refuses_metrics_that_were_edited(finished, copied):
+    (copied / "evaluation" / "metrics.json").write_text('{"rows": 3}')
+    with pytest.raises(ArtifactError, match=r"metrics\.json .*was changed"):
+        lr.compare([finished.folder, copied])
+
+
+def test_a_damaged_manifest_reruns_its_stage(copied, world):
+    (copied / "evaluation" / "manifest.json").write_text("{")
+    assert rerun(copied, world) == [("evaluation", ["damaged manifest.json"])]
+
+
+def test_a_stage_verb_refuses_a_parent_that_was_changed(copied):
+    (copied / "data" / "main" / "catalogue.parquet").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="catalogue"):
+        lr.fit(copied)
+
+
+def test_repeated_titles_are_told_apart_by_their_id():
+    catalogue = Catalogue.from_frame(
+        pl.DataFrame({"item_id": ["1", "2", "3"], "title": ["Emma", "Emma", "Persuasion"]}), "books"
+    )
+    assert distinct_names(catalogue) == {"1": "Emma [1]", "2": "Emma [2]", "3": "Persuasion"}
+
+
 def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(ArtifactError, match=r"holiday\.jpg"):
@@ -243,7 +275,7 @@ def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):
 def test_a_stage_verb_needs_the_stages_before_it(world, tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         f"data: {{interactions: {world}/interactions.csv, items: {world}/items.csv}}\n"
-        "model: {source: tiny-random}\ncsft: {max_tokens: 4000}\n"
+        "model: {source: tiny-random}\ncsft: {max_tokens: 5000}\n"
         "iem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n"
     )
     with pytest.raises(ArtifactError, match="prepare"):

@@ -8,6 +8,7 @@ import torch
 
 from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.splits import Split
 from llm2rec.errors import DataError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
@@ -65,7 +66,7 @@ def test_the_real_model_attends_both_ways_and_exports_its_vectors(smollm2, movie
 
 
 def test_a_few_csft_steps_lower_the_perplexity_of_held_out_titles(smollm2, movielens, tmp_path):
-    prepare(*movielens, holdout=1, short_histories="error", out=tmp_path / "data")
+    prepare(*movielens, split=Split(), short_histories="error", out=tmp_path / "data")
     summary = csft(
         Sequences.load(tmp_path / "data"),
         movielens[1].titles,

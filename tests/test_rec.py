@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from conftest import cyclic_log
 from llm2rec.data.sequences import TEST, Sequences, prepare
+from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol
@@ -36,7 +37,7 @@ def sequences(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rec")
     log, items = cyclic_log()
     catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder)
+    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
     return Sequences.load(folder)
 
 
@@ -165,7 +166,7 @@ def test_floors_counted_by_hand(tmp_path):
     # Training events: u: a b a b, v: a b. Held out: the last two of each.
     log = counted(list("ababca") + list("abca"), ["u"] * 6 + ["v"] * 4)
     catalogue = Catalogue.from_frame(pl.DataFrame({"item_id": list("abc"), "title": list("xyz")}), "x")
-    prepare(log, catalogue, holdout=1, short_histories="error", out=tmp_path)
+    prepare(log, catalogue, split=Split(), short_histories="error", out=tmp_path)
     small = Sequences.load(tmp_path)
     history = torch.tensor([[1, 0], [2, 0]])
     assert Popularity(small).score(history).tolist() == [[3.0, 3.0, 0.0]] * 2

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llm2rec import progress
 from llm2rec.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -86,7 +87,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist; run the stage that writes it") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); delete its folder and run again") from error
+        raise ArtifactError(f"{path} is not valid JSON ({error}); move it away and run again") from error
 
 
 def flatten(prefix: str, value: Any) -> Inputs:
@@ -117,20 +118,26 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def require(folder: Path, stage: str) -> Manifest:
-    """The manifest of a finished stage.
+    """The manifest of a finished stage whose outputs are as it left them.
 
     Raises:
-        ArtifactError: the stage is not finished.
+        ArtifactError: the stage is not finished, or a file of it is missing or was changed.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError(f"{folder} holds no finished '{stage}' stage; run `llm2rec {stage}` first")
+    damaged = _damaged(folder, manifest)
+    if damaged:
+        raise ArtifactError(f"{folder / damaged[0]} is missing or was changed; run `llm2rec {stage}` again")
     return manifest
 
 
 def decide(folder: Path, inputs: Inputs) -> Decision:
     """Keep or rerun: compares `inputs` with the manifest and checks that the outputs are intact."""
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:
+        return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
         return Decision(False, ("interrupted",) if (folder / STARTED).exists() else ("not run yet",))
     changed = sorted(
@@ -140,11 +147,15 @@ def decide(folder: Path, inputs: Inputs) -> Decision:
     )
     if changed:
         return Decision(False, tuple(changed))
-    damaged = [path for path, output in manifest.outputs.items() if not _intact(folder / path, output)]
+    damaged = _damaged(folder, manifest)
     return Decision(not damaged, tuple(f"damaged {path}" for path in damaged))
 
 
 _MISSING = object()
+
+
+def _damaged(folder: Path, manifest: Manifest) -> list[str]:
+    return [path for path, output in manifest.outputs.items() if not _intact(folder / path, output)]
 
 
 def _intact(path: Path, output: dict[str, Any]) -> bool:
@@ -161,7 +172,7 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     resume from; anything else in the folder is moved to `run_folder/superseded`.
     """
     started = folder / STARTED
-    resumable = started.exists() and not (folder / MANIFEST).exists() and read_json(started) == inputs
+    resumable = not (folder / MANIFEST).exists() and _started_with(started, inputs)
     if not resumable:
         move_aside(folder, run_folder)
         write_json(started, inputs)
@@ -172,6 +183,13 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
     started.unlink()
+
+
+def _started_with(started: Path, inputs: Inputs) -> bool:
+    try:
+        return bool(read_json(started) == inputs)
+    except ArtifactError:  # missing, or damaged: nothing says what the checkpoints belong to
+        return False
 
 
 def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, Any]) -> None:
@@ -198,6 +216,7 @@ def move_aside(folder: Path, run_folder: Path) -> None:
         number += 1
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, target)
+    progress.say(f"moved  {folder.relative_to(run_folder)}  to {target.relative_to(run_folder)}")
 
 
 @contextmanager

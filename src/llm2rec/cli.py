@@ -15,8 +15,10 @@ from rich.table import Table
 import llm2rec as lr
 from llm2rec.errors import Llm2RecError
 
+INTERRUPTED = 130
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Language models as item encoders for sequential recommendation (LLM2Rec, KDD 2025).",
@@ -33,6 +35,21 @@ Overrides = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"llm2rec {lr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -97,12 +114,15 @@ def evaluate(run_folder: RunFolder) -> None:
 @app.command()
 def recommend(
     run_folder: RunFolder,
-    history: Annotated[str, typer.Option(help="item ids, oldest first, separated by commas")],
+    history: Annotated[
+        list[str],
+        typer.Option(help="item ids, oldest first, separated by commas; given several times: one id each"),
+    ],
     k: Count = 10,
     row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
 ) -> None:
     """The next items for any history of catalogue items, also of a user never seen."""
-    ids = [part.strip() for part in history.split(",") if part.strip()]
+    ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
     _show_items(lr.recommend(run_folder, ids, k, row), "score")
 
 
@@ -165,6 +185,8 @@ def _show_run(run: lr.Run) -> None:
 
 
 def _show_items(items: list[lr.ScoredItem], score: str) -> None:
+    if not items:
+        return out.print("nothing is left to show: the history covers the whole catalogue")
     table = Table("", "item", "title", score)
     for number, item in enumerate(items, 1):
         table.add_row(str(number), item.item_id, item.title, f"{item.score:.3f}")
@@ -188,8 +210,10 @@ def main() -> None:
         app()
     except Llm2RecError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", status=130)
+    except SystemExit as stop:  # typer turns an interrupt into this exit status and says nothing
+        if stop.code == INTERRUPTED:
+            _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+        raise
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             _fail(f"the disk is full ({error}); free some space, the same command goes on where it stopped")

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
+from llm2rec import artifacts
 from llm2rec.errors import ConfigError
 from llm2rec.evaluation import protocol
 from llm2rec.runs import Run, open_run
@@ -16,11 +17,12 @@ from llm2rec.runs import Run, open_run
 METRIC = protocol.COMPARED_METRIC
 
 
-def compare(runs: Sequence[str | Path | Run]) -> dict[str, Any]:
+def compare(runs: Sequence[str | Path | Run], domain: str | None = None) -> dict[str, Any]:
     """NDCG@10 of each row in each run, and each later run tested against the first.
 
     Returns:
-        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}}`, runs by folder name.
+        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: values}}`,
+        runs by folder name; settings are the recipe keys whose values differ, one value a run.
 
     Raises:
         ArtifactError: a run is not evaluated, or their test events differ (the difference is named).
@@ -34,19 +36,36 @@ def compare(runs: Sequence[str | Path | Run]) -> dict[str, Any]:
     tables, means = {}, {}
     for run in opened:
         name = str(run.folder)
-        means[name] = {row: values[METRIC]["mean"] for row, values in run.metrics()["rows"].items()}
-        tables[name] = pl.read_parquet(run.evaluation / "per_user.parquet")
+        means[name] = {row: values[METRIC]["mean"] for row, values in run.metrics(domain)["rows"].items()}
+        tables[name] = pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet")
     samples = opened[0].recipe.evaluation.bootstrap_samples
-    return {"runs": means, "comparisons": protocol.compare_runs(tables, samples)}
+    return {
+        "runs": means,
+        "comparisons": protocol.compare_runs(tables, samples),
+        "settings": _differing_settings(opened),
+    }
+
+
+def _differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
+    """Recipe key -> its value in each run, for the keys whose values differ."""
+    flat = [artifacts.flatten("", run.recipe.model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    values = {key.removeprefix("."): [settings.get(key) for settings in flat] for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 def comparison_table(compared: dict[str, Any]) -> Table:
     """The result of `compare` for the terminal."""
     first, *others = compared["runs"]
-    table = Table("row", first, *others, title=f"{METRIC}, each run against {first}")
+    tests = sum(len(rows) for rows in compared["comparisons"].values())
+    caption = f"paired bootstrap over users; p after Holm over {tests} tests"
+    table = Table("row", first, *others, title=f"{METRIC}, each run against {first}", caption=caption)
     for row in dict.fromkeys(row for rows in compared["runs"].values() for row in rows):
         cells = [_cell(compared, run, row) for run in (first, *others)]
         table.add_row(row, *cells)
+    table.add_section()
+    for key, values in compared["settings"].items():
+        table.add_row(key, *map(str, values), style="dim")
     return table
 
 

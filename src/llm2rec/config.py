@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,9 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+DOMAIN = "main"  # the only domain of a recipe that names none
+ORIGINS = ("source", "folder", "interactions", "items")
 
 
 class Section(BaseModel):
@@ -33,27 +36,102 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class ColumnsConfig(Section):
+    """What the columns of your own tables are called; None: as we call them."""
+
+    user: str | None = Field(None, description="user_id of the interactions")
+    item: str | None = Field(None, description="item_id of the interactions, and of the items unless `items_item`")
+    time: str | None = Field(None, description="timestamp of the interactions")
+    rating: str | None = Field(None, description="rating of the interactions, for `filters.min_rating`")
+    part: str | None = Field(None, description="part of the interactions, for `split.by: given`")
+    items_item: str | None = Field(None, description="item_id of the items, where the two tables differ")
+    title: str | None = Field(None, description="title of the items")
+
+    def of_interactions(self) -> dict[str, str]:
+        """Our name -> theirs, for the columns of the interactions that are mapped."""
+        named = {"user_id": self.user, "item_id": self.item, "timestamp": self.time}
+        named |= {"rating": self.rating, "part": self.part}
+        return {ours: theirs for ours, theirs in named.items() if theirs}
+
+    def of_items(self) -> dict[str, str]:
+        """Our name -> theirs, for the columns of the items that are mapped."""
+        named = {"item_id": self.items_item or self.item, "title": self.title}
+        return {ours: theirs for ours, theirs in named.items() if theirs}
+
+
+class FiltersConfig(Section):
+    """Which events are kept; every loss is counted and reported by reason."""
+
+    min_rating: float | None = Field(None, description="events rated lower are left out")
+    users: Annotated[int, Field(ge=2)] | None = Field(None, description="a sample of so many users, by their hash")
+    repeats: Literal["keep", "drop-consecutive", "keep-first"] = Field(
+        "keep", description="events of an item that the user consumed before"
+    )
+    k_core: Positive = Field(1, description="every user and every item has at least so many events")
+    min_events: Positive = Field(1, description="users with fewer events are left out")
+    max_events: Positive | None = Field(None, description="users with more events (robots) are left out")
+
+
+class SplitConfig(Section):
+    """Which events are held out."""
+
+    by: Literal["last", "time", "users", "given"] = Field(
+        "last",
+        description="last: each user's last events; time: everything from a moment on; users: a share of the "
+        "users is never trained on; given: the column `part`",
+    )
+    holdout: Positive = Field(1, description="last events held out as test, under `last` as many for validation")
+    ratio: tuple[Rate, Rate, Rate] = Field(
+        (0.8, 0.1, 0.1), description="training, validation, test: of the events (time) or the users (users)"
+    )
+    dates: tuple[str, str] | None = Field(
+        None, description="under `time`, instead of the ratio: first moment of validation and of test, ISO 8601"
+    )
+    cold_items: Share = Field(0.0, description="share of the items that appear as test targets only")
+
+    @model_validator(mode="after")
+    def _whole(self) -> SplitConfig:
+        if abs(sum(self.ratio) - 1) > 1e-6:
+            raise ValueError(f"`ratio` must add up to 1, got {list(self.ratio)}")
+        if self.dates and self.by != "time":
+            raise ValueError(f"`dates` belong to `by: time`, not to {self.by!r}")
+        return self
+
+
 class DataConfig(Section):
-    """Where the interactions come from and how they are split."""
+    """Where the interactions come from, which are kept, and how they are split."""
 
     source: str | None = Field(None, description="a named public data set (`llm2rec data list`)")
-    interactions: Path | None = Field(None, description="table with user_id, item_id, timestamp")
+    folder: Path | None = Field(None, description="a folder in a published layout")
+    layout: str = Field("auto", description="which layout `folder` is in; auto looks at its files")
+    interactions: Path | None = Field(None, description="table with user_id, item_id, timestamp: file or folder")
     items: Path | None = Field(None, description="table with item_id, title and further text columns")
+    columns: ColumnsConfig = ColumnsConfig()
+    text: str = Field("{title}", description="the text of an item: columns of the items table in braces")
+    filters: FiltersConfig = FiltersConfig()
+    split: SplitConfig = SplitConfig()
     history_length: Annotated[int, Field(gt=0, le=1000)] = Field(
         10, description="items that one prediction looks at (paper: 10)"
     )
-    holdout: Positive = Field(1, description="last events a user held out as test; as many before: validation")
     short_histories: Literal["error", "drop"] = Field(
-        "error", description="users with fewer than 2 * holdout + 1 events: refuse the log, or drop them"
+        "error", description="users with too few events for the split: refuse the log, or drop them"
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> DataConfig:
-        if self.source and (self.interactions or self.items):
-            raise ValueError("give either `source` or `interactions` and `items`, not both")
-        if not self.source and not (self.interactions and self.items):
-            raise ValueError("give `source`, or both `interactions` and `items`")
+        given = [bool(self.source), bool(self.folder), bool(self.interactions or self.items)]
+        if sum(given) > 1:
+            raise ValueError("give only one of `source`, `folder`, and `interactions` with `items`")
+        if not any(given) or (given[2] and not (self.interactions and self.items)):
+            raise ValueError("give `source`, or `folder`, or both `interactions` and `items`")
         return self
+
+
+class DomainConfig(DataConfig):
+    """One of several logs that share the language model; each has its own recommender and evaluation."""
+
+    weight: Rate = Field(1.0, description="how often it is trained on, relative to the others")
+    role: Literal["in", "out"] = Field("in", description="out: none of its titles enters CSFT or IEM")
 
 
 class ModelConfig(Section):
@@ -65,7 +143,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="weights and arithmetic; auto takes the faster matrix product of this machine"
     )
-    max_title_tokens: Positive = Field(64, description="longer titles are truncated")
+    max_title_tokens: Annotated[int, Field(ge=2)] = Field(64, description="longer titles are truncated")
 
 
 class OptimizerConfig(Section):
@@ -92,6 +170,11 @@ class CsftConfig(OptimizerConfig):
     def _one_budget(self) -> CsftConfig:
         if (self.max_tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_tokens` and `epochs`")
+        if self.max_tokens is not None and self.max_tokens < self.batch_tokens:
+            raise ValueError(
+                f"max_tokens {self.max_tokens:,} is less than one step of batch_tokens {self.batch_tokens:,}; "
+                "raise the one or lower the other"
+            )
         return self
 
 
@@ -171,18 +254,44 @@ class EvaluationConfig(Section):
     reference: str = Field("sasrec-backbone", description="row that every other row is tested against")
     bootstrap_samples: Positive = 10_000
 
+    @model_validator(mode="after")
+    def _distinct_cutoffs(self) -> EvaluationConfig:
+        if len(set(self.k)) != len(self.k):
+            raise ValueError(f"`k` names a cut-off twice: {list(self.k)}")
+        return self
+
 
 class Recipe(Section):
     """A whole run."""
 
     seed: Count = Field(0, description="of the language stages; each stage derives its own generator from it")
-    data: DataConfig
+    data: DataConfig | None = Field(None, description="the log; this, or several `domains`")
+    domains: dict[DomainName, DomainConfig] | None = None
     model: ModelConfig
     csft: CsftConfig
     iem: IemConfig
     encode: EncodeConfig = EncodeConfig()
     recommender: RecommenderConfig = RecommenderConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def by_domain(self) -> dict[str, DomainConfig]:
+        """The domains by name; the log of a recipe that names none is `main`."""
+        if self.domains is not None:
+            return self.domains
+        assert self.data is not None
+        return {DOMAIN: DomainConfig(**dict(self.data))}
+
+    @model_validator(mode="after")
+    def _some_data(self) -> Recipe:
+        if (self.data is None) == (self.domains is None):
+            raise ValueError("give either `data` or `domains`")
+        if self.domains is not None and not any(domain.role == "in" for domain in self.domains.values()):
+            raise ValueError("no domain has `role: in`: there is nothing to train the language model on")
+        lengths = {one.history_length for one in self.by_domain.values() if one.role == "in"}
+        if len(lengths) > 1:
+            raise ValueError(f"domains that are trained together need one history_length, got {sorted(lengths)}")
+        return self
 
     @model_validator(mode="after")
     def _known_reference(self) -> Recipe:
@@ -225,7 +334,7 @@ def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ())
     """
     path = recipe_path(recipe)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -234,6 +343,18 @@ def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ())
     for override in overrides:
         apply_override(content, override)
     return parse_recipe(content, str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML whose mappings name no key twice: the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
@@ -255,18 +376,23 @@ def _explain(problem: Any) -> str:
         return f"{key}: no such key; allowed here: {', '.join(_siblings(problem['loc']))}"
     if problem["type"] == "missing":
         return f"{key}: required, but missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return (
-        f"{key}: {message} (got {problem['input']!r})"
-        if problem["type"] != "value_error"
-        else (f"{key}: {message}")
-    )
+    if problem["type"] == "model_type":
+        return f"{key}: a section with keys of its own (got {problem['input']!r})"
+    if problem["type"] == "tuple_type":
+        return f"{key}: a list, for example [{problem['input']}] (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{key}: {message}" + ("" if problem["type"] == "value_error" else f" (got {problem['input']!r})")
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
     for part in location[:-1]:
-        section = section.model_fields[part].annotation
+        field = section.model_fields.get(part)
+        if part == "domains" or field is None:  # `domains`, then the name of one
+            section = DomainConfig
+        else:
+            classes = get_args(field.annotation) or (field.annotation,)
+            section = next(one for one in classes if isinstance(one, type) and issubclass(one, Section))
     return list(section.model_fields)
 
 
@@ -293,9 +419,17 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
         for other in CSFT_BUDGETS - {parts[-1]}:
             section.pop(other, None)
-    if parts[0] == "data" and parts[-1] in ("interactions", "items"):
-        section[parts[-1]] = _expand(str(parsed), Path.cwd())
-        section.pop("source", None)
+    if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
+        _replace_origin(section, parts[-1], parsed)
+
+
+def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
+    """Another origin of the data takes the place of the one that the recipe names."""
+    together = {"interactions", "items"} if key in ("interactions", "items") else {key}
+    for other in set(ORIGINS) - together:
+        section.pop(other, None)
+    if key != "source":
+        section[key] = _expand(str(value), Path.cwd())
 
 
 def _number(value: Any) -> Any:
@@ -310,18 +444,19 @@ def _number(value: Any) -> Any:
 
 def _anchor_paths(content: dict[str, Any], base: Path) -> None:
     _convert_numbers(content)
-    data = content.get("data")
-    if isinstance(data, dict):
-        for key in ("interactions", "items"):
-            if isinstance(data.get(key), str):
-                data[key] = _expand(data[key], base)
+    domains = content.get("domains")
+    sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
+    for section in sections:
+        for key in set(ORIGINS) - {"source"}:
+            if isinstance(section, dict) and isinstance(section.get(key), str):
+                section[key] = _expand(section[key], base)
 
 
 def _convert_numbers(section: dict[str, Any]) -> None:
     for key, value in section.items():
         if isinstance(value, dict):
             _convert_numbers(value)
-        elif key not in ("source", "interactions", "items"):
+        elif key not in ORIGINS:
             section[key] = _number(value)
 
 

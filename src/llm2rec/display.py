@@ -9,20 +9,25 @@ from rich.table import Table
 
 from llm2rec import artifacts
 from llm2rec.evaluation import report
-from llm2rec.runs import Run
+from llm2rec.runs import Domain, Run
 
 
 def show(run: Run) -> list[RenderableType]:
     """What the terminal shows of an evaluated run: the table, neighbours, recommendations, the report's path."""
-    metrics = run.metrics()
-    shown = artifacts.read_json(run.evaluation / "showcase.json")
-    parts: list[RenderableType] = [report.render_table(metrics)]
+    return [part for domain in run.domains for part in _show_domain(run, domain)]
+
+
+def _show_domain(run: Run, domain: Domain) -> list[RenderableType]:
+    metrics = run.metrics(domain.name)
+    shown = artifacts.read_json(domain.evaluation / "showcase.json")
+    parts: list[RenderableType] = [] if domain.alone else [f"\n{domain.name}"]
+    parts.append(report.render_table(metrics))
     for row, choice in metrics["validation"].items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in choice["ndcg@10"].items())
         parts.append(f"{row}: {choice['chosen']} (validation NDCG@10: {values})")
     parts += _neighbour_tables(shown["neighbours"])
     parts.append(_recommendation_table(shown["recommendations"]))
-    parts.append(f"report: {run.evaluation / 'report.html'}")
+    parts.append(f"report: {domain.evaluation / 'report.html'}")
     return parts
 
 

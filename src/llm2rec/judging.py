@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from llm2rec import artifacts
-from llm2rec.config import FLOORS
+from llm2rec.config import FLOORS, SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.evaluation import protocol, report
-from llm2rec.runs import Run
+from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, load_scorer, load_vectors, nearest, recommend
-from llm2rec.stages import fitted, load_data, row_variants
+from llm2rec.stages import TINY_RANDOM, fitted, load_domain, row_variants
 
 KNOWN_ITEMS = 5
 NEIGHBOURS = 5
 RECOMMENDATIONS = 10
+SHOWN_CHARACTERS = 80
+NOT_FACTS = ("item_ids", "seconds", "peak_memory_gb", "dropped")
 PREFERRED_ROWS = ("sasrec-llm2rec", "sasrec-mntp", "sasrec-csft", "sasrec-backbone", "sasrec-id")
 
 
-def judge(run: Run) -> dict[str, Any]:
+def judge(run: Run, domain: Domain) -> dict[str, Any]:
     """Evaluates every row and writes `metrics.json`, `per_user.parquet`, `showcase.json`, `report.html`.
 
     Returns:
@@ -32,9 +36,9 @@ def judge(run: Run) -> dict[str, Any]:
     """
     settings = run.recipe.evaluation
     reference = reference_row(run)
-    sequences, _, _ = load_data(run)
-    out = run.evaluation
-    per_user = rank_rows(run, sequences)
+    sequences = load_domain(run, domain).sequences
+    out = domain.evaluation
+    per_user = rank_rows(run, domain, sequences)
     per_user.write_parquet(out / "per_user.parquet")
     summary = protocol.summarise(per_user, settings.k, settings.bootstrap_samples)
     compared = protocol.compare_rows(per_user, reference, settings.bootstrap_samples)
@@ -43,19 +47,32 @@ def judge(run: Run) -> dict[str, Any]:
         **summary,
         "reference": reference,
         "comparisons": compared,
-        "validation": validation_choices(run),
+        "validation": validation_choices(run, domain),
         "protocol": {
             "ranking": "full, over the whole catalogue; items of the history compete as well",
             "test_events": test_events,
-            "holdout": run.recipe.data.holdout,
-            "history_length": run.recipe.data.history_length,
+            "split": split_in_words(domain.config.split),
+            "history_length": domain.config.history_length,
             "ties": "count against the target; events of equal time are ordered by item_id",
         },
     }
     artifacts.write_json(out / "metrics.json", content)
-    artifacts.write_json(out / "showcase.json", showcase(run, sequences))
-    (out / "report.html").write_text(report.render_html(report_data(run, per_user)), encoding="utf-8")
+    artifacts.write_json(out / "showcase.json", showcase(run, domain, sequences))
+    (out / "report.html").write_text(report.render_html(report_data(run, domain, per_user)), encoding="utf-8")
     return {"rows": len(summary["rows"]), "test_events": test_events}
+
+
+def split_in_words(split: SplitConfig) -> str:
+    """How events were held out, for readers of a table."""
+    cold = f"; {split.cold_items:.0%} of the items are test targets only" if split.cold_items else ""
+    shares = "/".join(f"{100 * share:g}" for share in split.ratio)
+    words = {
+        "last": f"each user's last {split.holdout} test, the {split.holdout} before validation",
+        "time": f"by time, {' and '.join(split.dates) if split.dates else shares + ' % of the events'}",
+        "users": f"by users, {shares} %, the last {split.holdout} events of those held out",
+        "given": "as given with the data",
+    }
+    return words[split.by] + cold
 
 
 def reference_row(run: Run) -> str:
@@ -65,37 +82,38 @@ def reference_row(run: Run) -> str:
     return wanted if wanted in rows else rows[0]
 
 
-def rank_rows(run: Run, sequences: Sequences) -> pl.DataFrame:
+def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> pl.DataFrame:
     """Ranks of every test event by every row and seed, PER_USER_COLUMNS."""
     tables = []
     for row in run.recipe.recommender.rows:
         for seed in [0] if row in FLOORS else range(run.recipe.recommender.seeds):
-            scorer = load_scorer(run, row, seed)
+            scorer = load_scorer(domain, row, seed)
             ranked = protocol.evaluate(
-                scorer, sequences, TEST, run.recipe.data.history_length, description=f"rank {row}"
+                scorer, sequences, TEST, domain.config.history_length, description=f"rank {row}"
             )
             tables.append(protocol.per_user_table(ranked, sequences, row, seed))
     return pl.concat(tables)
 
 
-def validation_choices(run: Run) -> dict[str, dict[str, Any]]:
+def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
     """Row -> which of its variants validation chose, with the validation NDCG@10 of each."""
     rows = [row for row in run.recipe.recommender.rows if row not in FLOORS and len(row_variants(row)) > 1]
-    chosen = {row: fitted(run, row, 0) for row in rows}
+    chosen = {row: fitted(domain, row, 0) for row in rows}
     return {row: {"chosen": one["chosen"], "ndcg@10": one["validation"]} for row, one in chosen.items()}
 
 
-def showcase(run: Run, sequences: Sequences) -> dict[str, Any]:
+def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     """Examples to look at: neighbours of the best-known items before and after, one user's next items."""
-    catalogue = Catalogue.read(run.data / "catalogue.parquet")
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     items, _ = sequences.training()
     counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)
     known = np.argsort(-counts, kind="stable")[:KNOWN_ITEMS]
-    sets = [name for name in ("backbone", "csft", "mntp", "llm2rec") if _has_vectors(run, name)]
-    vectors = {name: load_vectors(run, name, catalogue) for name in sets}
+    sets = [name for name in ("backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
+    vectors = {name: load_vectors(domain, name, catalogue) for name in sets}
+    names = distinct_names(catalogue)
     neighbours = {
-        catalogue.titles[index - 1]: {
-            name: [_entry(item) for item in nearest(catalogue, matrix, int(index), NEIGHBOURS)]
+        names[catalogue.item_ids[index - 1]]: {
+            name: [_entry(item, names) for item in nearest(catalogue, matrix, int(index), NEIGHBOURS)]
             for name, matrix in vectors.items()
         }
         for index in known.tolist()
@@ -106,14 +124,14 @@ def showcase(run: Run, sequences: Sequences) -> dict[str, Any]:
     )
     user, history = _typical_user(sequences)
     ids = [catalogue.item_ids[item - 1] for item in history]
-    best = recommend(run, ids, RECOMMENDATIONS, row)
+    best = recommend(run, ids, RECOMMENDATIONS, row, domain=domain.name)
     return {
         "neighbours": neighbours,
         "recommendations": {
             "row": row,
             "user_id": user,
-            "history": [catalogue.titles[item - 1] for item in history[-run.recipe.data.history_length :]],
-            "items": [_entry(item) for item in best],
+            "history": [names[item_id] for item_id in ids[-domain.config.history_length :]],
+            "items": [_entry(item, names) for item in best],
         },
     }
 
@@ -127,15 +145,26 @@ def _typical_user(sequences: Sequences) -> tuple[str, list[int]]:
     return str(sequences.user_ids[user]), [int(item) for item in known]
 
 
-def _entry(item: ScoredItem) -> list[Any]:
-    return [item.title, round(item.score, 4)]
+def distinct_names(catalogue: Catalogue) -> dict[str, str]:
+    """Item id -> what it is called in lists: its title, shortened; with the id where others share the title."""
+    shared = {title for title, count in Counter(catalogue.titles).items() if count > 1}
+    pairs = zip(catalogue.item_ids, catalogue.titles, strict=True)
+    return {
+        item_id: shorten(title, SHOWN_CHARACTERS, placeholder=" ...")
+        + (f" [{item_id}]" if title in shared else "")
+        for item_id, title in pairs
+    }
 
 
-def _has_vectors(run: Run, name: str) -> bool:
-    return (run.embeddings(name) / artifacts.MANIFEST).exists()
+def _entry(item: ScoredItem, names: dict[str, str]) -> list[Any]:
+    return [names[item.item_id], round(item.score, 4)]
 
 
-def training_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
+def _has_vectors(domain: Domain, name: str) -> bool:
+    return (domain.embeddings(name) / artifacts.MANIFEST).exists()
+
+
+def training_curves(run: Run, domain: Domain) -> dict[str, list[tuple[float, float]]]:
     """Name -> (step, value) of every logged training: losses of the LM stages, validation of the rows."""
     curves = {}
     for name, folder in (("csft loss", run.csft), ("mntp loss", run.mntp), ("contrastive loss", run.iem)):
@@ -143,7 +172,7 @@ def training_curves(run: Run) -> dict[str, list[tuple[float, float]]]:
     curves["contrastive validation AUC"] = _logged(run.iem / "metrics.jsonl", "eval_auc")
     for row in run.recipe.recommender.rows:
         if row not in FLOORS:
-            file = run.recommender(row, 0) / "metrics.jsonl"
+            file = domain.recommender(row, 0) / "metrics.jsonl"
             curves[f"{row} validation NDCG@10"] = _logged(file, "eval_ndcg@10")
     return {name: points for name, points in curves.items() if points}
 
@@ -155,10 +184,11 @@ def _logged(file: Path, key: str) -> list[tuple[float, float]]:
     return [(line["step"], line[key]) for line in lines if key in line]
 
 
-def stage_costs(run: Run) -> list[dict[str, Any]]:
+def stage_costs(run: Run, domain: Domain) -> list[dict[str, Any]]:
     """Seconds and peak memory of every finished stage, in the order of the pipeline."""
-    folders = [run.data, run.csft, run.mntp, run.iem]
-    folders += sorted((run.folder / "embeddings").glob("*/*")) + sorted((run.folder / "recommender").glob("*/*/*"))
+    folders = [domain.data, run.csft, run.mntp, run.iem]
+    for kind, pattern in (("embeddings", "*"), ("recommender", "*/*")):
+        folders += sorted((run.folder / kind / domain.name).glob(pattern))
     costs = []
     for folder in folders:
         manifest = artifacts.read_manifest(folder)
@@ -168,20 +198,33 @@ def stage_costs(run: Run) -> list[dict[str, Any]]:
     return costs
 
 
-def report_data(run: Run, per_user: pl.DataFrame) -> report.ReportData:
+def report_facts(run: Run, domain: Domain) -> dict[str, Any]:
+    """What stands under the title: the data, the model and what it was trained with."""
+    prepared = artifacts.require(domain.data, "prepare").summary
+    facts = {key: value for key, value in prepared.items() if key not in NOT_FACTS}
+    model = run.recipe.model.source
+    facts["language_model"] = f"{model} (random weights: a trial)" if model == TINY_RANDOM else model
+    for name, folder, key in (("csft_tokens", run.csft, "tokens"), ("mntp_steps", run.mntp, "steps")):
+        manifest = artifacts.read_manifest(folder)
+        if manifest is not None:
+            facts[name] = manifest.summary[key]
+    manifest = artifacts.read_manifest(run.iem)
+    if manifest is not None:
+        facts["contrastive_steps"] = manifest.summary.get("best_step", 0)
+    return facts
+
+
+def report_data(run: Run, domain: Domain, per_user: pl.DataFrame) -> report.ReportData:
     """Everything the HTML page shows."""
-    metrics = artifacts.read_json(run.evaluation / "metrics.json")
-    shown = artifacts.read_json(run.evaluation / "showcase.json")
-    prepared = artifacts.require(run.data, "prepare").summary
+    metrics = artifacts.read_json(domain.evaluation / "metrics.json")
+    shown = artifacts.read_json(domain.evaluation / "showcase.json")
     return report.ReportData(
-        title=f"llm2rec: {run.folder.name}",
-        facts={
-            key: value for key, value in prepared.items() if key not in ("item_ids", "seconds", "peak_memory_gb")
-        },
+        title=f"llm2rec: {run.folder.name}" + ("" if domain.alone else f", {domain.name}"),
+        facts=report_facts(run, domain),
         metrics=metrics,
         recall_curves=protocol.recall_curves(per_user),
-        training_curves=training_curves(run),
+        training_curves=training_curves(run, domain),
         showcase=shown,
-        costs=stage_costs(run),
+        costs=stage_costs(run, domain),
         settings=run.recipe.model_dump(mode="json"),
     )

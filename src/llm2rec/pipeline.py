@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from pathlib import Path
 from typing import Any
 
 from llm2rec import artifacts, progress, stages
+from llm2rec.config import DataConfig, load_recipe
 from llm2rec.data import sources
-from llm2rec.errors import ConfigError
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
 
@@ -34,9 +33,11 @@ def run(
         Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
     """
     folder = Path(out) if out else Path("runs") / Path(recipe).stem
+    load_recipe(recipe, overrides)  # a bad recipe leaves no folder behind
     refuse_foreign(folder)
     with artifacts.run_lock(folder):
         started = create_run(recipe, folder, tuple(overrides))
+        progress.say(_plan(started))
         if fresh:
             for name in (
                 "data",
@@ -107,26 +108,41 @@ def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
 def _stages_of(run: Run, verb: str) -> list[Stage]:
     """The stages of one verb; built when their turn comes, because inputs are hashes of finished parents."""
     if verb == "prepare":
-        return [stages.prepare_stage(run)]
+        return stages.prepare_stages(run)
     if verb in ("csft", "iem"):
         return [stage for stage in stages.language_stages(run) if stage.verb == verb]
     if verb == "encode":
         return stages.encode_stages(run)
     if verb == "fit":
         return stages.fit_stages(run)
-    return [stages.evaluate_stage(run)]
+    return stages.evaluate_stages(run)
 
 
 def _check_model(run: Run, verbs: tuple[str, ...]) -> None:
     """Fetches a named model, and refuses a missing one, before the first stage rather than in the middle."""
     source = run.recipe.model.source
     needed = bool(stages.vector_sets(run)) and not {"csft", "encode"}.isdisjoint(verbs)
-    if not needed or source == stages.TINY_RANDOM or (run.evaluation / artifacts.MANIFEST).exists():
+    if not needed or source == stages.TINY_RANDOM or _evaluated(run):
         return
-    if source in sources.MODELS:
-        sources.fetch_model(source)
-    elif (os.sep in source or source.endswith(".gguf")) and source.count("/") != 1 and not Path(source).exists():
-        raise ConfigError(f"model.source: there is no file or folder {source!r}")
+    sources.check_model(source)
+
+
+def _evaluated(run: Run) -> bool:
+    return all((domain.evaluation / artifacts.MANIFEST).exists() for domain in run.domains)
+
+
+def _plan(run: Run) -> str:
+    """One line before the first stage: what goes in, and the budgets that decide how long it takes."""
+    recipe = run.recipe
+    data = ", ".join(_origin(domain.config) for domain in run.domains)
+    csft = f"{recipe.csft.max_tokens:,} tokens" if recipe.csft.max_tokens else f"{recipe.csft.epochs:g} epochs"
+    steps = f"MNTP {recipe.iem.mntp.steps}, contrastive {recipe.iem.contrastive.steps} steps"
+    rows = f"{len(recipe.recommender.rows)} rows x {recipe.recommender.seeds} seeds"
+    return f"{run.folder}: {data}, {recipe.model.source}; CSFT {csft}, {steps}, {rows}"
+
+
+def _origin(config: DataConfig) -> str:
+    return str(config.source or config.folder or config.interactions)
 
 
 def _carry_out_stage(run: Run, stage: Stage) -> None:
@@ -151,7 +167,13 @@ def _carry_out_stage(run: Run, stage: Stage) -> None:
 def _in_words(summary: dict[str, Any]) -> str:
     shown = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "seconds"}
     parts = [f"{summary['seconds']:.0f} s"]
-    return ", ".join(parts + [f"{key.replace('_', ' ')} {value:,}" for key, value in shown.items()])
+    parts += [f"{key.replace('_', ' ')} {_short(value)}" for key, value in shown.items()]
+    parts += [f"left out: {count:,} ({reason})" for reason, count in summary.get("dropped", {}).items()]
+    return ", ".join(parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def _reset_peak_memory() -> None:

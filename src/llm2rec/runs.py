@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,13 +13,40 @@ from platform import platform, python_version
 from typing import Any
 
 from llm2rec import artifacts
-from llm2rec.config import Recipe, load_recipe, parse_recipe, recipe_path
+from llm2rec.config import DomainConfig, Recipe, load_recipe, parse_recipe, recipe_path
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.version import __version__
 
 RECIPE, RESOLVED, LOG, LOCK = "recipe.yaml", "resolved.json", "log.jsonl", ".lock"
-DOMAIN = "main"  # the only domain of a recipe that names none
 VERSIONED = ("torch", "transformers", "sentence-transformers", "accelerate", "polars", "numpy")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One log of a run: where its data, vectors, recommenders and evaluation lie."""
+
+    folder: Path
+    name: str
+    config: DomainConfig
+    alone: bool
+
+    @property
+    def data(self) -> Path:
+        """Stage `prepare`: canonical tables and sequences."""
+        return self.folder / "data" / self.name
+
+    def embeddings(self, name: str) -> Path:
+        """Stage `encode`: one vector set of the catalogue."""
+        return self.folder / "embeddings" / self.name / name
+
+    def recommender(self, row: str, seed: int) -> Path:
+        """Stage `fit`: one training of one row."""
+        return self.folder / "recommender" / self.name / row / f"seed-{seed}"
+
+    @property
+    def evaluation(self) -> Path:
+        """Stage `evaluate`: metrics, per-user ranks and the report."""
+        return self.folder / "evaluation" / ("" if self.alone else self.name)
 
 
 @dataclass(frozen=True)
@@ -29,9 +57,43 @@ class Run:
     recipe: Recipe
 
     @property
+    def domains(self) -> list[Domain]:
+        """The logs of the run, in the order of the recipe."""
+        configs = self.recipe.by_domain
+        return [Domain(self.folder, name, config, len(configs) == 1) for name, config in configs.items()]
+
+    def domain(self, name: str | None = None) -> Domain:
+        """A log by its name; without a name the only one.
+
+        Raises:
+            ConfigError: no such domain, or no name where there are several.
+        """
+        if name is None and len(self.domains) == 1:
+            return self.domains[0]
+        for domain in self.domains:
+            if domain.name == name:
+                return domain
+        known = ", ".join(domain.name for domain in self.domains)
+        got = "has several domains; name one" if name is None else f"has no domain {name!r}"
+        raise ConfigError(f"{self.folder} {got}: {known}")
+
+    @property
     def data(self) -> Path:
-        """Stage `prepare`: canonical tables and sequences."""
-        return self.folder / "data" / DOMAIN
+        """`Domain.data` of the only domain."""
+        return self.domain().data
+
+    def embeddings(self, name: str) -> Path:
+        """`Domain.embeddings` of the only domain."""
+        return self.domain().embeddings(name)
+
+    def recommender(self, row: str, seed: int) -> Path:
+        """`Domain.recommender` of the only domain."""
+        return self.domain().recommender(row, seed)
+
+    @property
+    def evaluation(self) -> Path:
+        """`Domain.evaluation` of the only domain."""
+        return self.domain().evaluation
 
     @property
     def backbone(self) -> Path:
@@ -53,33 +115,22 @@ class Run:
         """Second half of stage `iem`: the item encoder, a SentenceTransformer folder."""
         return self.folder / "iem"
 
-    def embeddings(self, name: str) -> Path:
-        """Stage `encode`: one vector set of the catalogue."""
-        return self.folder / "embeddings" / DOMAIN / name
-
-    def recommender(self, row: str, seed: int) -> Path:
-        """Stage `fit`: one training of one row."""
-        return self.folder / "recommender" / DOMAIN / row / f"seed-{seed}"
-
-    @property
-    def evaluation(self) -> Path:
-        """Stage `evaluate`: metrics, per-user ranks and the report."""
-        return self.folder / "evaluation"
-
     def log(self, **entry: Any) -> None:
         """Appends one line to `log.jsonl`."""
         line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **entry}, ensure_ascii=False)
         with (self.folder / LOG).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def metrics(self) -> dict[str, Any]:
-        """The content of `evaluation/metrics.json`.
+    def metrics(self, domain: str | None = None) -> dict[str, Any]:
+        """The content of `metrics.json` of a domain, of the only one without a name.
 
         Raises:
             ArtifactError: the run is not evaluated.
+            ConfigError: see `domain`.
         """
-        artifacts.require(self.evaluation, "evaluate")
-        return dict(artifacts.read_json(self.evaluation / "metrics.json"))
+        folder = self.domain(domain).evaluation
+        artifacts.require(folder, "evaluate")
+        return dict(artifacts.read_json(folder / "metrics.json"))
 
 
 def open_run(folder: str | Path) -> Run:
@@ -136,11 +187,6 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
 
     Without `overrides` those already recorded stay.
     """
-    stages = {
-        str(manifest.parent.relative_to(run.folder)): _fingerprint(manifest.parent)
-        for manifest in sorted(run.folder.rglob(artifacts.MANIFEST))
-        if artifacts.SUPERSEDED not in manifest.parts
-    }
     if overrides is None:
         overrides = tuple(_read_resolved(run.folder)["overrides"])
     content = {
@@ -149,7 +195,7 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
         "seed": run.recipe.seed,
         "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
         | {name: metadata.version(name) for name in VERSIONED},
-        "stages": stages,
+        "stages": _fingerprints(run.folder),
     }
     artifacts.write_json(run.folder / RESOLVED, content)
 
@@ -161,11 +207,16 @@ def _read_resolved(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _fingerprint(folder: Path) -> str:
-    manifest = artifacts.read_manifest(folder)
-    if manifest is None:
-        raise ArtifactError(f"the manifest of {folder} vanished; is another program working there?")
-    return manifest.fingerprint
+def _fingerprints(folder: Path) -> dict[str, str]:
+    """Stage folder -> fingerprint of every finished stage; a damaged manifest counts as unfinished."""
+    found = {}
+    for path in sorted(folder.rglob(artifacts.MANIFEST)):
+        if artifacts.SUPERSEDED not in path.parts:
+            with suppress(ArtifactError):
+                manifest = artifacts.read_manifest(path.parent)
+                if manifest is not None:
+                    found[str(path.parent.relative_to(folder))] = manifest.fingerprint
+    return found
 
 
 def row_parts(row: str) -> tuple[str, str | None]:

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
-from llm2rec.config import FLOORS
+from llm2rec.config import FLOORS, DataConfig
 from llm2rec.data import sources
-from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.runs import Run, row_parts
+from llm2rec.errors import ArtifactError
+from llm2rec.runs import Domain, Run, row_parts
 
 if TYPE_CHECKING:
+    from llm2rec.data.mixture import Mixture
     from llm2rec.data.sequences import Sequences
+    from llm2rec.data.splits import Split
 
 TINY_RANDOM = "tiny-random"
 # The untrained and the CSFT model are encoded both ways; validation decides which one is the row.
@@ -38,36 +40,51 @@ class Stage:
     execute: Callable[[Summary], None]
 
 
-def prepare_stage(run: Run) -> Stage:
-    """Source or files -> canonical tables and sequences."""
+def prepare_stages(run: Run) -> list[Stage]:
+    """One stage a domain: source, layout or files -> canonical tables and sequences."""
+    return [_prepare_stage(run, domain) for domain in run.domains]
+
+
+def _prepare_stage(run: Run, domain: Domain) -> Stage:
+    config = domain.config
 
     def inputs() -> Inputs:
+        from llm2rec.data import origins
+
+        chosen = flatten("data", config.model_dump(mode="json", include={"columns", "filters", "split"}))
         return {
-            "data": _data_hash(run),
-            "data.holdout": run.recipe.data.holdout,
-            "data.short_histories": run.recipe.data.short_histories,
+            "data": origins.content_hash(config),
+            "data.layout": config.layout,
+            "data.short_histories": config.short_histories,
+            "seed": run.recipe.seed,
+            **chosen,
         }
 
     def execute(summary: Summary) -> None:
-        from llm2rec.data import readers, sequences
+        from llm2rec.data import filters, origins, sequences
 
-        data = run.recipe.data
-        if data.source:
-            interactions, catalogue = sources.fetch_data(data.source)
-        else:
-            assert data.interactions and data.items
-            interactions = readers.read_interactions(data.interactions)
-            catalogue = readers.read_items(data.items)
-        summary |= sequences.prepare(
-            interactions,
+        log, catalogue, left_out = origins.read(config)
+        log, filtered_out = filters.filtered(log, **dict(config.filters), seed=run.recipe.seed)
+        prepared = sequences.prepare(
+            log,
             catalogue,
-            holdout=data.holdout,
-            short_histories=data.short_histories,
-            out=run.data,
+            split=split_of(config, run.recipe.seed),
+            short_histories=config.short_histories,
+            only_consumed=config.filters.k_core > 1,
+            out=domain.data,
         )
-        summary["item_ids"] = artifacts.hash_json(catalogue.item_ids)
+        prepared["dropped"] = left_out | filtered_out | prepared.pop("dropped", {})
+        summary |= prepared
+        summary["item_ids"] = artifacts.hash_json(sequences.Sequences.load(domain.data).item_ids)
 
-    return Stage("prepare", run.data, inputs, execute)
+    return Stage("prepare", domain.data, inputs, execute)
+
+
+def split_of(config: DataConfig, seed: int) -> Split:
+    """The split that a recipe asks for."""
+    from llm2rec.data.splits import Split
+
+    return Split(**dict(config.split), seed=seed)
 
 
 def language_stages(run: Run) -> list[Stage]:
@@ -90,11 +107,16 @@ def iem_stages(run: Run) -> list[Stage]:
 
 
 def encode_stages(run: Run) -> list[Stage]:
-    """One stage a vector set that the rows of the recipe need."""
-    return [_encode_stage(run, name) for name in vector_sets(run)]
+    """One stage a domain and vector set that the rows of the recipe need."""
+    return [_encode_stage(run, domain, name) for domain in run.domains for name in vector_sets(run)]
 
 
 def fit_stages(run: Run) -> list[Stage]:
+    """The trainings of every domain."""
+    return [stage for domain in run.domains for stage in fit_stages_of(run, domain)]
+
+
+def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
     """One stage a trained row and seed; for rows with variants, each variant and then the choice."""
     stages = []
     for row in run.recipe.recommender.rows:
@@ -102,29 +124,33 @@ def fit_stages(run: Run) -> list[Stage]:
             continue
         variants = row_variants(row)
         seeds = range(run.recipe.recommender.seeds)
-        stages += [_fit_stage(run, name, vectors, seed) for name, vectors in variants.items() for seed in seeds]
+        stages += [_fit_stage(run, domain, name, kind, seed) for name, kind in variants.items() for seed in seeds]
         if len(variants) > 1:
-            stages += [_choice_stage(run, row, list(variants), seed) for seed in seeds]
+            stages += [_choice_stage(run, domain, row, list(variants), seed) for seed in seeds]
     return stages
 
 
-def evaluate_stage(run: Run) -> Stage:
-    """Every row of the recipe on the test events: metrics, per-user ranks, report."""
+def evaluate_stages(run: Run) -> list[Stage]:
+    """One stage a domain: every row of the recipe on its test events."""
+    return [_evaluate_stage(run, domain) for domain in run.domains]
 
+
+def _evaluate_stage(run: Run, domain: Domain) -> Stage:
     def inputs() -> Inputs:
-        trained = [stage.folder for stage in fit_stages(run)]
+        trained = [stage.folder for stage in fit_stages_of(run, domain)]
         parents = {f"recommender {folder.parent.name}/{folder.name}": _parent(folder, "fit") for folder in trained}
-        vectors = {f"vectors {name}": _parent(run.embeddings(name), "encode") for name in vector_sets(run)}
+        vectors = {f"vectors {name}": _parent(domain.embeddings(name), "encode") for name in vector_sets(run)}
         evaluation = flatten("evaluation", run.recipe.evaluation.model_dump(mode="json"))
         rows = {"recommender.rows": list(run.recipe.recommender.rows)}
-        return {"data": _parent(run.data, "prepare"), **evaluation, **rows, **parents, **vectors}
+        window = {"data.history_length": domain.config.history_length}
+        return {"data": _parent(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}
 
     def execute(summary: Summary) -> None:
         from llm2rec.judging import judge
 
-        summary |= judge(run)
+        summary |= judge(run, domain)
 
-    return Stage("evaluate", run.evaluation, inputs, execute)
+    return Stage("evaluate", domain.evaluation, inputs, execute)
 
 
 def vector_sets(run: Run) -> list[str]:
@@ -155,58 +181,107 @@ def model_path(run: Run) -> str | Path:
     return sources.fetch_model(source) if source in sources.MODELS else source
 
 
-def load_data(run: Run) -> tuple[Sequences, list[str], list[str]]:
-    """Checked sequences, item ids and titles of a prepared run.
+@dataclass(frozen=True)
+class Loaded:
+    """A prepared domain in memory: sequences, and the id and text of each item (N,)."""
+
+    sequences: Sequences
+    item_ids: list[str]
+    texts: list[str]
+
+
+def load_domain(run: Run, domain: Domain) -> Loaded:
+    """The checked data of a prepared domain.
 
     Raises:
         DataError: a training event is later than a held-out one, or another leak.
+        ConfigError: the text template names a column that the items lack.
     """
-    from llm2rec.data.sequences import Sequences, check_leakage
+    from llm2rec.data.sequences import Sequences, check_leakage, cold_items
     from llm2rec.data.tables import Catalogue, Interactions
+    from llm2rec.data.texts import item_texts
 
-    artifacts.require(run.data, "prepare")
-    sequences = Sequences.load(run.data)
-    interactions = Interactions.read(run.data / "interactions.parquet")
-    data = run.recipe.data
-    check_leakage(sequences, interactions, holdout=data.holdout, history_length=data.history_length)
-    catalogue = Catalogue.read(run.data / "catalogue.parquet")
-    return sequences, catalogue.item_ids, catalogue.titles
+    artifacts.require(domain.data, "prepare")
+    sequences = Sequences.load(domain.data)
+    check_leakage(
+        sequences,
+        Interactions.read(domain.data / "interactions.parquet"),
+        split=split_of(domain.config, run.recipe.seed),
+        cold=cold_items(domain.data),
+        history_length=domain.config.history_length,
+    )
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    return Loaded(sequences, catalogue.item_ids, item_texts(catalogue, domain.config.text))
+
+
+def load_mixture(run: Run) -> Mixture:
+    """What the language model is trained on: the domains of the run whose role is `in`, as one.
+
+    Raises:
+        DataError, ConfigError: see `load_domain`.
+    """
+    from llm2rec.data.mixture import Part, mix
+    from llm2rec.data.sequences import cold_items
+
+    parts = []
+    for domain in trained_domains(run):
+        loaded = load_domain(run, domain)
+        cold = cold_items(domain.data)
+        parts.append(Part(domain.name, loaded.sequences, loaded.texts, cold, domain.config.weight))
+    return mix(parts)
+
+
+def trained_domains(run: Run) -> list[Domain]:
+    """The domains that the language model is trained on."""
+    return [domain for domain in run.domains if domain.config.role == "in"]
+
+
+def _history_length(run: Run) -> int:
+    return trained_domains(run)[0].config.history_length  # one for all: see Recipe
+
+
+def _of_each(run: Run, inputs: Callable[[Domain], Inputs]) -> Inputs:
+    """Inputs of every trained domain; where there are several, under the name of the domain."""
+    domains = trained_domains(run)
+    if len(domains) == 1:
+        return inputs(domains[0])
+    weights = {f"{domain.name}.weight": domain.config.weight for domain in domains}
+    return weights | {f"{one.name}.{key}": value for one in domains for key, value in inputs(one).items()}
 
 
 def _tiny_random_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import make_tiny_random
-        from llm2rec.lm.text import item_texts
         from llm2rec.training import stage_seed
 
-        _, _, titles = load_data(run)
-        make_tiny_random(item_texts(titles), run.backbone, stage_seed(run.recipe.seed, "backbone"))
+        make_tiny_random(load_mixture(run).training_texts, run.backbone, stage_seed(run.recipe.seed, "backbone"))
 
-    return Stage(
-        "csft",
-        run.backbone,
-        lambda: {"seed": run.recipe.seed, "catalogue": _catalogue_hash(run)},
-        execute,
-    )
+    def inputs() -> Inputs:
+        return {"seed": run.recipe.seed, **_of_each(run, lambda one: _text_inputs(run, one))}
+
+    return Stage("csft", run.backbone, inputs, execute)
 
 
 def _csft_stage(run: Run) -> Stage:
     def inputs() -> Inputs:
         settings = flatten("csft", run.recipe.csft.model_dump(mode="json"))
-        window = {"data.history_length": run.recipe.data.history_length}
-        return {**_sequence_inputs(run), **_model_inputs(run), **settings, **window}
+        window = {"data.history_length": _history_length(run)}
+        data = _of_each(run, lambda one: {**_sequence_inputs(one), **_text_inputs(run, one)})
+        return {**data, **_model_inputs(run), **settings, **window}
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.csft import csft
+        from llm2rec.lm.iem import check_titles
 
-        sequences, _, titles = load_data(run)
+        mixture = load_mixture(run)
+        check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
         summary |= csft(
-            sequences,
-            titles,
+            mixture.sequences,
+            mixture.texts,
             model=model_path(run),
             dtype=resolve_dtype(run.recipe.model.dtype),
-            history_length=run.recipe.data.history_length,
+            history_length=_history_length(run),
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,
             out=run.csft,
@@ -219,15 +294,15 @@ def _csft_stage(run: Run) -> Stage:
 def _mntp_stage(run: Run) -> Stage:
     def inputs() -> Inputs:
         settings = flatten("iem.mntp", run.recipe.iem.mntp.model_dump(mode="json"))
-        return {"csft": _parent(run.csft, "csft"), **_text_inputs(run), **settings}
+        data = _of_each(run, lambda one: _text_inputs(run, one))
+        return {"csft": _parent(run.csft, "csft"), **data, **settings}
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import mntp
 
-        _, _, titles = load_data(run)
         summary |= mntp(
-            titles,
+            load_mixture(run).training_texts,
             model=run.csft,
             dtype=resolve_dtype(run.recipe.model.dtype),
             max_title_tokens=run.recipe.model.max_title_tokens,
@@ -244,16 +319,17 @@ def _contrastive_stage(run: Run) -> Stage:
 
     def inputs() -> Inputs:
         settings = flatten("iem.contrastive", run.recipe.iem.contrastive.model_dump(mode="json"))
-        return {start.name: _parent(start, "iem"), **_sequence_inputs(run), **_text_inputs(run), **settings}
+        data = _of_each(run, lambda one: {**_sequence_inputs(one), **_text_inputs(run, one)})
+        return {start.name: _parent(start, "iem"), **data, **settings}
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import contrastive
 
-        sequences, _, titles = load_data(run)
+        mixture = load_mixture(run)
         summary |= contrastive(
-            sequences,
-            titles,
+            mixture.sequences,
+            mixture.texts,
             model=start,
             dtype=resolve_dtype(run.recipe.model.dtype),
             max_title_tokens=run.recipe.model.max_title_tokens,
@@ -265,7 +341,7 @@ def _contrastive_stage(run: Run) -> Stage:
     return Stage("iem", run.iem, inputs, execute)
 
 
-def _encode_stage(run: Run, name: str) -> Stage:
+def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     trained = {"csft": run.csft, "csft-causal": run.csft, "mntp": run.mntp, "llm2rec": run.iem}
 
     def inputs() -> Inputs:
@@ -273,7 +349,7 @@ def _encode_stage(run: Run, name: str) -> Stage:
         settings = flatten("encode", run.recipe.encode.model_dump(mode="json"))
         return {
             **parent,
-            **_text_inputs(run),
+            **_text_inputs(run, domain),
             **(_model_inputs(run) if name not in trained else {}),
             **settings,
         }
@@ -282,45 +358,45 @@ def _encode_stage(run: Run, name: str) -> Stage:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.encode import encode
 
-        _, item_ids, titles = load_data(run)
+        loaded = load_domain(run, domain)
         summary |= encode(
-            item_ids,
-            titles,
+            loaded.item_ids,
+            loaded.texts,
             model=trained[name] if name in trained else model_path(run),
             causal=name.endswith("-causal"),
             dtype=resolve_dtype(run.recipe.model.dtype),
             max_title_tokens=run.recipe.model.max_title_tokens,
             batch_tokens=run.recipe.encode.batch_tokens,
             name=name,
-            out=run.embeddings(name),
+            out=domain.embeddings(name),
         )
 
-    return Stage("encode", run.embeddings(name), inputs, execute)
+    return Stage("encode", domain.embeddings(name), inputs, execute)
 
 
 _NOT_OF_A_TRAINING = ("rows", "seeds")
 
 
-def _fit_stage(run: Run, row: str, vectors: str | None, seed: int) -> Stage:
-    folder = run.recommender(row, seed)
+def _fit_stage(run: Run, domain: Domain, row: str, vectors: str | None, seed: int) -> Stage:
+    folder = domain.recommender(row, seed)
     settings = run.recipe.recommender.model_dump(mode="json", exclude=set(_NOT_OF_A_TRAINING))
 
     def inputs() -> Inputs:
-        parent = {"vectors": _parent(run.embeddings(vectors), "encode")} if vectors else {}
-        window = {"data.history_length": run.recipe.data.history_length, "seed": seed}
-        return {**_sequence_inputs(run), **parent, **window, **flatten("recommender", settings)}
+        parent = {"vectors": _parent(domain.embeddings(vectors), "encode")} if vectors else {}
+        window = {"data.history_length": domain.config.history_length, "seed": seed}
+        return {**_sequence_inputs(domain), **parent, **window, **flatten("recommender", settings)}
 
     def execute(summary: Summary) -> None:
         from llm2rec.data.embeddings import ItemEmbeddings
         from llm2rec.rec.fit import fit
 
-        sequences, item_ids, _ = load_data(run)
-        table = ItemEmbeddings.load(run.embeddings(vectors)).aligned_to(item_ids) if vectors else None
+        loaded = load_domain(run, domain)
+        table = ItemEmbeddings.load(domain.embeddings(vectors)).aligned_to(loaded.item_ids) if vectors else None
         result = fit(
-            sequences,
+            loaded.sequences,
             table,
             architecture=row_parts(row)[0],
-            history_length=run.recipe.data.history_length,
+            history_length=domain.config.history_length,
             seed=seed,
             out=folder,
             description=f"fit {row}",
@@ -332,35 +408,35 @@ def _fit_stage(run: Run, row: str, vectors: str | None, seed: int) -> Stage:
     return Stage("fit", folder, inputs, execute)
 
 
-def _choice_stage(run: Run, row: str, variants: list[str], seed: int) -> Stage:
+def _choice_stage(run: Run, domain: Domain, row: str, variants: list[str], seed: int) -> Stage:
     """The variant with the better validation NDCG@10, averaged over seeds, becomes the row."""
-    folder = run.recommender(row, seed)
+    folder = domain.recommender(row, seed)
     seeds = range(run.recipe.recommender.seeds)
 
     def inputs() -> Inputs:
         return {
-            f"{variant}/seed-{one}": _parent(run.recommender(variant, one), "fit")
+            f"{variant}/seed-{one}": _parent(domain.recommender(variant, one), "fit")
             for variant in variants
             for one in seeds
         }
 
     def execute(summary: Summary) -> None:
         validation = {
-            variant: sum(fitted(run, variant, one)["validation_ndcg@10"] for one in seeds) / len(seeds)
+            variant: sum(fitted(domain, variant, one)["validation_ndcg@10"] for one in seeds) / len(seeds)
             for variant in variants
         }
         chosen = max(variants, key=lambda variant: validation[variant])
-        for path in run.recommender(chosen, seed).iterdir():
+        for path in domain.recommender(chosen, seed).iterdir():
             if path.name != artifacts.MANIFEST:
                 shutil.copyfile(path, folder / path.name)
-        summary |= fitted(run, chosen, seed) | {"chosen": chosen, "validation": validation}
+        summary |= fitted(domain, chosen, seed) | {"chosen": chosen, "validation": validation}
 
     return Stage("fit", folder, inputs, execute)
 
 
-def fitted(run: Run, row: str, seed: int) -> Summary:
+def fitted(domain: Domain, row: str, seed: int) -> Summary:
     """The summary of a finished training: epochs, vectors, validation NDCG@10."""
-    summary = dict(artifacts.require(run.recommender(row, seed), "fit").summary)
+    summary = dict(artifacts.require(domain.recommender(row, seed), "fit").summary)
     return {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory_gb")}
 
 
@@ -368,22 +444,23 @@ def _parent(folder: Path, verb: str) -> str:
     return artifacts.require(folder, verb).fingerprint
 
 
-def _catalogue_hash(run: Run) -> str:
-    outputs = artifacts.require(run.data, "prepare").outputs
+def _catalogue_hash(domain: Domain) -> str:
+    outputs = artifacts.require(domain.data, "prepare").outputs
     return str(outputs["catalogue.parquet"]["sha256"])
 
 
-def _sequence_inputs(run: Run) -> Inputs:
+def _sequence_inputs(domain: Domain) -> Inputs:
     """Who consumed what; a corrected title leaves it as it is."""
-    prepared = artifacts.require(run.data, "prepare")
+    prepared = artifacts.require(domain.data, "prepare")
     files = {path: file["sha256"] for path, file in prepared.outputs.items() if path != "catalogue.parquet"}
     return {"sequences": artifacts.hash_json(files), "item_ids": prepared.summary["item_ids"]}
 
 
-def _text_inputs(run: Run) -> Inputs:
-    """What titles become tokens with; a change of interactions alone leaves it as it is."""
+def _text_inputs(run: Run, domain: Domain) -> Inputs:
+    """What items become tokens with; a change of interactions alone leaves it as it is."""
     return {
-        "catalogue": _catalogue_hash(run),
+        "catalogue": _catalogue_hash(domain),
+        "data.text": domain.config.text,
         "model.dtype": run.recipe.model.dtype,
         "model.max_title_tokens": run.recipe.model.max_title_tokens,
         "seed": run.recipe.seed,
@@ -391,18 +468,7 @@ def _text_inputs(run: Run) -> Inputs:
 
 
 def _model_inputs(run: Run) -> Inputs:
-    return {"model.source": _model_hash(run), **_text_inputs(run)}
-
-
-def _data_hash(run: Run) -> Any:
-    data = run.recipe.data
-    if data.source:
-        return sources.data_content_hash(data.source)
-    files = {"interactions": data.interactions, "items": data.items}
-    for name, path in files.items():
-        if path is None or not path.is_file():
-            raise ConfigError(f"data.{name}: there is no file {path}")
-    return {name: artifacts.hash_file(path) for name, path in files.items() if path}
+    return {"model.source": _model_hash(run)}
 
 
 def _model_hash(run: Run) -> str:

@@ -187,9 +187,9 @@ class _StageTrainer(Trainer):
         loss = self._objective(model, inputs)
         if not torch.isfinite(loss):
             raise ArtifactError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch "
-                f"{ {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)} });"
-                " the last checkpoint is kept: lower the learning rate and run again"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, in a "
+                f"batch of {inputs['n_targets']} targets; the last checkpoint is kept: lower the learning rate "
+                f"(now {self.args.learning_rate:g}) and run again"
             )
         return loss * self.accelerator.num_processes / num_items_in_batch
 

@@ -1,16 +1,29 @@
-"""Files to canonical tables, one function a format."""
+"""Files to canonical tables, one function a format; published layouts are in `layouts`."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import polars as pl
 
-from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.data.tables import (
+    ITEM,
+    TITLE,
+    Catalogue,
+    Interactions,
+    collect,
+    require_columns,
+    schema_of,
+)
 from llm2rec.errors import DataError
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+PARQUET = (".parquet", ".pq")
+COMPRESSED = (".gz", ".zst")
+ENDINGS = (*SEPARATORS, *JSON_LINES, *PARQUET)
 GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama"),
     *(
@@ -29,46 +42,101 @@ GENRES = (
 _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """A CSV, TSV or parquet file; CSV cells stay text, CRLF and a byte-order mark are fine.
+def scan_table(path: Path) -> pl.LazyFrame:
+    """A CSV, TSV, JSON-lines or parquet file, or a folder of files of one kind, read when it is used.
+
+    Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. A
+    folder may be partitioned (`user=7/part-0.parquet`): the partition keys become columns.
 
     Raises:
-        DataError: no such file, an unknown ending, or a file that cannot be read as what it says it is.
+        DataError: no such file, nothing readable in the folder, or an unknown ending.
     """
+    if path.is_dir():
+        return _scan_folder(path)
     if not path.is_file():
         raise DataError(f"there is no file {path}")
-    if path.suffix not in (*SEPARATORS, ".parquet"):
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; use .csv, .tsv or .parquet")
-    try:
-        if path.suffix == ".parquet":
-            return pl.read_parquet(path, glob=False)
-        table = pl.read_csv(path, separator=SEPARATORS[path.suffix], infer_schema=False, glob=False)
-    except (OSError, pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{path} cannot be read as {path.suffix.lstrip('.')}: {reason}") from error
-    repeated = [name for name in table.columns if "_duplicated_" in name]  # how polars renames the second
-    if repeated:
-        name = repeated[0].partition("_duplicated_")[0]
-        raise DataError(f"{path}: the header names {name!r} more than once; rename or remove one column")
-    return table
+    return _scan_files([path], _ending(path))
 
 
-def read_interactions(path: Path) -> Interactions:
-    """A table with the columns user_id, item_id, timestamp.
+def read_table(path: Path) -> pl.DataFrame:
+    """The rows of `scan_table`, in memory.
+
+    Raises:
+        DataError: naming the file.
+    """
+    table = scan_table(path)
+    schema_of(table, str(path))
+    return collect(table, str(path))
+
+
+def _scan_folder(folder: Path) -> pl.LazyFrame:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
+    endings = sorted({_ending(file) for file in files})
+    if len(endings) != 1:
+        found = f"files of several kinds ({', '.join(endings)})" if endings else "no files"
+        raise DataError(f"{folder} holds {found}; give a folder with files of one kind: {', '.join(ENDINGS)}")
+    return _scan_files(files, endings[0])
+
+
+def _scan_files(files: list[Path], ending: str) -> pl.LazyFrame:
+    if ending in PARQUET:
+        partitioned = any("=" in file.parent.name for file in files)
+        return pl.scan_parquet(files, glob=False, hive_partitioning=partitioned)
+    if ending in JSON_LINES:
+        return pl.scan_ndjson(files)
+    return pl.scan_csv(files, separator=SEPARATORS[ending], infer_schema=False, glob=False)
+
+
+def _ending(path: Path) -> str:
+    """What kind of file it is, compressed or not: `log.csv.gz` is `.csv`.
+
+    Raises:
+        DataError: the kind is not known.
+    """
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    if plain.suffix not in ENDINGS:
+        raise DataError(
+            f"{path}: unknown ending {plain.suffix!r}; use one of {', '.join(ENDINGS)}, or with .gz, .zst"
+        )
+    return plain.suffix
+
+
+def read_interactions(
+    path: Path, columns: Mapping[str, str] | None = None, further: Sequence[str] = ()
+) -> Interactions:
+    """A table with the columns user_id, item_id, timestamp, under those names or as `columns` maps them.
+
+    Args:
+        columns: our name -> the file's name, for the columns that are called otherwise.
+        further: columns to keep beside the three, of `rating` and `part`.
 
     Raises:
         DataError: naming file, column and first offending rows.
     """
-    return Interactions.from_frame(read_table(path), str(path))
+    return Interactions.from_frame(renamed(scan_table(path), columns or {}, str(path)), str(path), further)
 
 
-def read_items(path: Path) -> Catalogue:
-    """A table with the columns item_id, title and further text columns.
+def read_items(path: Path, columns: Mapping[str, str] | None = None) -> Catalogue:
+    """A table with the columns item_id, title and further text columns, or as `columns` maps them.
 
     Raises:
         DataError: naming file, column and first offending ids.
     """
-    return Catalogue.from_frame(read_table(path), str(path))
+    table = renamed(scan_table(path), columns or {}, str(path))
+    require_columns(schema_of(table, str(path)).names(), (ITEM, TITLE), str(path))
+    return Catalogue.from_frame(collect(table, str(path)), str(path))
+
+
+def renamed(table: pl.LazyFrame, columns: Mapping[str, str], origin: str) -> pl.LazyFrame:
+    """The table under our column names; a column that already has one of them and is mapped over is left out.
+
+    Raises:
+        DataError: the file has no column of a name that the mapping gives.
+    """
+    names = schema_of(table, origin).names()
+    require_columns(names, list(columns.values()), origin)
+    taken = [name for name in columns if name in names and name not in columns.values()]
+    return table.drop(taken).rename({theirs: ours for ours, theirs in columns.items()})
 
 
 def read_movielens_100k_parquet(data: Path, items: Path) -> tuple[Interactions, Catalogue]:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from llm2rec.data.tables import Catalogue, Interactions, check_known_items
+from llm2rec.data.splits import CONTEXT, TEST, TRAIN, VALIDATION, Split, check_parts, split_events, too_short
+from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.errors import ArtifactError, DataError, first_few
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
 FOLDER = "sequences"
+PART_NAMES = {TRAIN: "training", VALIDATION: "validation", TEST: "test", CONTEXT: "context"}
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Sequences:
     """Every user's events in order of time, as item indices 1..N, with the part of the split each is in.
 
     items: (E,) int32. offsets: (U + 1,) int64, user u owns `items[offsets[u]:offsets[u + 1]]`.
-    parts: (E,) uint8, TRAIN, VALIDATION or TEST. Item index i stands for `item_ids[i - 1]`; 0 is padding.
+    parts: (E,) uint8, TRAIN, VALIDATION, TEST or CONTEXT. Item index i stands for `item_ids[i - 1]`; 0 is padding.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     parts: np.ndarray
     item_ids: list[str]
-    user_ids: list[str]
+    user_ids: pl.Series
 
     @property
     def n_items(self) -> int:
@@ -54,7 +55,7 @@ class Sequences:
             arrays = [
                 np.load(folder / FOLDER / f"{name}.npy", mmap_mode="r") for name in ("items", "offsets", "parts")
             ]
-            users = pl.read_parquet(folder / FOLDER / "users.parquet")["user_id"].to_list()
+            users = pl.read_parquet(folder / FOLDER / "users.parquet")[USER]
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise ArtifactError(f"no readable sequences in {folder} ({error}); run `prepare` again") from error
         items = Catalogue.read(folder / "catalogue.parquet").item_ids
@@ -62,9 +63,9 @@ class Sequences:
 
     def training(self) -> tuple[np.ndarray, np.ndarray]:
         """Items (T,) and offsets (U + 1,) of the training events alone."""
-        counts = np.add.reduceat(np.asarray(self.parts) == TRAIN, np.asarray(self.offsets[:-1]), dtype=np.int64)
-        items = np.asarray(self.items)[np.asarray(self.parts) == TRAIN]
-        return items, np.concatenate([[0], np.cumsum(counts)])
+        train = np.asarray(self.parts) == TRAIN
+        counts = np.add.reduceat(train, np.asarray(self.offsets[:-1]), dtype=np.int64)
+        return np.asarray(self.items)[train], np.concatenate([[0], np.cumsum(counts)])
 
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends (W,) of consecutive windows into `training()`'s items.
@@ -104,130 +105,155 @@ def prepare(
     interactions: Interactions,
     catalogue: Catalogue,
     *,
-    holdout: int,
+    split: Split,
     short_histories: Literal["error", "drop"],
     out: Path,
+    only_consumed: bool = False,
 ) -> dict[str, Any]:
-    """Splits each user's last `holdout` events off as test, as many before as validation, and writes `out`.
+    """Splits the events, checks the split and writes `out`.
 
-    Writes `interactions.parquet`, `catalogue.parquet` and `sequences/`; the same input gives the same bytes.
+    Writes `interactions.parquet`, `catalogue.parquet`, `cold.parquet` and `sequences/`; the same input gives the
+    same bytes.
+
+    Args:
+        only_consumed: leave items without an event out of the catalogue (after a k-core).
 
     Returns:
-        Summary: users, items, events, and what was dropped.
+        Summary: users, items, events, events of each part, and what was dropped.
 
     Raises:
         DataError: unknown items, users too short for the split, fewer than two users, or a leak.
     """
     check_known_items(interactions, catalogue)
-    kept, dropped = _long_enough(interactions, 2 * holdout + 1, short_histories)
-    frame = kept.frame
-    index = pl.DataFrame({"item_id": catalogue.item_ids}).with_row_index("item_index", offset=1)
-    items = frame.join(index, on="item_id", how="left", maintain_order="left")["item_index"]
-    lengths = frame.group_by("user_id", maintain_order=True).len()
-    counts = lengths["len"].to_numpy().astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    from_end = np.repeat(offsets[1:], counts) - np.arange(len(frame))  # 1 = the user's last event
-    parts = np.where(from_end <= holdout, TEST, np.where(from_end <= 2 * holdout, VALIDATION, TRAIN))
+    kept, dropped = _long_enough(interactions, split, short_histories)
+    before = len(kept)
+    kept, parts, cold = split_events(kept, split)
+    if len(kept) < before:
+        dropped["events with a cold item that are no test event"] = before - len(kept)
+    if only_consumed:
+        present = kept.ids(ITEM).gather(np.unique(kept.codes(ITEM)))
+        catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
+    sequences = _flat(kept, parts, catalogue)
+    check_leakage(sequences, kept, split=split, cold=cold)
+    _write(sequences, kept, catalogue, cold, out)
+    summary: dict[str, Any] = {"users": sequences.n_users, "items": len(catalogue), "events": len(kept)}
+    summary["events_per_user"] = round(len(kept) / sequences.n_users, 1)
+    counts = np.bincount(parts, minlength=len(PART_NAMES))
+    summary |= {f"{PART_NAMES[part]}_events": int(counts[part]) for part in PART_NAMES if counts[part]}
+    if len(cold):
+        summary["cold_items"] = len(cold)
+    return summary | {"dropped": dropped} if dropped else summary
+
+
+def cold_items(folder: Path) -> pl.Series:
+    """Ids of the held-out items of a prepared folder, which only test targets may name."""
+    return pl.read_parquet(folder / "cold.parquet")[ITEM]
+
+
+def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequences:
+    codes = log.codes(USER)
+    users, counts = np.unique(codes, return_counts=True)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    index = pl.DataFrame({ITEM: catalogue.item_ids}).with_row_index("item_index", offset=1)
+    places = log.ids(ITEM).to_frame(ITEM).with_columns(pl.col(ITEM).cast(pl.String))
+    known = places.join(index, on=ITEM, how="left", maintain_order="left")["item_index"].fill_null(0).to_numpy()
+    user_ids = log.ids(USER).gather(users).rename(USER)
+    return Sequences(known.astype(np.int32)[log.codes(ITEM)], offsets, parts, catalogue.item_ids, user_ids)
+
+
+def _write(sequences: Sequences, log: Interactions, catalogue: Catalogue, cold: pl.Series, out: Path) -> None:
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    kept.write(out / "interactions.parquet")
+    Interactions(log.frame.select(USER, ITEM, TIME)).write(out / "interactions.parquet")
     catalogue.write(out / "catalogue.parquet")
-    np.save(out / FOLDER / "items.npy", items.to_numpy().astype(np.int32))
-    np.save(out / FOLDER / "offsets.npy", offsets)
-    np.save(out / FOLDER / "parts.npy", parts.astype(np.uint8))
-    lengths.select("user_id").write_parquet(out / FOLDER / "users.parquet")
-    check_leakage(Sequences.load(out), kept, holdout=holdout)
-    summary = {"users": len(counts), "items": len(catalogue), "events": len(frame)}
-    return summary | {"events_per_user": round(float(counts.mean()), 1), **dropped}
+    cold.to_frame(ITEM).write_parquet(out / "cold.parquet")
+    for name in ("items", "offsets", "parts"):
+        np.save(out / FOLDER / f"{name}.npy", getattr(sequences, name))
+    sequences.user_ids.to_frame(USER).write_parquet(out / FOLDER / "users.parquet")
 
 
 def _long_enough(
-    interactions: Interactions, shortest: int, short_histories: str
+    interactions: Interactions, split: Split, short_histories: str
 ) -> tuple[Interactions, dict[str, int]]:
-    counted = interactions.frame.group_by("user_id", maintain_order=True).len()
-    short = counted.filter(pl.col("len") < shortest)
-    if short.is_empty():
+    short = too_short(interactions, split)
+    if not short:
         return interactions, {}
+    users = len(np.unique(interactions.codes(USER)))
     if short_histories == "error":
         raise DataError(
-            f"{short.height:,} of {counted.height:,} users have fewer than the {shortest} events that the split "
-            f"needs: {first_few(short['user_id'].to_list())}; `--set data.short_histories=drop` leaves them out"
+            f"{len(short):,} of {users:,} users have too few events for the split (data.split: by {split.by}, "
+            f"holdout {split.holdout}): {first_few(short)}; `--set data.short_histories=drop` leaves them out"
         )
-    frame = interactions.frame.join(short, on="user_id", how="anti", maintain_order="left")
-    if frame["user_id"].n_unique() < 2:
-        raise DataError(f"fewer than two users have the {shortest} events that the split needs; gather more data")
-    dropped = {"dropped_users": short.height, "dropped_events": interactions.frame.height - frame.height}
-    return Interactions.from_frame(frame, "interactions of users long enough"), dropped
+    if users - len(short) < 2:
+        raise DataError("fewer than two users have the events that the split needs; gather more data")
+    rows = ~interactions.ids(USER).is_in(pl.Series(short).implode()).to_numpy()[interactions.codes(USER)]
+    return interactions.kept(rows), {"user too short for the split": int((~rows).sum())}
 
 
 def check_leakage(
-    sequences: Sequences, interactions: Interactions, *, holdout: int, history_length: int = 10
+    sequences: Sequences,
+    interactions: Interactions,
+    *,
+    split: Split,
+    cold: pl.Series | None = None,
+    history_length: int = 10,
 ) -> None:
-    """Checks the split against the interactions by another way than the one that made it.
+    """Checks sequences against the interactions by another way than the one that made them.
+
+    Args:
+        cold: ids of the held-out items.
 
     Raises:
-        DataError: a user without exactly `holdout` validation and test events, a held-out event that is not
-            among the user's last, or training views that hold anything but the training events.
+        DataError: an event that is not the interactions' at its place, a part that breaks the rule of the split
+            (`check_parts`), or training views that hold anything but the training events.
     """
-    expected = (
-        interactions.frame.sort("user_id", "timestamp", "item_id")
-        .with_columns(
-            left=pl.len().over("user_id") - pl.int_range(pl.len()).over("user_id"),
-            item_index=pl.col("item_id").replace_strict(
-                sequences.item_ids, list(range(1, sequences.n_items + 1)), return_dtype=pl.Int64
-            ),
-        )
-        .with_columns(
-            part=pl.when(pl.col("left") <= holdout)
-            .then(TEST)
-            .when(pl.col("left") <= 2 * holdout)
-            .then(VALIDATION)
-            .otherwise(TRAIN)
-        )
+    if len(sequences.items) != len(interactions):
+        raise DataError(f"leak: sequences hold {len(sequences.items):,} events, the log {len(interactions):,}")
+    places = pl.Series(sequences.item_ids, dtype=pl.String).to_frame(ITEM).with_row_index("item_index", offset=1)
+    known = (
+        interactions.ids(ITEM)
+        .cast(pl.String)
+        .to_frame(ITEM)
+        .join(places, on=ITEM, how="left", maintain_order="left")
     )
-    users = np.repeat(np.arange(sequences.n_users), np.diff(np.asarray(sequences.offsets)))
-    found = pl.DataFrame(
-        {
-            "user_id": pl.Series(sequences.user_ids, dtype=pl.String).gather(users),
-            "item_index": np.asarray(sequences.items).astype(np.int64),
-            "part": np.asarray(sequences.parts).astype(np.int32),
-        }
-    )
-    wanted = expected.select("user_id", "item_index", pl.col("part").cast(pl.Int32))
-    if found.height != wanted.height:
-        raise DataError(f"leak: sequences hold {found.height:,} events, the interactions {wanted.height:,}")
-    wrong = (found != wanted).select(pl.any_horizontal(pl.all())).to_series().arg_true()
+    expected = known["item_index"].fill_null(0).to_numpy()[interactions.codes(ITEM)]
+    wrong = np.flatnonzero(expected != np.asarray(sequences.items))
+    owners = np.repeat(np.arange(sequences.n_users), np.diff(np.asarray(sequences.offsets)))
+    _, expected_owners = np.unique(interactions.codes(USER), return_inverse=True)
+    wrong = np.union1d(wrong, np.flatnonzero(owners != expected_owners))
     if len(wrong):
-        row = int(wrong[0])
-        user, item, part = found.row(row)
+        row = interactions.frame.row(int(wrong[0]))
         raise DataError(
-            f"leak: event {row} of the sequences (user {user!r}, item {sequences.item_ids[item - 1]!r}, "
-            f"{('training', 'validation', 'test')[part]}) should be user, item, part {wanted.row(row)}; "
-            "the split does not hold the last events out. Run `prepare` again"
+            f"leak: event {wrong[0]} of the sequences is not that of the log {row}; run `prepare` again"
         )
-    _check_training_views(sequences, found, history_length)
+    parts = np.asarray(sequences.parts)
+    check_parts(interactions, parts, split, pl.Series([], dtype=pl.String) if cold is None else cold)
+    _check_training_views(sequences, history_length)
 
 
-def _check_training_views(sequences: Sequences, events: pl.DataFrame, history_length: int) -> None:
+def _check_training_views(sequences: Sequences, history_length: int) -> None:
     """`training()` and `windows()` place by place: right items, right users, each target exactly once."""
-    training = events.filter(pl.col("part") == TRAIN)
+    places = np.flatnonzero(np.asarray(sequences.parts) == TRAIN)
     items, offsets = sequences.training()
-    sizes = training.group_by("user_id", maintain_order=True).len()
-    own = pl.DataFrame({"user_id": sequences.user_ids, "own": np.diff(offsets)})
-    other = own.join(sizes, on="user_id", how="left").filter(pl.col("own") != pl.col("len").fill_null(0))
-    if other.height:
-        raise DataError(
-            f"leak: training gives user {other['user_id'][0]!r} {other['own'][0]} events instead of "
-            f"{other['len'][0] or 0}; run `prepare` again"
-        )
-    wrong = np.flatnonzero(items != training["item_index"].to_numpy())
+    own = np.bincount(sequences.users_of(places), minlength=sequences.n_users)
+    other = np.flatnonzero(own != np.diff(offsets))
+    if len(other):
+        user, given = sequences.user_ids[int(other[0])], int(np.diff(offsets)[other[0]])
+        raise DataError(f"leak: training gives user {user!r} {given} events instead of {own[other[0]]}")
+
+    def refuse(place: int, what: str) -> None:
+        event = int(places[place])
+        user = sequences.user_ids[int(sequences.users_of(np.array([event]))[0])]
+        item = sequences.item_ids[int(sequences.items[event]) - 1]
+        raise DataError(f"leak: training event {place} (user {user!r}, item {item!r}) {what}; run `prepare` again")
+
+    wrong = np.flatnonzero(items != np.asarray(sequences.items)[places])
     if len(wrong):
-        _refuse_event(sequences, training, int(wrong[0]), "is not the event that training reads at its place")
+        refuse(int(wrong[0]), "is not the event that training reads at its place")
     starts, ends = sequences.windows(history_length)
     owners = np.searchsorted(offsets, starts, side="right") - 1
     outside = (starts < 0) | (ends > offsets[owners + 1]) | (ends - starts > history_length + 1)
     if outside.any():
-        first = max(int(starts[outside.argmax()]), 0)
-        _refuse_event(sequences, training, first, "begins a window that leaves its user or is too long")
+        refuse(max(int(starts[outside.argmax()]), 0), "begins a window that leaves its user or is too long")
     edges = np.bincount(starts + 1, minlength=len(items) + 1) - np.bincount(ends, minlength=len(items) + 1)
     supervised = np.cumsum(edges)[: len(items)]
     wanted = np.ones(len(items), dtype=np.int64)
@@ -235,10 +261,4 @@ def _check_training_views(sequences: Sequences, events: pl.DataFrame, history_le
     wrong = np.flatnonzero(supervised != wanted)
     if len(wrong):
         place = int(wrong[0])
-        what = f"is a target {supervised[place]} times instead of {wanted[place]}"
-        _refuse_event(sequences, training, place, what)
-
-
-def _refuse_event(sequences: Sequences, events: pl.DataFrame, place: int, what: str) -> None:
-    user, item = events["user_id"][place], sequences.item_ids[events["item_index"][place] - 1]
-    raise DataError(f"leak: training event {place} (user {user!r}, item {item!r}) {what}; run `prepare` again")
+        refuse(place, f"is a target {supervised[place]} times instead of {wanted[place]}")

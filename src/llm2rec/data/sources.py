@@ -24,7 +24,7 @@ from typing import TypeAlias, TypeVar
 from llm2rec import artifacts
 from llm2rec.data import readers
 from llm2rec.data.tables import Catalogue, Interactions
-from llm2rec.errors import ArtifactError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 
 CONNECT_TIMEOUT_SECONDS = 5
 DATA_DIR = "LLM2REC_DATA_DIR"
@@ -246,6 +246,52 @@ def fetch_model(name: str) -> Path:
         if artifacts.hash_file(path) == source.content_hash:
             return path
     return _from_mirrors(source, lambda files, _: _keep_file(source, files[0], folder))
+
+
+def check_model(source: str) -> None:
+    """Makes sure, before anything is computed, that a language model can be had: fetches a named one.
+
+    Raises:
+        DataError: no mirror of a named model has the registered content.
+        ConfigError: no such file, a folder without a model, or a hub id that the hub does not know or that
+            cannot be asked for.
+    """
+    path = Path(source)
+    if source in MODELS:
+        fetch_model(source)
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.source: {path} holds no model (there is no {path / 'config.json'})")
+    elif source.endswith(".gguf") or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        if not path.is_file():
+            raise ConfigError(f"model.source: there is no file or folder {source!r}")
+    else:
+        _check_hub(source)
+
+
+def _check_hub(name: str) -> None:
+    """One question to the hub, without retries, unless its answer is in the hub's cache already."""
+    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        address = hf_hub_url(name, "config.json")
+    except HFValidationError as error:
+        raise ConfigError(f"model.source: {name!r} is no file, no folder and no possible hub id") from error
+    known = f"models known by name: {', '.join(MODELS)}; a folder or a GGUF file does as well"
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"model.source: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {known}")
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=CONNECT_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404) and not os.environ.get("HF_TOKEN"):
+            raise ConfigError(
+                f"model.source: the hub has no public model {name!r} (status {error.code}); {known}"
+            ) from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise ConfigError(f"model.source: the hub cannot be asked for {name!r} ({error}); {known}") from error
 
 
 def data_content_hash(name: str) -> str:

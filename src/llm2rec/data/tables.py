@@ -1,44 +1,85 @@
-"""The two canonical tables: who consumed what and when, and what the items are. Validated and immutable."""
+"""The two canonical tables: who consumed what and when, and what the items are. Validated and immutable.
+
+Logs are read lazily and in a stream; what stays in memory of an event is two codes and a time (16 bytes).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 
 from llm2rec.errors import ArtifactError, DataError, first_few
 
 USER, ITEM, TIME, TITLE = "user_id", "item_id", "timestamp", "title"
+RATING, PART = "rating", "part"
+PARTS = ("train", "validation", "test")
 LARGEST_EXACT_FLOAT = 2**53
+_INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
+_SHOWN_ROWS = 5
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Events (user_id, item_id: String, timestamp: Int64), sorted by user, then time, then item.
+    """Events (user_id, item_id: Enum of the sorted ids, timestamp: Int64), sorted by user, time, item.
 
     Ties in time are ordered by item_id, so the order never depends on that of the file. Whole-number
     timestamps stay as they are; dates and ISO texts become epoch milliseconds. Repeats are legal.
+    `rating` (Float64) and `part` (a given split: train, validation, test) are further columns where asked for.
     """
 
     frame: pl.DataFrame
 
     @classmethod
-    def from_frame(cls, frame: pl.DataFrame, origin: str) -> Interactions:
+    def from_frame(
+        cls, frame: pl.DataFrame | pl.LazyFrame, origin: str, further: Sequence[str] = ()
+    ) -> Interactions:
         """Validates a table with the columns user_id, item_id, timestamp; others are left out.
+
+        Args:
+            frame: may be lazy: it is read twice in a stream, never held as text.
+            origin: names the table in errors.
+            further: columns kept beside the three, of `rating` and `part`.
 
         Raises:
             DataError: missing columns, null ids or timestamps, an empty table, one user or one item only.
         """
-        require_columns(frame, (USER, ITEM, TIME), origin)
-        events = frame.select(_as_id(frame, USER, origin), _as_id(frame, ITEM, origin), _as_time(frame, origin))
-        for column in (USER, ITEM):
-            if events[column].n_unique() < 2:
-                raise DataError(f"{origin}: only one {column} ({events[column][0]!r}); there is nothing to rank")
+        table = frame.lazy()
+        schema = schema_of(table, origin)
+        require_columns(schema.names(), (USER, ITEM, TIME, *further), origin)
+        columns = [_id_column(table, schema, USER, origin), _id_column(table, schema, ITEM, origin)]
+        columns.append(_time_column(table, schema, origin))
+        ids = [_distinct(table, column, name, origin) for column, name in zip(columns, (USER, ITEM), strict=False)]
+        for column, name in zip(ids, (USER, ITEM), strict=True):
+            if len(column) < 2:
+                raise DataError(f"{origin}: only one {name} ({column[0]!r}); there is nothing to rank")
+        kinds = [pl.Enum(ids[0]), pl.Enum(ids[1]), pl.Int64]
+        columns = [column.cast(kind) for column, kind in zip(columns, kinds, strict=True)]
+        columns += [_FURTHER[name] for name in further]
+        events = collect(table.select(columns), origin)
+        for name in events.columns[2:]:
+            if events[name].null_count():
+                _refuse(table, columns[events.columns.index(name)].is_null(), name, _WRONG[name], origin)
         return cls(events.sort(USER, TIME, ITEM))
 
     def __len__(self) -> int:
         return self.frame.height
+
+    def codes(self, column: str) -> np.ndarray:
+        """(E,) int32: the place of each event's id among `ids(column)`."""
+        return self.frame[column].to_physical().to_numpy().astype(np.int32, copy=False)
+
+    def ids(self, column: str) -> pl.Series:
+        """The ids that the codes of `user_id` or `item_id` stand for, sorted; some may have no event."""
+        return self.frame[column].dtype.categories  # type: ignore[attr-defined]
+
+    def kept(self, rows: np.ndarray) -> Interactions:
+        """The events at `rows` (a mask or indices), in order."""
+        mask = pl.Series(rows)
+        return Interactions(self.frame.filter(mask) if mask.dtype == pl.Boolean else self.frame[mask])
 
     def write(self, path: Path) -> None:
         """Writes parquet."""
@@ -46,8 +87,33 @@ class Interactions:
 
     @classmethod
     def read(cls, path: Path) -> Interactions:
-        """What `write` wrote; not validated again."""
-        return cls(_read_own(path))
+        """What `write` wrote; not validated again.
+
+        Raises:
+            ArtifactError: missing, damaged, or of an earlier version.
+        """
+        frame = _read_own(path)
+        if (
+            not {USER: pl.Enum, ITEM: pl.Enum}.items()
+            <= {k: v.base_type() for k, v in frame.schema.items()}.items()
+        ):
+            raise ArtifactError(f"{path} was written by an earlier version; run `prepare` again")
+        return cls(frame)
+
+
+@dataclass(frozen=True)
+class RawTables:
+    """What a reader found, before validation.
+
+    Attributes:
+        events: user_id, item_id, timestamp, and where the format has them `rating` and `part` (`PARTS`).
+        items: item_id, title and further text columns.
+        dropped: reason -> rows left out by the reader; nothing vanishes uncounted.
+    """
+
+    events: pl.LazyFrame
+    items: pl.DataFrame
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,11 +129,14 @@ class Catalogue:
         Raises:
             DataError: missing columns, null or duplicate ids, empty titles, fewer than two items.
         """
-        require_columns(frame, (ITEM, TITLE), origin)
-        _require_scalar(frame[TITLE], "text", origin)
+        require_columns(frame.columns, (ITEM, TITLE), origin)
+        _require_scalar(frame[TITLE].dtype, TITLE, "text", origin)
         if frame[TITLE].dtype.is_float():
             raise DataError(f"{origin}: {TITLE} holds numbers with a decimal point (or NaN); give text")
-        items = frame.with_columns(_as_id(frame, ITEM, origin), pl.col(TITLE).cast(pl.String))
+        table = frame.lazy()
+        ids = _id_column(table, frame.schema, ITEM, origin)
+        _distinct(table, ids, ITEM, origin)
+        items = frame.with_columns(ids, pl.col(TITLE).cast(pl.String))
         items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE))
         if items.height < 2:
             raise DataError(f"{origin}: only one item; there is nothing to rank")
@@ -77,7 +146,9 @@ class Catalogue:
                 f"{origin}: {len(repeated)} item_id stand in more than one row: {first_few(repeated)}; "
                 "keep one row an item"
             )
-        empty = items.filter(pl.col(TITLE).is_null() | (pl.col(TITLE).str.strip_chars() == ""))[ITEM].to_list()
+        empty = items.filter(pl.col(TITLE).is_null() | (pl.col(TITLE).str.replace_all(_INVISIBLE, "") == ""))[
+            ITEM
+        ].to_list()
         if empty:
             raise DataError(
                 f"{origin}: {len(empty)} items have an empty title: {first_few(empty)}; every item needs a text, "
@@ -108,87 +179,156 @@ class Catalogue:
         return cls(_read_own(path))
 
 
-def check_known_items(interactions: Interactions, catalogue: Catalogue) -> None:
+def check_known_items(interactions: Interactions, catalogue: Catalogue, origin: str = "the interactions") -> None:
     """Raises DataError where an interaction names an item that the catalogue lacks."""
-    unknown = interactions.frame.join(catalogue.frame.select(ITEM), on=ITEM, how="anti", maintain_order="left")
-    if unknown.height:
-        items = unknown[ITEM].unique(maintain_order=True).to_list()
+    ids = interactions.ids(ITEM)
+    lacking = np.flatnonzero(~ids.is_in(catalogue.frame[ITEM].implode()).to_numpy())
+    unknown = np.bincount(interactions.codes(ITEM), minlength=len(ids))[lacking]
+    if unknown.sum():
+        items = [ids[int(place)] for place in lacking[unknown > 0]]
         raise DataError(
-            f"{unknown.height:,} interactions name {len(items):,} items that the items table lacks: "
+            f"{origin}: {unknown.sum():,} interactions name {len(items):,} items that the items table lacks: "
             f"{first_few(items)}; add these items, or remove their interactions"
         )
 
 
-def require_columns(frame: pl.DataFrame, columns: tuple[str, ...], origin: str) -> None:
-    """Raises DataError where a column is missing, or where there is no row."""
-    missing = [column for column in columns if column not in frame.columns]
+def require_columns(names: Sequence[str], columns: Sequence[str], origin: str) -> None:
+    """Raises DataError where a column is missing."""
+    missing = [column for column in columns if column not in names]
     if missing:
+        joined = [name for name in names if ";" in name]
+        hint = " (it looks separated by ';': save it with commas)" if joined else ""
         raise DataError(
-            f"{origin}: no column {first_few(missing)}; it has {first_few(frame.columns, 12)}. Rename the columns"
+            f"{origin}: no column {first_few(missing)}; it has {first_few(list(names), 12)}{hint}. Rename the "
+            "columns, or map them in the recipe (data.columns)"
         )
-    if frame.is_empty():
-        raise DataError(f"{origin}: the table has no rows")
 
 
-def _as_id(frame: pl.DataFrame, column: str, origin: str) -> pl.Series:
-    """Ids as text: 12, 12.0 and "12" are one id."""
-    values = frame[column]
-    _require_scalar(values, "text or whole numbers", origin)
-    if values.dtype.is_float():
-        whole = _is_whole(values)
-        _refuse(values, ~whole, f"{column} is not a whole number", origin)
-        values = values.cast(pl.Int64)
-    text = values.cast(pl.String).str.strip_chars()
-    _refuse(values, text.is_null() | (text == ""), f"{column} is empty", origin)
-    return text.rename(column)
+def schema_of(table: pl.LazyFrame, origin: str) -> pl.Schema:
+    """Column names and types of a lazy table.
+
+    Raises:
+        DataError: the file cannot be read, or a column stands twice.
+    """
+    try:
+        schema = table.collect_schema()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(_unreadable(origin, error)) from error
+    repeated = [name for name in schema.names() if "_duplicated_" in name]  # how polars renames the second
+    if repeated:
+        name = repeated[0].partition("_duplicated_")[0]
+        raise DataError(f"{origin}: the header names {name!r} more than once; rename or remove one column")
+    return schema
 
 
-def _as_time(frame: pl.DataFrame, origin: str) -> pl.Series:
-    values = frame[TIME]
-    _require_scalar(values, "whole numbers, dates or ISO 8601 text", origin)
-    if values.dtype.is_integer():
-        times = values.cast(pl.Int64, strict=False)
-    elif values.dtype.is_float():
-        _refuse(values, ~_is_whole(values), f"{TIME} is not a whole number", origin)
-        times = values.cast(pl.Int64)
-    elif values.dtype.is_temporal():
-        times = values.cast(pl.Datetime("ms"), strict=False).cast(pl.Int64)
-    else:
-        times = _parse_times(values.cast(pl.String).str.strip_chars())
-    _refuse(values, times.is_null(), f"{TIME} is empty or cannot be read as a number, date or ISO time", origin)
-    return times.rename(TIME)
+def collect(table: pl.LazyFrame, origin: str) -> pl.DataFrame:
+    """The rows of a lazy table, read in a stream.
+
+    Raises:
+        DataError: the file is damaged, or is not what its ending says.
+    """
+    try:
+        return table.collect(engine="streaming")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(_unreadable(origin, error)) from error
 
 
-def _parse_times(text: pl.Series) -> pl.Series:
-    """Whole numbers as they are, else ISO dates and times in epoch milliseconds, else null."""
+def _unreadable(origin: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = "; save it as UTF-8" if "utf-8" in reason.lower() or "utf8" in reason.lower() else ""
+    return f"{origin} cannot be read: {reason}{hint}"
+
+
+def _id_column(table: pl.LazyFrame, schema: pl.Schema, name: str, origin: str) -> pl.Expr:
+    """Ids as text, null where there is none: 12, 12.0, "12" and a column of "12.0", "13.0" are the same ids."""
+    kind = schema[name]
+    _require_scalar(kind, name, "text or whole numbers", origin)
+    column = pl.col(name)
+    if kind.is_float():
+        return pl.when(_is_whole(column)).then(column.cast(pl.Int64, strict=False)).cast(pl.String).alias(name)
+    text = column.cast(pl.String).str.strip_chars()
+    if kind == pl.String:
+        written_as_float = text.str.contains(r"^-?\d+\.0+$").all() & text.is_not_null().any()
+        if collect(table.select(written_as_float), origin).item():
+            text = text.str.replace(r"\.0+$", "")
+    return pl.when(text != "").then(text).alias(name)
+
+
+def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr:
+    """Whole numbers as they are, dates and ISO 8601 text as epoch milliseconds, null where unreadable."""
+    kind, column = schema[TIME], pl.col(TIME)
+    _require_scalar(kind, TIME, "whole numbers, dates or ISO 8601 text", origin)
+    if kind.is_integer():
+        return column.cast(pl.Int64, strict=False)
+    if kind.is_float():
+        return pl.when(_is_whole(column)).then(column.cast(pl.Int64, strict=False)).alias(TIME)
+    if kind.is_temporal():
+        return column.cast(pl.Datetime("ms"), strict=False).cast(pl.Int64)
+    text = column.cast(pl.String).str.strip_chars()
     numbers = text.cast(pl.Float64, strict=False)
-    numbers = numbers.set(~_is_whole(numbers), None)
-    if numbers.null_count() < len(text):
-        exact = text.cast(pl.Int64, strict=False)
-        return exact.fill_null(numbers.cast(pl.Int64))
-    times = text.str.to_datetime(time_unit="ms", strict=False, time_zone="UTC").cast(pl.Int64)
-    days = text.str.to_date(strict=False).cast(pl.Datetime("ms")).cast(pl.Int64)
-    return times.fill_null(days)
+    exact = text.cast(pl.Int64, strict=False)
+    whole = exact.fill_null(pl.when(_is_whole(numbers)).then(numbers.cast(pl.Int64, strict=False)))
+    first = collect(table.select(text.drop_nulls().first().alias(TIME)), origin)
+    if first.height and collect(first.lazy().select(whole.is_not_null()), origin).item():
+        return whole.alias(TIME)
+    return _iso_moment(text).alias(TIME)
 
 
-def _is_whole(values: pl.Series) -> pl.Series:
+def _iso_moment(text: pl.Expr) -> pl.Expr:
+    """Epoch milliseconds of ISO 8601 dates and times; without an offset they are UTC."""
+    whole = text.str.replace(r"^(\d{4})/(\d\d?)/(\d\d?)", "${1}-${2}-${3}")
+    whole = whole.str.replace(r"^(\S+)\s+(\d)", "${1}T${2}").str.replace(r"\s*(?:Z|z|UTC)$", "+00:00")
+    whole = whole.str.replace(r"^(\d{4}-\d\d?-\d\d?)$", "${1}T00:00")
+    whole = whole.str.replace(r"T(\d\d:\d\d)($|[+-])", "T${1}:00${2}")
+    whole = whole.str.replace(r"(T[\d:.]+)$", "${1}+00:00").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
+    moment = whole.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="ms", strict=False)
+    return moment.cast(pl.Int64)
+
+
+def _distinct(table: pl.LazyFrame, column: pl.Expr, name: str, origin: str) -> pl.Series:
+    """The sorted distinct values of an id column.
+
+    Raises:
+        DataError: there is no row, or a row without an id.
+    """
+    values = collect(table.select(column.alias(name)).unique(), origin)[name].sort()
+    if not len(values):
+        raise DataError(f"{origin}: the table has no rows")
+    if values.null_count():
+        _refuse(table, column.is_null(), name, _WRONG[name], origin)
+    return values
+
+
+def _is_whole(values: pl.Expr) -> pl.Expr:
     """Whether each float is a whole number that a float holds exactly; False for null, NaN and infinity."""
     whole = values.is_finite() & (values == values.round()) & (values.abs() <= LARGEST_EXACT_FLOAT)
     return whole.fill_null(False)
 
 
-def _require_scalar(values: pl.Series, allowed: str, origin: str) -> None:
-    if values.dtype.is_nested() or values.dtype in (pl.Time, pl.Duration, pl.Binary, pl.Object):
-        raise DataError(f"{origin}: {values.name} has the type {values.dtype}; give {allowed}")
+_FURTHER = {
+    RATING: pl.col(RATING).cast(pl.Float64, strict=False).fill_nan(None),
+    PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),
+}
+_WRONG = {
+    USER: "is empty or not a whole number",
+    ITEM: "is empty or not a whole number",
+    TIME: "is empty or cannot be read as a whole number, date or ISO time",
+    RATING: "is not a number",
+    PART: f"is none of {', '.join(PARTS)}",
+}
 
 
-def _refuse(values: pl.Series, wrong: pl.Series, what: str, origin: str) -> None:
-    rows = wrong.arg_true()
-    if len(rows):
-        shown = ", ".join(f"row {row + 1}: {values[row]!r}" for row in rows[:5].to_list())
-        raise DataError(
-            f"{origin}: {what} in {len(rows):,} of {len(values):,} rows ({shown}); mend or remove them"
-        )
+def _require_scalar(kind: pl.DataType, name: str, allowed: str, origin: str) -> None:
+    if kind.is_nested() or kind in (pl.Time, pl.Duration, pl.Binary, pl.Object):
+        raise DataError(f"{origin}: {name} has the type {kind}; give {allowed}")
+
+
+def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: str) -> None:
+    numbered = table.select(pl.col(name), wrong.alias("wrong")).with_row_index("row", offset=1)
+    count, total = collect(numbered.select(pl.col("wrong").sum(), pl.len()), origin).row(0)
+    first = collect(numbered.filter("wrong").head(_SHOWN_ROWS), origin)
+    shown = ", ".join(f"row {row}: {value!r}" for row, value in first.select("row", name).rows())
+    raise DataError(f"{origin}: {name} {what} in {count:,} of {total:,} rows ({shown}); mend or remove them")
 
 
 def _read_own(path: Path) -> pl.DataFrame:

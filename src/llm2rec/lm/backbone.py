@@ -87,24 +87,43 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
         ConfigError: nothing loadable there.
         ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model.
     """
-    path = str(_converted(Path(source)) if str(source).endswith(".gguf") else source)
+    path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
     try:
         model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(source)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token is None or len(tokenizer) > vocabulary:
         raise ArtifactError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens and pad token {tokenizer.pad_token!r}, the "
             f"model {vocabulary} embeddings; use the tokenizer that belongs to the model"
         )
-    tokenizer.chat_template = None  # sentence-transformers would wrap every title in a chat message
     return Backbone(model.eval(), tokenizer)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a hub id, a folder or a GGUF file, with a token to pad with where it has an eos.
+
+    Raises:
+        ConfigError: nothing loadable there.
+    """
+    path = _loadable(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot load a tokenizer from {path!r}: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = None  # sentence-transformers would wrap every title in a chat message
+    return tokenizer
+
+
+def _loadable(source: str | Path) -> str:
+    return str(_converted(Path(source)) if str(source).endswith(".gguf") else source)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llm2rec.data.sequences import VALIDATION, Sequences
-from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.errors import ArtifactError, DataError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import TokenObjective
@@ -137,8 +137,6 @@ def contrastive(
     lm.model.to(default_device())
     seed = stage_seed(seed, "contrastive")
     texts = distinct_texts(lm.tokenizer, titles, max_title_tokens, special_tokens=True)
-    if len(texts) < 2:
-        raise ConfigError("contrastive learning needs at least two different titles")
     pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
     if steps:
@@ -179,6 +177,22 @@ def distinct_texts(
     return tokenise(tokenizer, sorted(set(item_texts(titles))), max_title_tokens, special_tokens)
 
 
+def check_titles(titles: list[str], model: str | Path, max_title_tokens: int) -> None:
+    """Refuses, before CSFT is paid for, titles that the item encoder cannot be trained on.
+
+    Raises:
+        DataError: all titles are equal, or each is a single token.
+    """
+    texts = distinct_texts(backbones.load_tokenizer(model), titles, max_title_tokens, special_tokens=False)
+    if len(texts) < 2:
+        raise DataError(f"every item has the title {titles[0]!r}; titles must tell items apart")
+    if texts.lengths.max() < 2:
+        raise DataError(
+            f"every title is a single token (for example {titles[0]!r}): there is no text to learn from; "
+            "give titles in words"
+        )
+
+
 def _mask_token(tokenizer: Any) -> int:
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
@@ -217,9 +231,7 @@ class MaskedBatches(_ShuffledTexts):
     def __init__(
         self, texts: TokenisedTexts, mask_token: int, steps: int, batch_size: int, share: float, seed: int
     ) -> None:
-        usable = np.flatnonzero(texts.lengths > 1)
-        if not len(usable):
-            raise ConfigError("every title is a single token; MNTP has nothing to predict (set iem.mntp.steps=0)")
+        usable = np.flatnonzero(texts.lengths > 1)  # some are: see check_titles
         tokens, lengths = gather_texts(texts, usable)
         super().__init__(
             TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)])), steps, batch_size, seed

@@ -18,7 +18,7 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
-from llm2rec.runs import Run, open_run, require_row
+from llm2rec.runs import Domain, Run, open_run, require_row
 
 SIMILARITY_SET = "llm2rec"
 
@@ -38,6 +38,7 @@ def recommend(
     k: int = 10,
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
+    domain: str | None = None,
 ) -> list[ScoredItem]:
     """The `k` best next items after any history of catalogue items, best first; no user need be known.
 
@@ -45,6 +46,7 @@ def recommend(
         run: a finished run, or its folder.
         history: item ids, oldest first; only the last `history_length` are looked at, all are excluded.
         row: which recommender of the run (its seed 0).
+        domain: which log of the run, where it has several.
 
     Raises:
         DataError: an item of the history is not in the catalogue.
@@ -52,20 +54,23 @@ def recommend(
         ArtifactError: the row is not trained.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    place = run.domain(domain)
     require_row(run, row)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
     if not history:
         raise ConfigError("the history is empty; give at least one item id")
-    catalogue = _catalogue(run)
+    catalogue = _catalogue(place)
     indices = [index_of(catalogue, item_id) for item_id in history]
     seen = torch.tensor([indices])
-    scores = load_scorer(run, row, 0).score(seen[:, -run.recipe.data.history_length :])
+    scores = load_scorer(place, row, 0).score(seen[:, -place.config.history_length :])
     items, values = top_k(scores, k, exclude=seen if exclude_history else None)
     return _listed(catalogue, items[0].numpy(), values[0].numpy())
 
 
-def similar(run: str | Path | Run, item: str, k: int = 10, vectors: str = SIMILARITY_SET) -> list[ScoredItem]:
+def similar(
+    run: str | Path | Run, item: str, k: int = 10, vectors: str = SIMILARITY_SET, domain: str | None = None
+) -> list[ScoredItem]:
     """The `k` items nearest to an item by raw cosine of one vector set, best first, without the item.
 
     Raises:
@@ -76,9 +81,10 @@ def similar(run: str | Path | Run, item: str, k: int = 10, vectors: str = SIMILA
     run = run if isinstance(run, Run) else open_run(run)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
-    catalogue = _catalogue(run)
+    place = run.domain(domain)
+    catalogue = _catalogue(place)
     index = index_of(catalogue, item)
-    return nearest(catalogue, load_vectors(run, vectors, catalogue), index, k)
+    return nearest(catalogue, load_vectors(place, vectors, catalogue), index, k)
 
 
 def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
@@ -89,31 +95,31 @@ def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> li
     return _listed(catalogue, items[0].numpy(), values[0].numpy())
 
 
-def load_scorer(run: Run, row: str, seed: int) -> Scorer:
+def load_scorer(domain: Domain, row: str, seed: int) -> Scorer:
     """The recommender of a row, ready to score.
 
     Raises:
         ArtifactError: the row is not trained, or its vectors are gone or changed.
     """
-    sequences = Sequences.load(run.data)
+    sequences = Sequences.load(domain.data)
     if row in FLOORS:
         return baselines.FLOORS[row](sequences)
-    folder = run.recommender(row, seed)
+    folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
-    vectors = load_vectors(run, name, _catalogue(run)) if name else None
+    vectors = load_vectors(domain, name, _catalogue(domain)) if name else None
     return model.load(folder, vectors)
 
 
-def load_vectors(run: Run, name: str, catalogue: Catalogue) -> np.ndarray:
-    """One vector set of the run, (N, D) float32 in the catalogue's order.
+def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
+    """One vector set of a domain, (N, D) float32 in the catalogue's order.
 
     Raises:
         ArtifactError: the run has no such set, or it does not cover the catalogue.
     """
-    folder = run.embeddings(name)
+    folder = domain.embeddings(name)
     if artifacts.read_manifest(folder) is None:
         made = sorted(path.name for path in folder.parent.glob("*") if (path / artifacts.MANIFEST).exists())
-        raise ArtifactError(f"{run.folder} has no vectors {name!r}; it has: {', '.join(made) or 'none yet'}")
+        raise ArtifactError(f"{domain.folder} has no vectors {name!r}; it has: {', '.join(made) or 'none yet'}")
     return ItemEmbeddings.load(folder).aligned_to(catalogue.item_ids)
 
 
@@ -140,9 +146,9 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
         raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
 
 
-def _catalogue(run: Run) -> Catalogue:
-    artifacts.require(run.data, "prepare")
-    return Catalogue.read(run.data / "catalogue.parquet")
+def _catalogue(domain: Domain) -> Catalogue:
+    artifacts.require(domain.data, "prepare")
+    return Catalogue.read(domain.data / "catalogue.parquet")
 
 
 def _listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[ScoredItem]:

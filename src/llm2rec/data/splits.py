@@ -1,0 +1,218 @@
+"""Which events are trained on and which are held out: (E,) parts of a log that is sorted by user and time."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+
+import numpy as np
+import polars as pl
+
+from llm2rec.data.tables import ITEM, PART, TIME, USER, Interactions
+from llm2rec.errors import ConfigError, DataError
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+CONTEXT = 3  # read as history, never a target: neither trained on nor scored
+SECONDS_BELOW = 10**11  # a whole-number time below this is in seconds (until the year 5138), above in milliseconds
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a log is split; `by` says which of the other values count.
+
+    Attributes:
+        by: `last`: each user's last `holdout` events are test, as many before validation. `time`: everything
+            from a moment on, at `ratio` of the events or at `dates`. `users`: the last `holdout` events of a
+            `ratio` of users who are never trained on. `given`: the column `part` of the log.
+        holdout: last events of a user held out.
+        ratio: training, validation, test; of events (`time`) or users (`users`).
+        dates: first moment of validation and of test, ISO 8601.
+        cold_items: share of the items that appear as test targets only.
+        seed: of the choice of held-out users and items.
+    """
+
+    by: str = "last"
+    holdout: int = 1
+    ratio: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    dates: tuple[str, str] | None = None
+    cold_items: float = 0.0
+    seed: int = 0
+
+
+def assign_parts(log: Interactions, split: Split) -> np.ndarray:
+    """(E,) uint8: TRAIN, VALIDATION, TEST or CONTEXT of each event; see `split_events` for cold items.
+
+    A held-out event without any event before it cannot be predicted from a history: it is CONTEXT.
+
+    Raises:
+        DataError: no event is left to train on, to validate on or to test on.
+        ConfigError: dates that cannot be read, or in the wrong order.
+    """
+    make = {"last": _by_last, "time": _by_time, "users": _by_users, "given": _by_given}[split.by]
+    parts = make(log, split)
+    first = np.diff(log.codes(USER), prepend=-1) != 0
+    parts[first & (parts != TRAIN)] = CONTEXT
+    for part, name in ((TRAIN, "train on"), (VALIDATION, "validate on"), (TEST, "test on")):
+        if not (parts == part).any():
+            raise DataError(f"the split (data.split.by: {split.by}) leaves no event to {name}; change data.split")
+    return parts
+
+
+def from_end(log: Interactions) -> np.ndarray:
+    """(E,) int64: 1 for a user's last event, 2 for the one before, ..."""
+    counts = np.bincount(log.codes(USER), minlength=len(log.ids(USER)))
+    ends = np.cumsum(counts)
+    return ends[log.codes(USER)] - np.arange(len(log))
+
+
+def _by_last(log: Interactions, split: Split) -> np.ndarray:
+    place = from_end(log)
+    parts = np.where(place <= split.holdout, TEST, np.where(place <= 2 * split.holdout, VALIDATION, TRAIN))
+    return parts.astype(np.uint8)
+
+
+def _by_time(log: Interactions, split: Split) -> np.ndarray:
+    validation, test = time_cuts(log, split)
+    times = log.frame[TIME].to_numpy()
+    return np.where(times >= test, TEST, np.where(times >= validation, VALIDATION, TRAIN)).astype(np.uint8)
+
+
+def time_cuts(log: Interactions, split: Split) -> tuple[int, int]:
+    """First time of validation and of test, in the unit of the log.
+
+    By ratio the cut falls between two different times: events of equal time stay together.
+
+    Raises:
+        ConfigError: dates that cannot be read, or in the wrong order.
+    """
+    times = log.frame[TIME]
+    if split.dates is not None:
+        unit = 1 if int(times.max()) < SECONDS_BELOW else 1000  # type: ignore[arg-type]
+        cuts = [int(_moment(text).timestamp() * unit) for text in split.dates]
+        if cuts[0] >= cuts[1]:
+            raise ConfigError(
+                f"data.split.dates: validation {split.dates[0]} must begin before test {split.dates[1]}"
+            )
+        return cuts[0], cuts[1]
+    ordered = times.sort()
+    places = [int(split.ratio[0] * len(log)), int((split.ratio[0] + split.ratio[1]) * len(log))]
+    return int(ordered[places[0]]), int(ordered[min(places[1], len(log) - 1)])
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.split.dates: {text!r} is no ISO 8601 date; write for example {date(2014, 7, 1)}"
+        ) from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _by_users(log: Interactions, split: Split) -> np.ndarray:
+    codes = log.codes(USER)
+    places = _hash_places(log.ids(USER), np.unique(codes), split.seed)
+    validation, test = split.ratio[0], split.ratio[0] + split.ratio[1]
+    last = from_end(log) <= split.holdout
+    held_out = np.where(places[codes] >= test, TEST, VALIDATION)
+    parts = np.where(places[codes] < validation, TRAIN, np.where(last, held_out, CONTEXT))
+    return parts.astype(np.uint8)
+
+
+def _by_given(log: Interactions, split: Split) -> np.ndarray:
+    return log.frame[PART].to_physical().to_numpy().astype(np.uint8)
+
+
+def split_events(log: Interactions, split: Split) -> tuple[Interactions, np.ndarray, pl.Series]:
+    """The log, its parts (E,) and the ids of its cold items, whose events survive as test targets only.
+
+    Raises:
+        DataError: see `assign_parts`; or no test target is left with a cold item.
+    """
+    parts = assign_parts(log, split)
+    ids = log.ids(ITEM)
+    if not split.cold_items:
+        return log, parts, ids.head(0)
+    codes = log.codes(ITEM)
+    cold = _hash_places(ids, np.unique(codes), split.seed) >= 1 - split.cold_items
+    kept = ~cold[codes] | (parts == TEST)
+    log, parts = log.kept(kept), parts[kept]
+    if not (cold[log.codes(ITEM)] & (parts == TEST)).any():
+        raise DataError(f"no test event has one of the {int(cold.sum())} cold items; raise data.split.cold_items")
+    first = np.diff(log.codes(USER), prepend=-1) != 0
+    parts[first & (parts != TRAIN)] = CONTEXT
+    return log, parts, ids.filter(pl.Series(cold))
+
+
+def _hash_places(ids: pl.Series, present: np.ndarray, seed: int) -> np.ndarray:
+    """(ids,) float64: place of each present id in [0, 1) in the order of its hash with `seed`; others 0."""
+    keys = [hashlib.blake2b(f"{seed}/{ids[int(code)]}".encode(), digest_size=8).digest() for code in present]
+    places = np.zeros(len(ids))
+    places[present[np.argsort(np.array(keys, dtype="S8"), kind="stable")]] = np.arange(len(present)) / len(present)
+    return places
+
+
+def check_parts(log: Interactions, parts: np.ndarray, split: Split, cold: pl.Series) -> None:
+    """Checks the parts by what they must never do, and not by how they were made.
+
+    Raises:
+        DataError: training events later than a held-out one where time decides, a held-out user who is trained
+            on, or a cold item anywhere but in a test target.
+    """
+    train, test = parts == TRAIN, parts == TEST
+    held_out = test | (parts == VALIDATION)
+    times, user = log.frame[TIME].to_numpy(), log.codes(USER)
+    if split.by == "time":
+        cuts = [int(times[mask].min()) if mask.any() else None for mask in (held_out, test)]
+        for mask, cut in ((train, cuts[0]), (parts == VALIDATION, cuts[1])):
+            late = np.flatnonzero(mask & (times >= cut)) if cut is not None else []
+            if len(late):
+                _refuse(log, int(late[0]), "is trained or validated on, but lies after the cut")
+    if split.by == "users":
+        both = np.intersect1d(user[train], user[held_out])
+        if len(both):
+            raise DataError(
+                f"leak: user {log.ids(USER)[int(both[0])]!r} is held out and trained on; run `prepare` again"
+            )
+    else:
+        _check_order_within_users(log, user, train, held_out)
+    if split.by == "last":
+        counts = [np.bincount(user[mask], minlength=len(log.ids(USER))) for mask in (parts == VALIDATION, test)]
+        present = np.bincount(user, minlength=len(log.ids(USER))) > 0
+        wrong = np.flatnonzero(present & ((counts[0] != split.holdout) | (counts[1] != split.holdout)))
+        if len(wrong) and not split.cold_items:
+            name, numbers = log.ids(USER)[int(wrong[0])], [int(count[wrong[0]]) for count in counts]
+            raise DataError(
+                f"leak: user {name!r} has {numbers} validation and test events instead of {split.holdout}"
+            )
+    if len(cold):
+        is_cold = log.ids(ITEM).is_in(cold.implode()).to_numpy()[log.codes(ITEM)]
+        early = np.flatnonzero(is_cold & ~test)
+        if len(early):
+            _refuse(log, int(early[0]), "has a held-out item, but is no test event")
+
+
+def _check_order_within_users(
+    log: Interactions, user: np.ndarray, train: np.ndarray, held_out: np.ndarray
+) -> None:
+    """No training event of a user after one of the user's held-out events."""
+    seen = np.cumsum(held_out)
+    starts = np.flatnonzero(np.diff(user, prepend=-1) != 0)
+    before = np.repeat(seen[starts] - held_out[starts], np.diff(np.append(starts, len(user))))
+    late = np.flatnonzero(train & (seen > before))
+    if len(late):
+        _refuse(log, int(late[0]), "is trained on, but lies after a held-out event of its user")
+
+
+def _refuse(log: Interactions, place: int, what: str) -> None:
+    user, item = log.frame[USER][place], log.frame[ITEM][place]
+    raise DataError(f"leak: event {place} (user {user!r}, item {item!r}) {what}; run `prepare` again")
+
+
+def too_short(log: Interactions, split: Split) -> list[str]:
+    """Users with too few events for the split: under `last` one training event must be left."""
+    shortest = 2 * split.holdout + 1 if split.by == "last" else split.holdout + 1 if split.by == "users" else 1
+    counts = np.bincount(log.codes(USER), minlength=len(log.ids(USER)))
+    short = np.flatnonzero((counts > 0) & (counts < shortest))
+    return [log.ids(USER)[int(code)] for code in short]

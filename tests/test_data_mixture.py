@@ -1,0 +1,46 @@
+"""Several domains as one: nothing of one is seen in the other."""
+
+import numpy as np
+import polars as pl
+
+from conftest import cyclic_log
+from llm2rec.data.mixture import Part, mix
+from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.splits import Split
+from llm2rec.data.tables import Catalogue, Interactions
+
+NONE = pl.Series([], dtype=pl.String)
+
+
+def part(folder, name, weight=1.0, cold=NONE, **sizes):
+    log, items = cyclic_log(**sizes)
+    tables = Interactions.from_frame(log, name), Catalogue.from_frame(items, name)
+    prepare(*tables, split=Split(), short_histories="error", out=folder / name)
+    return Part(name, Sequences.load(folder / name), [f"{name} {title}" for title in items["title"]], cold, weight)
+
+
+def test_windows_of_a_mixture_are_those_of_its_domains(tmp_path):
+    parts = [part(tmp_path, "a", users=5, items=7), part(tmp_path, "b", users=4, items=6)]
+    mixture = mix(parts)
+    items = mixture.sequences.training()[0]
+    starts, ends = mixture.sequences.windows(4)
+    texts = [[mixture.texts[item - 1] for item in items[s:e]] for s, e in zip(starts, ends, strict=True)]
+    wanted = []
+    for one in parts:
+        own = one.sequences.training()[0]
+        wanted += [
+            [one.texts[item - 1] for item in own[s:e]] for s, e in zip(*one.sequences.windows(4), strict=True)
+        ]
+    assert texts == wanted
+
+
+def test_shares_are_relative_to_the_largest_weight(tmp_path):
+    mixture = mix([part(tmp_path, "a", users=5, items=7), part(tmp_path, "b", weight=4.0, users=4, items=6)])
+    assert mixture.item_shares.tolist() == [0.25] * 7 + [1.0] * 6
+    assert mixture.user_shares.tolist() == [0.25] * 5 + [1.0] * 4
+
+
+def test_cold_items_give_no_training_text(tmp_path):
+    mixture = mix([part(tmp_path, "a", cold=pl.Series(["i01", "i03"]), users=5, items=7)])
+    assert np.flatnonzero(~mixture.trainable).tolist() == [1, 3]
+    assert len(mixture.training_texts) == 5 and mixture.texts[1] not in mixture.training_texts
