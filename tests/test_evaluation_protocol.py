@@ -106,7 +106,7 @@ def test_the_bootstrap_repeats_with_its_seed():
 def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
     values = np.random.default_rng(0).random((30, 2))
     whole = protocol.bootstrap_means(values, 20, 3)
-    monkeypatch.setattr(protocol, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(significance, "CHUNK_BYTES", 1)
     assert protocol.bootstrap_means(values, 20, 3) == pytest.approx(whole)
 
 
