@@ -5,7 +5,7 @@ import torch
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.evaluation import protocol
+from llm2rec.evaluation import protocol, significance
 
 
 def table(**rows):
@@ -78,7 +78,7 @@ def test_seeds_are_averaged_before_users_are_compared():
 
 
 def test_holm_by_hand():
-    assert protocol.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_a_reference_that_is_no_row_is_refused():
@@ -100,14 +100,14 @@ def test_several_events_of_a_user_are_one_cluster():
 
 def test_the_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(0).random((30, 2))
-    assert np.array_equal(protocol.bootstrap_means(values, 20, 3), protocol.bootstrap_means(values, 20, 3))
+    assert np.array_equal(significance.bootstrap_means(values, 20, 3), significance.bootstrap_means(values, 20, 3))
 
 
 def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
     values = np.random.default_rng(0).random((30, 2))
-    whole = protocol.bootstrap_means(values, 20, 3)
+    whole = significance.bootstrap_means(values, 20, 3)
     monkeypatch.setattr(significance, "CHUNK_BYTES", 1)
-    assert protocol.bootstrap_means(values, 20, 3) == pytest.approx(whole)
+    assert significance.bootstrap_means(values, 20, 3) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 512])
@@ -144,7 +144,7 @@ def test_holm_covers_the_rows_of_the_table():
     result = protocol.compare_rows(table(**{f"r{i}": [ranks] for i, ranks in enumerate(noisy)}), "r0", samples=500)
     p_values = [row["p"] for row in result.values()]
     assert len(set(p_values)) > 1
-    assert [row["p_holm"] for row in result.values()] == protocol.holm(p_values)
+    assert [row["p_holm"] for row in result.values()] == significance.holm(p_values)
 
 
 def test_a_row_is_compared_between_runs():

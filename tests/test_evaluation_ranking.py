@@ -64,7 +64,7 @@ def test_metrics_lie_in_the_unit_interval_and_grow_with_k(values):
         assert (measure(rank, f"{base}@5") <= measure(rank, f"{base}@20")).all()
 
 
-@pytest.mark.parametrize("name", ["recall", "mrr@5", "recall@0", "hits@5"])
+@pytest.mark.parametrize("name", ["recall", "mrr@", "recall@0", "hits@5", "hit"])
 def test_an_unknown_metric_is_refused(name):
     with pytest.raises(ValueError, match="no metric"):
         measure(torch.tensor([1]), name)

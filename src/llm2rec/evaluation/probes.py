@@ -6,7 +6,7 @@ by chance and between which values it lies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -38,6 +38,27 @@ class Probe(TypedDict):
     error: float | None
     n: int
     better: str
+
+
+def reading(
+    value: float,
+    chance: float | None,
+    lowest: float | None,
+    highest: float | None,
+    n: int,
+    better: str,
+    error: float | None = None,
+) -> Probe:
+    """One number as a Probe; the fields are explained there."""
+    return {
+        "value": float(value),
+        "chance": chance,
+        "lowest": lowest,
+        "highest": highest,
+        "error": error,
+        "n": n,
+        "better": better,
+    }
 
 
 def vector_probes(
@@ -107,7 +128,7 @@ def co_consumption_auc(
     wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
     by_pair = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
     error = float(by_pair.std(ddof=1) / np.sqrt(len(by_pair))) if len(by_pair) > 1 else None
-    return _probe(by_pair.mean(), 0.5, 0.0, 1.0, len(by_pair), HIGHER, error)
+    return reading(by_pair.mean(), 0.5, 0.0, 1.0, len(by_pair), HIGHER, error)
 
 
 def pair_separation(
@@ -126,7 +147,7 @@ def pair_separation(
     spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
     if spread < 1e-9:
         raise ValueError("all pairs have the same cosine; the vectors do not tell items apart")
-    return _probe((true.mean() - other.mean()) / spread, 0.0, None, None, len(true), HIGHER)
+    return reading((true.mean() - other.mean()) / spread, 0.0, None, None, len(true), HIGHER)
 
 
 def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k: int = 10) -> Probe:
@@ -161,7 +182,7 @@ def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k
     sizes = np.bincount(labels).astype(np.float64)
     n = len(unit)
     chance = float((sizes * (sizes - 1)).sum() / (n * (n - 1)))
-    return _probe(same / (n * k), chance, 0.0, 1.0, n, HIGHER)
+    return reading(same / (n * k), chance, 0.0, 1.0, n, HIGHER)
 
 
 def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
@@ -176,7 +197,7 @@ def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
     unit = _unit(vectors)
     first, second = _checked_pairs(pairs, len(unit))
     distances = 2 - 2 * np.einsum("pd,pd->p", unit[first], unit[second])
-    return _probe(distances.mean(), 2 - 2 * _mean_cosine(unit), 0.0, 4.0, len(first), LOWER)
+    return reading(distances.mean(), 2 - 2 * _mean_cosine(unit), 0.0, 4.0, len(first), LOWER)
 
 
 def uniformity(vectors: np.ndarray) -> Probe:
@@ -194,7 +215,7 @@ def uniformity(vectors: np.ndarray) -> Probe:
         total += float(np.exp(4 * (np.minimum(cosines, 1) - 1), dtype=np.float64).sum())
     value = np.log(total / (len(unit) * (len(unit) - 1)))
     # E[exp(4 cos)] of uniform directions is 0F1(; D / 2; 4).
-    return _probe(value, float(np.log(hyp0f1(unit.shape[1] / 2, 4.0)) - 4), -8.0, 0.0, len(unit), LOWER)
+    return reading(value, float(np.log(hyp0f1(unit.shape[1] / 2, 4.0)) - 4), -8.0, 0.0, len(unit), LOWER)
 
 
 def mean_cosine(vectors: np.ndarray) -> Probe:
@@ -206,7 +227,7 @@ def mean_cosine(vectors: np.ndarray) -> Probe:
         ValueError: vectors do not fit, or are fewer than two.
     """
     unit = _unit(vectors)
-    return _probe(_mean_cosine(unit), 0.0, -1 / (len(unit) - 1), 1.0, len(unit), LOWER)
+    return reading(_mean_cosine(unit), 0.0, -1 / (len(unit) - 1), 1.0, len(unit), LOWER)
 
 
 def effective_rank(vectors: np.ndarray) -> Probe:
@@ -222,7 +243,7 @@ def effective_rank(vectors: np.ndarray) -> Probe:
     shares = values / values.sum()
     shares = shares[shares > 0]
     most = float(min(vectors.shape[1], len(vectors) - 1))
-    return _probe(np.exp(-(shares * np.log(shares)).sum()), most, 1.0, most, len(vectors), HIGHER)
+    return reading(np.exp(-(shares * np.log(shares)).sum()), most, 1.0, most, len(vectors), HIGHER)
 
 
 def first_direction_share(vectors: np.ndarray) -> Probe:
@@ -235,7 +256,7 @@ def first_direction_share(vectors: np.ndarray) -> Probe:
     """
     variances = _principal(vectors)[0]
     chance = 1 / min(vectors.shape[1], len(vectors) - 1)
-    return _probe(variances[0] / variances.sum(), chance, chance, 1.0, len(vectors), LOWER)
+    return reading(variances[0] / variances.sum(), chance, chance, 1.0, len(vectors), LOWER)
 
 
 def principal_plane(vectors: np.ndarray) -> np.ndarray:
@@ -256,26 +277,6 @@ def principal_plane(vectors: np.ndarray) -> np.ndarray:
     plane = plane * np.sign(plane[largest, np.arange(plane.shape[1])])
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     return np.pad(centred @ plane, ((0, 0), (0, 2 - plane.shape[1])))
-
-
-def _probe(
-    value: float,
-    chance: float | None,
-    lowest: float | None,
-    highest: float | None,
-    n: int,
-    better: str,
-    error: float | None = None,
-) -> Probe:
-    return {
-        "value": float(value),
-        "chance": chance,
-        "lowest": lowest,
-        "highest": highest,
-        "error": error,
-        "n": n,
-        "better": better,
-    }
 
 
 def _checked(vectors: np.ndarray) -> np.ndarray:
@@ -301,7 +302,7 @@ def _mean_cosine(unit: np.ndarray) -> float:
     return float((total @ total - len(unit)) / (len(unit) * (len(unit) - 1)))
 
 
-def _cosine_chunks(unit: np.ndarray):  # noqa: ANN202
+def _cosine_chunks(unit: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, (B, N) cosines of the rows from there), so many rows at a time that a chunk takes 64 MB."""
     rows = max(1, _CHUNK_BYTES // (4 * len(unit)))
     for start in range(0, len(unit), rows):
@@ -348,9 +349,7 @@ def _pair_cosines(
     others, drawn = _matched_items(first, second, popularity, draws, np.random.default_rng(seed))
     kept = drawn.any(axis=1)
     if not kept.any():
-        raise ValueError(
-            "no pair has a random item to compare with: nearly every item is a partner of every other"
-        )
+        raise ValueError("no pair has a random item to compare with: nearly all items are partners")
     first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
     true = np.einsum("pd,pd->p", unit[first], unit[second])
     random = np.stack([np.einsum("pd,pd->p", unit[first], unit[column]) for column in others.T], axis=1)
@@ -367,9 +366,8 @@ def _matched_items(
     place[order] = np.arange(n_items)
     reach = min(max(10, n_items // 50), (n_items - 1) // 2)  # places on either side, in the order of popularity
     lowest = np.clip(place[second] - reach, 0, n_items - 1 - 2 * reach)
-    forbidden = np.unique(
-        np.concatenate([first * n_items + second, second * n_items + first, first * (n_items + 1)])
-    )
+    # Pairs as one number each: partners either way round, and an item with itself.
+    forbidden = np.concatenate([first * n_items + second, second * n_items + first, first * (n_items + 1)])
     others = np.empty((len(first), draws), dtype=np.int64)
     open_cells = np.ones(others.shape, dtype=bool)
     for _ in range(_REDRAWS):
