@@ -150,8 +150,10 @@ def sign_flip_p(differences: np.ndarray, samples: int = 10_000, seed: int = 0) -
     chunk = max(1, CHUNK_BYTES // (8 * len(changed)))
     as_far = 0
     for start in range(0, samples, chunk):
-        shape = (min(chunk, samples - start), -(-len(changed) // 8))
-        bits = np.unpackbits(generator.integers(0, 256, shape, dtype=np.uint8), axis=1, count=len(changed))
+        # Whole words of 64 signs: of smaller ones a call throws the rest away, and p would depend on the chunks.
+        shape = (min(chunk, samples - start), -(-len(changed) // 64))
+        words = generator.integers(0, 2**64 - 1, shape, dtype=np.uint64, endpoint=True)
+        bits = np.unpackbits(words.view(np.uint8), axis=1, count=len(changed))
         as_far += int((np.abs(2 * (bits @ changed) - changed.sum()) >= limit).sum())
     return (1 + as_far) / (1 + samples)
 

@@ -140,12 +140,12 @@ def summarise_slices(
         ArtifactError: an event of `per_user` has no slice, or as in `compare_rows`.
         ConfigError: there is no row `reference`.
     """
-    slicings = [name for name in slices.columns if name not in _EVENT]
+    slicings = {name: dtype.categories for name, dtype in slices.schema.items() if isinstance(dtype, pl.Enum)}
     joined = _with_slices(per_user, slices)
     found: dict[str, SlicingSummary] = {}
-    for slicing in slicings:
+    for slicing, words in slicings.items():
         by_slice: dict[str, SliceSummary] = {}
-        for word in slices[slicing].cat.get_categories():
+        for word in words:
             events = joined.filter(pl.col(slicing) == word)
             if not events.is_empty():
                 by_slice[word] = _summary(events.select(per_user.columns), reference, samples, seed)
