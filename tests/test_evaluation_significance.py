@@ -31,9 +31,9 @@ def test_the_sign_flip_test_equals_exhaustive_enumeration(differences):
 def test_random_patterns_come_near_the_enumeration():
     differences = np.random.default_rng(1).normal(0.4, 1, 12)
     exact = significance.sign_flip_p(differences, samples=2**12)
-    drawn = significance.sign_flip_p(differences, samples=2**12 - 1)
+    drawn = significance.sign_flip_p(differences, samples=4000)
     assert exact == enumerated(differences.tolist())
-    assert drawn != exact and drawn == pytest.approx(exact, abs=4 * (exact / 4095) ** 0.5)
+    assert drawn != exact and drawn == pytest.approx(exact, abs=4 * (exact / 4000) ** 0.5)
 
 
 def test_the_sign_flip_test_does_not_depend_on_its_chunks(monkeypatch):
@@ -60,7 +60,7 @@ def test_the_sign_flip_test_keeps_its_level():
 def test_bootstrap_and_sign_flip_agree_on_many_users():
     generator = np.random.default_rng(3)
     base = generator.random(300)
-    row = base + generator.normal(0.03, 0.3, 300)
+    row = base + generator.normal(0.0, 0.3, 300)
     result = significance.compare_paired({"b": row}, {"b": base}, samples=4000, seed=0)["b"]
     assert 0.01 < result["p"] < 0.9
     assert result["p_sign_flip"] == pytest.approx(result["p"], abs=0.03)

@@ -19,6 +19,7 @@ HIGHER, LOWER, NEITHER = "higher", "lower", "neither"
 
 _CHUNK_BYTES = 64 * 2**20
 _REDRAWS = 20
+_COSINE_RESOLUTION = 1e-6
 
 
 class Probe(TypedDict):
@@ -136,18 +137,18 @@ def pair_separation(
 ) -> Probe:
     """Mean cosine of true pairs minus that of random ones, in standard deviations; chance 0, unbounded.
 
-    The standard deviation is the pooled one of both groups (Cohen's d). Random pairs and arguments as in
-    `co_consumption_auc`.
+    The standard deviation is the pooled one of both groups (Cohen's d), at least 1e-6, which is what float32
+    resolves of a cosine. Random pairs and arguments as in `co_consumption_auc`.
 
     Raises:
-        ValueError: as `co_consumption_auc`, or all pairs have the same cosine.
+        ValueError: as `co_consumption_auc`.
     """
     true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
     other = random[drawn]
     spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
-    if spread < 1e-9:
-        raise ValueError("all pairs have the same cosine; the vectors do not tell items apart")
-    return reading((true.mean() - other.mean()) / spread, 0.0, None, None, len(true), HIGHER)
+    return reading(
+        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
+    )
 
 
 def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k: int = 10) -> Probe:
@@ -234,14 +235,13 @@ def effective_rank(vectors: np.ndarray) -> Probe:
     """Directions that the centred vectors really use: the exponential of the entropy of the singular values.
 
     In [1, min(D, N - 1)]; chance is the upper end, all directions alike, which a sample of few items does not
-    quite reach. Source: Roy and Vetterli (EUSIPCO 2007).
+    quite reach. Equal vectors read 1. Source: Roy and Vetterli (EUSIPCO 2007).
 
     Raises:
-        ValueError: vectors do not fit, are fewer than two, or are all equal.
+        ValueError: vectors do not fit, or are fewer than two.
     """
     values = np.sqrt(_principal(vectors)[0])
-    shares = values / values.sum()
-    shares = shares[shares > 0]
+    shares = values[values > 0] / values.sum() if values[0] else np.ones(1)
     most = float(min(vectors.shape[1], len(vectors) - 1))
     return reading(np.exp(-(shares * np.log(shares)).sum()), most, 1.0, most, len(vectors), HIGHER)
 
@@ -249,27 +249,29 @@ def effective_rank(vectors: np.ndarray) -> Probe:
 def first_direction_share(vectors: np.ndarray) -> Probe:
     """Share of the centred vectors' variance in the first principal direction, in [1 / min(D, N - 1), 1].
 
-    Chance is the lower end, all directions alike; a sample of few items lies somewhat above it.
+    Chance is the lower end, all directions alike; a sample of few items lies somewhat above it. Equal vectors
+    read 1.
 
     Raises:
-        ValueError: vectors do not fit, are fewer than two, or are all equal.
+        ValueError: vectors do not fit, or are fewer than two.
     """
     variances = _principal(vectors)[0]
     chance = 1 / min(vectors.shape[1], len(vectors) - 1)
-    return reading(variances[0] / variances.sum(), chance, chance, 1.0, len(vectors), LOWER)
+    share = variances[0] / variances.sum() if variances[0] else 1.0
+    return reading(share, chance, chance, 1.0, len(vectors), LOWER)
 
 
 def principal_plane(vectors: np.ndarray) -> np.ndarray:
     """The two directions of most variance of the centred vectors, (N, 2) float64, for a map of the items.
 
-    PCA. Each direction is turned so that its component of largest size is positive (the first such one), so
-    equal vectors give equal maps. With D = 1 the second coordinate is 0.
+    PCA. Each direction is turned so that its component of largest size is positive (the first such one):
+    the same vectors give the same map. With D = 1 the second coordinate is 0.
 
     Args:
         vectors: (N, D) float, finite, N >= 2; not scaled to unit length.
 
     Raises:
-        ValueError: vectors do not fit, are fewer than two, or are all equal.
+        ValueError: vectors do not fit, or are fewer than two.
     """
     _, directions = _principal(vectors)
     plane = directions[:, :2]  # (D, 2)
@@ -310,14 +312,15 @@ def _cosine_chunks(unit: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _principal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared singular values (D,) in falling order and directions (D, D) in columns, of the centred vectors."""
+    """Squared singular values (D,) in falling order and directions (D, D) in columns, of the centred vectors.
+
+    All values are 0 where the vectors are equal.
+    """
     centred = _checked(vectors).astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     variances, directions = np.linalg.eigh(centred.T @ centred)
     variances = np.maximum(variances[::-1], 0)
-    # eigh leaves noise of this size where a direction holds nothing.
-    variances[variances < 1e-14 * variances[0]] = 0
-    if variances[0] <= 1e-14 * np.square(vectors, dtype=np.float64).sum():
-        raise ValueError("all vectors are equal; they have no directions")
+    # Rounding leaves noise of this size where a direction holds nothing.
+    variances[variances < 1e-14 * max(variances[0], np.square(vectors, dtype=np.float64).sum())] = 0
     return variances, directions[:, ::-1]
 
 
