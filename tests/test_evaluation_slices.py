@@ -69,7 +69,7 @@ def test_a_target_without_training_events_is_cold_also_where_validation_holds_it
 
 def test_a_user_with_few_training_events_is_cold():
     sequences = sequences_of(([1, 2], 3, [2]), ([1, 2, 4], 4, [3]))
-    assert words(sequences, "user_training", cold_user_events=3) == ["fewer than 3 training events", "3 or more"]
+    assert words(sequences, "user_training", cold_user_events=3) == ["fewer than 3", "3 or more"]
 
 
 def test_every_event_has_one_slice_of_every_slicing():

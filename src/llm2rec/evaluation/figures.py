@@ -160,17 +160,14 @@ def forest(comparisons: Mapping[str, Mapping[str, Any]], unit: str) -> str:
             colour = _PALETTE[_VERDICT_COLOURS[result["verdict"]]]
             axes.plot([result["low"], result["high"]], [place, place], color=colour, linewidth=2)
             axes.plot(result["difference"], place, "s", color=colour, markersize=5)
-            axes.annotate(
-                f"{result['difference']:+.4f} {MARKS[result['verdict']]}",
-                (result["high"], place),
-                (6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
+            # All at the right edge: beside its interval a number would often lie on the line at 0.
+            words = f"{result['difference']:+.4f} {MARKS[result['verdict']]}"
+            axes.text(
+                0.99, place, words, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8
             )
         ends = [end for result in comparisons.values() for end in (result["low"], result["high"], 0.0)]
         width = (max(ends) - min(ends)) or 1.0
-        axes.set_xlim(min(ends) - 0.05 * width, max(ends) + 0.4 * width)  # room for the numbers
+        axes.set_xlim(min(ends) - 0.05 * width, max(ends) + 0.5 * width)  # room for the numbers
         axes.set_ylim(len(comparisons) - 0.5, -0.5)
         axes.set_yticks(range(len(comparisons)), list(comparisons))
         axes.set_xlabel(unit)

@@ -85,7 +85,7 @@ def slice_events(
     counts = np.bincount(np.asarray(training), minlength=sequences.n_items + 1)[1:]
     lengths = positions - np.asarray(sequences.offsets)[users]
     cold_user = np.diff(offsets)[users] < cold_user_events
-    user_words = [f"fewer than {cold_user_events} training events", f"{cold_user_events} or more"]
+    user_words = [f"fewer than {cold_user_events}", f"{cold_user_events} or more"]
     buckets = np.searchsorted(np.asarray(length_bounds), lengths)  # a length equal to a bound is within it
     chosen = {
         "target": (["repeat", "novel"], (~_consumed_before(sequences)[positions]).astype(np.int64)),
