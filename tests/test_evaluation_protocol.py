@@ -5,7 +5,7 @@ import torch
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.evaluation import protocol
+from llm2rec.evaluation import protocol, significance
 
 
 def table(**rows):
@@ -78,7 +78,7 @@ def test_seeds_are_averaged_before_users_are_compared():
 
 
 def test_holm_by_hand():
-    assert protocol.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
 def test_a_reference_that_is_no_row_is_refused():
@@ -100,14 +100,14 @@ def test_several_events_of_a_user_are_one_cluster():
 
 def test_the_bootstrap_repeats_with_its_seed():
     values = np.random.default_rng(0).random((30, 2))
-    assert np.array_equal(protocol.bootstrap_means(values, 20, 3), protocol.bootstrap_means(values, 20, 3))
+    assert np.array_equal(significance.bootstrap_means(values, 20, 3), significance.bootstrap_means(values, 20, 3))
 
 
 def test_the_bootstrap_does_not_depend_on_its_chunks(monkeypatch):
     values = np.random.default_rng(0).random((30, 2))
-    whole = protocol.bootstrap_means(values, 20, 3)
-    monkeypatch.setattr(protocol, "_CHUNK_BYTES", 1)
-    assert protocol.bootstrap_means(values, 20, 3) == pytest.approx(whole)
+    whole = significance.bootstrap_means(values, 20, 3)
+    monkeypatch.setattr(significance, "CHUNK_BYTES", 1)
+    assert significance.bootstrap_means(values, 20, 3) == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("batch_size", [1, 512])
@@ -144,7 +144,7 @@ def test_holm_covers_the_rows_of_the_table():
     result = protocol.compare_rows(table(**{f"r{i}": [ranks] for i, ranks in enumerate(noisy)}), "r0", samples=500)
     p_values = [row["p"] for row in result.values()]
     assert len(set(p_values)) > 1
-    assert [row["p_holm"] for row in result.values()] == protocol.holm(p_values)
+    assert [row["p_holm"] for row in result.values()] == significance.holm(p_values)
 
 
 def test_a_row_is_compared_between_runs():
@@ -154,3 +154,68 @@ def test_a_row_is_compared_between_runs():
         "a": "better",
         "b": "not distinguishable",
     }
+
+
+def repeating():
+    """One user who came back to item 1: its whole history is 2, 1, 3, the window of one event holds 3 alone."""
+    parts = np.array([TRAIN, TRAIN, VALIDATION, TEST], dtype=np.uint8)
+    items = np.array([2, 1, 3, 1], dtype=np.int32)
+    return Sequences(items, np.array([0, 4]), parts, [f"i{i}" for i in range(1, 6)], ["u0"])
+
+
+class LowestFirst(NextOnTheCircle):
+    """Scores items by their index, the lowest highest: 1, 2, 3, ..."""
+
+    def score(self, histories):
+        return -torch.arange(self.n_items).float().repeat(len(histories), 1)
+
+
+class HighestFirst(NextOnTheCircle):
+    """Scores items by their index, the highest highest: ..., 3, 2, 1."""
+
+    def score(self, histories):
+        return torch.arange(self.n_items).float().repeat(len(histories), 1)
+
+
+@pytest.mark.parametrize(("masked", "rank"), [(False, 5), (True, 3)])
+def test_masking_hides_the_whole_history_but_not_the_target(masked, rank):
+    ranked = protocol.evaluate(HighestFirst(5), repeating(), TEST, 1, mask_history=masked)
+    assert ranked["rank"].to_list() == [rank]  # 5, 4, 3, 2, 1 without masking; 5, 4, 1 with it
+
+
+@pytest.mark.parametrize(("masked", "listed"), [(False, [1, 2, 3]), (True, [4, 5, 0])])
+def test_recommended_lists_stand_beside_the_ranks(masked, listed):
+    ranked = protocol.evaluate(LowestFirst(5), repeating(), TEST, 1, mask_history=masked, list_length=3)
+    assert ranked["recommended"].to_list() == [listed]
+
+
+def test_lists_do_not_change_the_ranks():
+    with_lists = protocol.evaluate(NextOnTheCircle(5), circle_of(5), TEST, 2, batch_size=1, list_length=2)
+    assert with_lists.drop("recommended").equals(protocol.evaluate(NextOnTheCircle(5), circle_of(5), TEST, 2))
+
+
+def test_a_user_with_nothing_before_the_target_is_ranked_under_masking():
+    sequences = Sequences(
+        np.array([3], np.int32), np.array([0, 1]), np.array([TEST], np.uint8), list("abc"), ["u"]
+    )
+    assert protocol.evaluate(HighestFirst(3), sequences, TEST, 1, mask_history=True)["rank"].to_list() == [1]
+
+
+def test_the_protocol_says_whether_the_history_competes():
+    assert protocol.ranking_in_words(False) != protocol.ranking_in_words(True)
+    assert "history compete as well" in protocol.ranking_in_words(False)
+
+
+def test_fewer_than_thirty_users_are_not_compared():
+    few, enough = (
+        protocol.compare_rows(table(a=[BAD[:n]], b=[GOOD[:n]]), "a", samples=500)["b"] for n in (29, 30)
+    )
+    assert (few["verdict"], few["p"], few["p_holm"], few["p_sign_flip"]) == ("too few users", 1.0, 1.0, 1.0)
+    assert few["low"] < few["difference"] < few["high"]
+    assert enough["verdict"] == "better" and enough["p_sign_flip"] < 0.01
+
+
+def test_a_comparison_says_how_many_users_its_difference_takes():
+    result = protocol.compare_rows(table(a=[BAD], b=[GOOD]), "a", samples=100)["b"]
+    assert result["users"] == 100
+    assert result["users_needed"] == significance.users_needed(result["deviation"], result["difference"])

@@ -49,6 +49,8 @@ def test_a_score_that_is_not_finite_raises(bad):
         ("ndcg@5", [1, 1 / math.log2(4), 0]),
         ("ndcg@10", [1, 1 / math.log2(4), 1 / math.log2(7)]),
         ("mrr", [1, 1 / 3, 1 / 6]),
+        ("mrr@5", [1, 1 / 3, 0]),
+        ("hit@5", [1, 1, 0]),
     ],
 )
 def test_metrics_counted_by_hand(name, expected):
@@ -60,11 +62,11 @@ def test_metrics_lie_in_the_unit_interval_and_grow_with_k(values):
     rank = torch.tensor(values)
     for name in metric_names([5, 20]):
         assert ((measure(rank, name) >= 0) & (measure(rank, name) <= 1)).all()
-    for base in ("recall", "ndcg"):
+    for base in ("recall", "ndcg", "mrr"):
         assert (measure(rank, f"{base}@5") <= measure(rank, f"{base}@20")).all()
 
 
-@pytest.mark.parametrize("name", ["recall", "mrr@5", "recall@0", "hits@5"])
+@pytest.mark.parametrize("name", ["recall", "mrr@", "recall@0", "hits@5", "hit"])
 def test_an_unknown_metric_is_refused(name):
     with pytest.raises(ValueError, match="no metric"):
         measure(torch.tensor([1]), name)
@@ -97,3 +99,41 @@ def test_top_k_leaves_the_scores_as_they_were():
     scores = torch.tensor([[1.0, 2.0]])
     top_k(scores, 1, exclude=torch.tensor([[2]]))
     assert scores.tolist() == [[1.0, 2.0]]
+
+
+@given(SCORES, st.data())
+def test_ranks_without_the_excluded_equal_a_brute_force_count(scores, data):
+    targets = torch.tensor([data.draw(st.integers(1, 5)) for _ in scores])
+    hidden = torch.tensor([data.draw(st.lists(st.integers(0, 5), min_size=3, max_size=3)) for _ in scores])
+    found = ranks(scores, targets, exclude=hidden).tolist()
+    for row, target, excluded, rank in zip(scores.tolist(), targets.tolist(), hidden.tolist(), found, strict=True):
+        others = [score for item, score in enumerate(row, 1) if item != target and item not in excluded]
+        assert rank == 1 + sum(score >= row[target - 1] for score in others)
+
+
+def test_an_excluded_target_still_competes():
+    scores = torch.tensor([[5.0, 4.0, 3.0]])
+    assert ranks(scores, torch.tensor([2]), exclude=torch.tensor([[1, 2]])).tolist() == [1]
+
+
+def test_ranks_leave_the_scores_as_they_were():
+    scores = torch.tensor([[1.0, 2.0]])
+    ranks(scores, torch.tensor([1]), exclude=torch.tensor([[1, 2]]))
+    assert scores.tolist() == [[1.0, 2.0]]
+
+
+def test_the_hit_rate_is_not_listed_beside_recall():
+    assert metric_names([5]) == ["recall@5", "ndcg@5", "mrr@5", "recall@10", "ndcg@10", "mrr@10", "mrr"]
+
+
+def test_metrics_equal_those_of_ranx():
+    ranx = pytest.importorskip("ranx", reason="ranx is not installed: parity is checked against loops alone")
+    scores = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(1, 21)
+    relevant = ranx.Qrels({f"q{q}": {f"i{item}": 1} for q, item in enumerate(targets.tolist())})
+    run = ranx.Run(
+        {f"q{q}": {f"i{i}": score for i, score in enumerate(row, 1)} for q, row in enumerate(scores.tolist())}
+    )
+    ours = ranks(scores, targets)
+    for name, theirs in (("recall@5", "recall@5"), ("ndcg@10", "ndcg@10"), ("mrr", "mrr"), ("mrr@5", "mrr@5")):
+        assert float(measure(ours, name).mean()) == pytest.approx(ranx.evaluate(relevant, run, theirs))

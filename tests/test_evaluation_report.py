@@ -1,10 +1,16 @@
 import io
 import re
+from dataclasses import replace
+from html.parser import HTMLParser
 
+import numpy as np
+import polars as pl
 import pytest
 from rich.console import Console
 
-from llm2rec.evaluation import protocol, report
+from llm2rec.evaluation import probes, protocol, report, slices
+from llm2rec.evaluation.diagnosis import data_probes
+from llm2rec.evaluation.maps import EmbeddingMap
 from test_evaluation_protocol import BAD, GOOD, table
 
 
@@ -84,3 +90,210 @@ def test_the_headline_does_not_claim_what_is_within_noise(data):
 def test_the_markdown_table_has_a_line_a_row(data):
     lines = report.markdown_table(data.metrics).splitlines()
     assert [line for line in lines if line.startswith("| sasrec-llm2rec |")]
+
+
+@pytest.fixture(scope="module")
+def full(data):
+    """A page with everything on it, titles of the map to be escaped."""
+    per_user = table(popularity=[BAD], **{"sasrec-id": [GOOD], "sasrec-llm2rec": [GOOD]})
+    kind = pl.Series(["novel"] * 80 + ["repeat"] * 20).cast(pl.Enum(["repeat", "novel"]))
+    events = pl.DataFrame({"user_id": [f"u{user}" for user in range(100)], "item_id": "i", "target": kind})
+    vectors = np.random.default_rng(0).normal(size=(12, 4))
+    return replace(
+        data,
+        list_metrics={row: {"coverage@10": 0.5, "popularity_lift@10": -0.25} for row in data.metrics["rows"]},
+        slices=slices.summarise_slices(per_user, events, "sasrec-id", samples=100),
+        probes={
+            "data": data_probes(np.ones(12, dtype=int), [f"t{item}" for item in range(12)], np.array([1])),
+            "backbone": probes.vector_probes(vectors, np.array([[1, 2], [3, 4]]), np.ones(12)),
+        },
+        diagnosis=["Cold items: half of the <test> events."],
+        maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre")],
+    )
+
+
+@pytest.fixture(scope="module")
+def compared():
+    runs = {"runs/old": table(a=[BAD], b=[GOOD]), "runs/<new>": table(a=[GOOD], b=[GOOD], c=[GOOD])}
+    return report.ComparisonData(
+        title="two runs",
+        runs={run: protocol.summarise(frame, [10], samples=50)["rows"] for run, frame in runs.items()},
+        comparisons=protocol.compare_runs(runs, samples=300),
+        settings={"runs/old": {"csft": {"steps": 1, "seed": 0}}, "runs/<new>": {"csft": {"steps": 2, "seed": 0}}},
+    )
+
+
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
+def section_of(page, heading):
+    return text_of(page.split(f"<h2>{heading}</h2>")[1].split("</section>")[0])
+
+
+class Layout(HTMLParser):
+    """Tables that nothing lets scroll, and elements that are not closed in order."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "hr", "use", "path", "circle", "rect"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.stuck, self.crossed = [], 0, []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        classes = (dict(attrs).get("class") or "").split()
+        if tag == "table":
+            self.stuck += not any("scroll" in outer for _, outer in self.open)
+        if tag not in self.VOID:
+            self.open.append((tag, classes))
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        if tag in self.VOID:
+            return
+        if not self.open or self.open.pop()[0] != tag:
+            self.crossed.append(tag)
+
+
+@pytest.fixture(scope="module", params=["report", "comparison"])
+def page(request, full, compared):
+    return report.render_html(full) if request.param == "report" else report.render_comparison_html(compared)
+
+
+def test_both_pages_ask_for_nothing_from_outside(page):
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    assert "<script" not in page and "@import" not in page and "url(http" not in page
+
+
+def test_every_table_can_scroll_so_that_the_page_need_not(page):
+    layout = Layout(page)
+    assert layout.stuck == 0 and layout.crossed == [] and layout.open == []
+
+
+def test_nothing_is_wider_than_a_phone(page):
+    style = page.split("<style>")[1].split("</style>")[0]
+    assert 'name="viewport" content="width=device-width' in page
+    assert all(float(size) <= 320 for size in re.findall(r"(?<!max-)(?<!-)\bwidth: ([\d.]+)px", style))
+    assert not re.findall(r"<svg[^>]* width=", page)
+    # A column of a grid may not ask for more than the page has, nor its content push it wider.
+    assert all("min(100%" in one for one in re.findall(r"minmax\(([^;]+)", style))
+    assert ".grid > *, .stack > * { min-width: 0; }" in style
+
+
+def test_both_pages_know_light_and_dark(page):
+    assert "prefers-color-scheme: dark" in page
+    used = set(re.findall(r"var\(--([a-z0-9-]+)\)", page))
+    light, dark = (set(re.findall(r"--([a-z0-9-]+):", part)) for part in page.split("prefers-color-scheme")[:2])
+    assert used <= light
+    assert light == dark
+
+
+def test_both_pages_escape_what_they_show(page):
+    assert "<new>" not in page and "<i>one" not in page and "<test>" not in page
+
+
+def test_a_page_without_the_new_parts_has_no_empty_sections(data):
+    page = report.render_html(data)
+    for heading in ("By slice", "What the lists look like", "What the vectors know"):
+        assert heading not in page
+
+
+def test_slices_are_shown_with_users_events_and_verdict(full):
+    shown = section_of(report.render_html(full), "By slice")
+    assert "repeat 20 20 popularity" in shown and "? too few users" in shown
+    assert re.search(r"novel 80 80 popularity [\d.]+ [\d.]+ – [\d.]+ [\d.]+ ▼ worse", shown)
+
+
+def test_list_metrics_are_shown_by_row(full):
+    shown = section_of(report.render_html(full), "What the lists look like")
+    assert "Coverage@10 Popularity lift@10 popularity 0.5000 -0.2500" in shown
+
+
+def test_probes_are_shown_with_chance_and_range(full):
+    shown = section_of(report.render_html(full), "What the vectors know")
+    assert re.search(r"co consumption auc [\d.]+ ± [\d.]+ chance 0.5 0 to 1 higher", shown)
+    assert "events per item 1 0 or more higher" in shown
+    assert "Cold items: half of the &lt;test&gt; events." in shown
+
+
+def test_a_clean_bill_is_said_so(full):
+    assert "None of the known failures shows." in report.render_html(replace(full, diagnosis=[]))
+
+
+def test_the_map_has_its_dots_and_a_legend(full):
+    page = report.render_html(full)
+    assert "<title>&lt;i&gt;one (genre: a)</title>" in page
+    assert '<span class="key" style="background: var(--blue)"></span>a' in page
+
+
+def test_a_thinned_map_says_so(full):
+    many = 2_500
+    large = EmbeddingMap("b", [0.0] * many, [0.0] * many, ["t"] * many, [1.0] * many, "events")
+    assert "2,000 of 2,500 items" in text_of(report.render_html(replace(full, maps=[large])))
+
+
+def test_too_few_users_are_warned_of_everywhere(data):
+    per_user = table(popularity=[BAD[:20]], **{"sasrec-id": [GOOD[:20]]})
+    metrics = protocol.summarise(per_user, [10], samples=50)
+    metrics["comparisons"] = protocol.compare_rows(per_user, "sasrec-id", samples=50)
+    metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {}}
+    shown = text_of(report.render_html(replace(data, metrics=metrics)))
+    assert "Only 20 test users" in shown and "– – " in shown and "? too few users" in shown
+    assert "too few users" in report.markdown_table(metrics) and "Only 20 test users" in report.markdown_table(
+        metrics
+    )
+    metrics["reference"], metrics["comparisons"] = (
+        "popularity",
+        {"sasrec-id": metrics["comparisons"]["popularity"]},
+    )
+    assert "too few to compare" in report.headline(metrics)
+
+
+def test_the_comparison_shows_every_run_with_its_interval(compared):
+    page = report.render_comparison_html(compared)
+    assert "run 2 runs/&lt;new&gt;" in text_of(page)
+    value = compared.runs["runs/<new>"]["a"]["ndcg@10"]
+    assert f"{value['mean']:.4f} {value['low']:.4f} – {value['high']:.4f}" in text_of(page)
+    assert re.search(r"c – [\d.]+", section_of(page, "Results on the test events"))  # only run 2 has row c
+
+
+def test_the_comparison_shows_paired_differences_and_verdicts(compared):
+    shown = section_of(report.render_comparison_html(compared), "Paired differences in NDCG@10 against run 1")
+    assert re.search(r"run 2, a \+[\d.]+ .*▲ better run 2, b \+0.0000 .*≈ not distinguishable", shown)
+
+
+def test_the_forest_plot_says_what_it_shows(compared):
+    (spoken,) = re.findall(r'aria-label="(Forest plot[^"]+)"', report.render_comparison_html(compared))
+    assert "run 2, a +" in spoken and "better" in spoken
+
+
+def test_only_the_settings_that_differ_are_shown(compared):
+    shown = section_of(report.render_comparison_html(compared), "Settings that differ")
+    assert shown == "key run 1 run 2 csft.steps 1 2"
+
+
+def test_a_key_that_one_recipe_lacks_differs():
+    found = report.differing_settings({"one": {"a": {"b": None}}, "two": {"a": {"b": None, "c": 3}}})
+    assert found == {"a.c": {"one": report.ABSENT, "two": 3}}
+
+
+def test_equal_recipes_are_said_to_be_equal(compared):
+    same = dict.fromkeys(compared.runs, {"seed": 1})
+    assert "the recipes are equal" in report.render_comparison_html(replace(compared, settings=same))
+
+
+def test_the_comparison_has_equal_bytes_for_equal_data(compared):
+    assert report.render_comparison_html(compared) == report.render_comparison_html(compared)
+
+
+def test_one_run_is_no_comparison(compared):
+    with pytest.raises(ValueError, match="at least two runs, got 1"):
+        report.render_comparison_html(replace(compared, runs={"runs/old": {}}))
+
+
+def test_a_comparison_of_an_unknown_run_is_refused(compared):
+    with pytest.raises(ValueError, match="'other' is not among the runs"):
+        report.render_comparison_html(replace(compared, settings={"other": {}}))

@@ -18,7 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from llm2rec.evaluation.verdicts import BETTER, COMPARED_METRIC, MARKS, REFERENCE, WITHIN_NOISE, WORSE, verdict_of
+from llm2rec.evaluation.verdicts import (
+    BETTER,
+    COMPARED_METRIC,
+    MARKS,
+    REFERENCE,
+    TOO_FEW,
+    WITHIN_NOISE,
+    WORSE,
+    verdict_of,
+)
 
 Points = Sequence[tuple[float, float]]
 
@@ -33,8 +42,15 @@ _PALETTE = {
     "sky": "#56b4e9",
     "grey": "#8a8f98",
 }
-_VERDICT_COLOURS = {BETTER: "blue", WORSE: "vermilion", WITHIN_NOISE: "grey", REFERENCE: "green"}
+_VERDICT_COLOURS = {
+    BETTER: "blue",
+    WORSE: "vermilion",
+    WITHIN_NOISE: "grey",
+    TOO_FEW: "grey",
+    REFERENCE: "green",
+}
 _LINE_COLOURS = ("grey", "amber", "vermilion", "green", "purple", "sky", "blue")
+_ACRONYMS = frozenset({"ndcg", "mrr"})
 _DASHES = ("-", "--", "-.", ":")
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "llm2rec",
@@ -91,6 +107,80 @@ def bars(metrics: Mapping[str, Any], name: str) -> str:
         return _svg(figure, f"Bars of {metric_label(name)} by row with 95 % intervals: {spoken}")
 
 
+def slice_bars(slices: Mapping[str, Any]) -> str:
+    """Horizontal bars of NDCG@10 with 95 % intervals, one group a slice, one colour a row; SVG.
+
+    Args:
+        slices: slice -> SliceSummary, as in `slices.summarise_slices`; all with the same rows.
+    """
+    names = list(next(iter(slices.values()))["rows"])
+    highest = max(value["high"] for summary in slices.values() for value in summary["rows"].values())
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, len(slices) * (0.15 * len(names) + 0.22) + 1.3), layout="constrained")
+        axes = figure.subplots()
+        height = 0.84 / len(names)
+        for place, name in enumerate(names):
+            values = [summary["rows"][name] for summary in slices.values()]
+            levels = [group - 0.42 + height * (place + 0.5) for group in range(len(slices))]
+            means = [value["mean"] for value in values]
+            reach = [
+                [value["mean"] - value["low"] for value in values],
+                [value["high"] - value["mean"] for value in values],
+            ]
+            colour = _PALETTE[_LINE_COLOURS[place % len(_LINE_COLOURS)]]
+            alpha = 1.0 if place < len(_LINE_COLOURS) else 0.55  # the colours come round again
+            axes.barh(levels, means, height=0.88 * height, color=colour, alpha=alpha, label=name)
+            axes.errorbar(means, levels, xerr=reach, fmt="none", ecolor=_INK, elinewidth=0.8)
+        axes.set_xlim(0, (highest or 1.0) * 1.05)
+        axes.set_yticks(range(len(slices)), [f"{word}\n{one['users']:,} users" for word, one in slices.items()])
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{metric_label(COMPARED_METRIC)}, 95 % interval")
+        axes.tick_params(axis="y", length=0)
+        _grid(axes, "x")
+        figure.legend(loc="outside lower center", ncols=2 if len(names) < 10 else 3)
+        spoken = "; ".join(
+            f"{word}: " + ", ".join(f"{row} {value['mean']:.4f}" for row, value in summary["rows"].items())
+            for word, summary in slices.items()
+        )
+        return _svg(figure, f"Bars of {metric_label(COMPARED_METRIC)} by slice and row with intervals: {spoken}")
+
+
+def forest(comparisons: Mapping[str, Mapping[str, Any]], unit: str) -> str:
+    """Forest plot: each paired difference with its 95 % interval against 0, coloured by verdict; SVG.
+
+    Args:
+        comparisons: label -> Comparison, from the top down; labels short enough for a phone.
+        unit: what differs, the label of the axis.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.8, 0.32 * len(comparisons) + 0.85), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=_INK, linewidth=0.8)
+        for place, result in enumerate(comparisons.values()):
+            colour = _PALETTE[_VERDICT_COLOURS[result["verdict"]]]
+            axes.plot([result["low"], result["high"]], [place, place], color=colour, linewidth=2)
+            axes.plot(result["difference"], place, "s", color=colour, markersize=5)
+            # All at the right edge: beside its interval a number would often lie on the line at 0.
+            words = f"{result['difference']:+.4f} {MARKS[result['verdict']]}"
+            axes.text(
+                0.99, place, words, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8
+            )
+        ends = [end for result in comparisons.values() for end in (result["low"], result["high"], 0.0)]
+        width = (max(ends) - min(ends)) or 1.0
+        axes.set_xlim(min(ends) - 0.05 * width, max(ends) + 0.5 * width)  # room for the numbers
+        axes.set_ylim(len(comparisons) - 0.5, -0.5)
+        axes.set_yticks(range(len(comparisons)), list(comparisons))
+        axes.set_xlabel(unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(axis="y", length=0)
+        _grid(axes, "x")
+        spoken = "; ".join(
+            f"{label} {one['difference']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f}), {one['verdict']}"
+            for label, one in comparisons.items()
+        )
+        return _svg(figure, f"Forest plot, {unit}: {spoken}")
+
+
 def recall_lines(curves: Mapping[str, Points]) -> str:
     """Recall@k over k, one line a row; SVG."""
     with matplotlib.rc_context(_STYLE):
@@ -125,8 +215,9 @@ def training_line(name: str, points: Points) -> str:
 
 
 def metric_label(name: str) -> str:
-    """A metric's name as people write it: `NDCG@10`, `Recall@10`, `MRR`."""
-    return name.replace("recall", "Recall") if name.startswith("recall") else name.upper()
+    """A metric's name as people write it: `NDCG@10`, `Recall@10`, `MRR`, `Popularity lift@10`."""
+    base, at, cutoff = name.partition("@")
+    return (base.upper() if base in _ACRONYMS else base.replace("_", " ").capitalize()) + at + cutoff
 
 
 def _line_style(place: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ that comparisons are paired. Users, not events, are independent: their events ar
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import numpy as np
 import polars as pl
@@ -16,21 +16,17 @@ import torch
 from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
-from llm2rec.evaluation.ranking import measure, metric_names, ranks
-from llm2rec.evaluation.verdicts import BETTER, COMPARED_METRIC, WITHIN_NOISE, WORSE
+from llm2rec.evaluation.ranking import measure, metric_names, ranks, top_k
+from llm2rec.evaluation.significance import Comparison, bootstrap_means, compare_paired
+from llm2rec.evaluation.verdicts import COMPARED_METRIC
 from llm2rec.progress import track
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
 
-SIGNIFICANCE = 0.05
-
 PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")
 
 _EVENT = ["user_id", "item_id"]
-_CHUNK_BYTES = 32 * 2**20
-_ROUNDING = 1e-12
-_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Scorer(Protocol):
@@ -57,18 +53,6 @@ class MetricSummary(TypedDict):
     high: float
 
 
-class Comparison(TypedDict):
-    """One row against the reference; `relative` is None where the reference is 0."""
-
-    difference: float
-    relative: float | None
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    verdict: str
-
-
 Summary = dict[str, dict[str, dict[str, MetricSummary]]]
 
 
@@ -79,11 +63,13 @@ def evaluate(
     history_length: int,
     batch_size: int = 512,
     description: str | None = "ranking",
+    mask_history: bool = False,
+    list_length: int = 0,
 ) -> pl.DataFrame:
     """Rank of every held-out event of `part` over the whole catalogue: user_index, item_index, rank.
 
-    Full ranking: nothing is sampled and nothing is masked, items of the history compete as well. One row an
-    event, in the order of `sequences`.
+    Full ranking: nothing is sampled. One row an event, in the order of `sequences`. Whether items of the
+    history compete is said by `ranking_in_words(mask_history)`.
 
     Args:
         scorer: anything with `n_items` and `score`.
@@ -92,6 +78,11 @@ def evaluate(
         history_length: events before the target that the scorer sees, at most.
         batch_size: histories a call of the scorer; its scores take 4 * batch_size * n_items bytes.
         description: of the progress bar; None draws none (inside another bar).
+        mask_history: hide every item that the user is known to have consumed before the target, be it in the
+            scorer's window or not, unless it is the target itself.
+        list_length: above 0, a column `recommended` holds the best items of each event, an array of this
+            many item_index, best first, filled up with 0. With `mask_history` the lists, which know no
+            target, lack every known item: a repeated target is then ranked but never listed.
 
     Raises:
         ValueError: the scorer knows another number of items, or a score is not finite.
@@ -104,6 +95,7 @@ def evaluate(
     targets = np.asarray(sequences.items[positions])
     starts: Sequence[int] = range(0, len(positions), batch_size)
     found = np.empty(len(positions), dtype=np.int64)
+    lists = np.zeros((len(positions), list_length), dtype=np.int32)
     with torch.inference_mode():
         for start in starts if description is None else track(starts, description, len(starts)):
             batch = slice(start, start + batch_size)
@@ -111,9 +103,25 @@ def evaluate(
             scores = scorer.score(torch.from_numpy(histories.astype(np.int64)))
             if scores.shape[1] != sequences.n_items:
                 raise ValueError(f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item")
-            found[batch] = ranks(scores, torch.from_numpy(targets[batch].astype(np.int64))).cpu().numpy()
+            known = _known_items(sequences, positions[batch]) if mask_history else None
+            wanted = torch.from_numpy(targets[batch].astype(np.int64))
+            found[batch] = ranks(scores, wanted, exclude=known).cpu().numpy()
+            if list_length:
+                best, _ = top_k(scores, list_length, exclude=known)
+                lists[batch, : best.shape[1]] = best.cpu().numpy()
     users = sequences.users_of(positions)
-    return pl.DataFrame({"user_index": users, "item_index": targets, "rank": found})
+    ranked = pl.DataFrame({"user_index": users, "item_index": targets, "rank": found})
+    return ranked.with_columns(pl.Series("recommended", lists)) if list_length else ranked
+
+
+def ranking_in_words(mask_history: bool) -> str:
+    """What competes with a target, for the `protocol` entry of `metrics.json`."""
+    if mask_history:
+        return (
+            "full, over the whole catalogue without the items of the user's whole known history, "
+            "unless such an item is the target"
+        )
+    return "full, over the whole catalogue; items of the history compete as well"
 
 
 def per_user_table(ranked: pl.DataFrame, sequences: Sequences, row: str, seed: int) -> pl.DataFrame:
@@ -174,7 +182,8 @@ def compare_rows(
     """NDCG@10 of every other row against `reference`: paired bootstrap over users, Holm over the rows.
 
     `low` and `high` bound the difference (95 %, not corrected for the number of rows); the verdict follows
-    the corrected `p_holm` at 0.05: "better", "worse" or "not distinguishable".
+    the corrected `p_holm` at 0.05: "better", "worse" or "not distinguishable". Below MINIMUM_USERS users no
+    test is made: "too few users".
 
     Raises:
         ConfigError: there is no row `reference`.
@@ -184,7 +193,7 @@ def compare_rows(
     if reference not in averaged:
         raise ConfigError(f"reference row {reference!r} is not in the table; rows: {', '.join(averaged)}")
     base = averaged.pop(reference)
-    return _compare(averaged, {row: base for row in averaged}, samples, seed)
+    return compare_paired(averaged, {row: base for row in averaged}, samples, seed)
 
 
 def compare_runs(
@@ -216,7 +225,7 @@ def compare_runs(
                 rows[run, row], bases[run, row] = values, averaged[first][row]
     if not rows:
         raise ArtifactError(f"no other run shares a row with {first!r}, which has {', '.join(averaged[first])}")
-    compared = _compare(rows, bases, samples, seed)
+    compared = compare_paired(rows, bases, samples, seed)
     return {run: {row: result for (name, row), result in compared.items() if name == run} for run in others}
 
 
@@ -228,40 +237,10 @@ def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tup
     return {row: list(zip(cutoffs, values, strict=True)) for row, values in means.items()}
 
 
-def bootstrap_means(values: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Means of `samples` resamples of the users, (samples, C), the same resamples for every column.
-
-    A resample is a vector of how often each user was drawn, so that all columns cost one matrix product;
-    resamples are made in chunks of 32 MB whatever the number of users.
-
-    Args:
-        values: (U, C) float64, one row a user.
-        samples: number of resamples.
-        seed: equal seeds and U give equal resamples.
-    """
-    n_users = len(values)
-    generator = np.random.default_rng(seed)
-    means = np.empty((samples, values.shape[1]))
-    chunk = max(1, _CHUNK_BYTES // (8 * n_users))
-    for start in range(0, samples, chunk):
-        counts = np.empty((min(chunk, samples - start), n_users))
-        for resample in counts:
-            resample[:] = np.bincount(generator.integers(0, n_users, n_users), minlength=n_users)
-        means[start : start + len(counts)] = counts @ values / n_users
-    return means
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected by Holm's step-down method, in the given order, at most 1.
-
-    Source: Holm (1979), A simple sequentially rejective multiple test procedure.
-    """
-    corrected = [0.0] * len(p_values)
-    running = 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
-        corrected[index] = running
-    return corrected
+def _known_items(sequences: Sequences, positions: np.ndarray) -> Tensor:
+    """(B, L) int64 item_index of all the user's events before each position, padded with 0."""
+    before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
+    return torch.from_numpy(sequences.histories(positions, max(1, int(before.max()))).astype(np.int64))
 
 
 def _metric_summary(values: np.ndarray, low: float, high: float) -> MetricSummary:
@@ -273,40 +252,6 @@ def _metric_summary(values: np.ndarray, low: float, high: float) -> MetricSummar
         "low": float(low),
         "high": float(high),
     }
-
-
-def _compare(
-    rows: Mapping[_Key, np.ndarray], bases: Mapping[_Key, np.ndarray], samples: int, seed: int
-) -> dict[_Key, Comparison]:
-    """Paired comparison of each (U,) row with its (U,) base; Holm over all of them."""
-    if not rows:
-        return {}
-    differences = np.stack([values - bases[key] for key, values in rows.items()], axis=1)  # (U, R)
-    means = bootstrap_means(differences, samples, seed)
-    low, high = np.quantile(means, [0.025, 0.975], axis=0)
-    # Two-sided: twice the smaller tail beyond 0. Rounding must not push a true 0 out of either tail.
-    below = (means <= _ROUNDING).sum(axis=0)
-    above = (means >= -_ROUNDING).sum(axis=0)
-    p_values = np.minimum(1.0, 2 * (1 + np.minimum(below, above)) / (samples + 1)).tolist()
-    results: dict[_Key, Comparison] = {}
-    for r, (key, corrected) in enumerate(zip(rows, holm(p_values), strict=True)):
-        difference, base = float(differences[:, r].mean()), float(bases[key].mean())
-        results[key] = {
-            "difference": difference,
-            "relative": difference / base if base else None,
-            "low": float(low[r]),
-            "high": float(high[r]),
-            "p": p_values[r],
-            "p_holm": corrected,
-            "verdict": _verdict(difference, corrected),
-        }
-    return results
-
-
-def _verdict(difference: float, p_holm: float) -> str:
-    if p_holm >= SIGNIFICANCE:
-        return WITHIN_NOISE
-    return BETTER if difference > 0 else WORSE
 
 
 def _seed_averaged(per_user: pl.DataFrame) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Ranks, their metrics and the one top-k: pure functions on tensors, one rule for ties.
+"""Ranks, their metrics, the one top-k and what its lists look like: pure functions, one rule for ties.
 
 Scores are (B, N); column j belongs to item_index j + 1, because item_index 0 is padding.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 HEADLINE_CUTOFF = 10
 
 
-def ranks(scores: Tensor, targets: Tensor) -> Tensor:
+def ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
     """Rank of each target among all items, (B,) int64, 1 = best.
 
     1 + the number of *other* items that score at least as high as the target: a tie counts against it, so
@@ -22,9 +22,11 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     Args:
         scores: (B, N), any float dtype.
         targets: (B,) item_index, 1..N.
+        exclude: (B, L) item_index that do not compete in each row, padded with 0; duplicates are fine, and a
+            target among them still competes. None excludes nothing.
 
     Raises:
-        ValueError: a score is not finite, a target is outside 1..N, or the shapes do not fit.
+        ValueError: a score is not finite, an item is outside 1..N, or the shapes do not fit.
     """
     scores = _checked(scores)
     if targets.shape != scores.shape[:1]:
@@ -32,13 +34,16 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     targets = targets.to(scores.device, torch.int64)
     _check_item_indices(targets, scores.shape[1], "target", lowest=1)
     target_scores = scores.gather(1, targets.unsqueeze(1) - 1)  # (B, 1)
+    if exclude is not None:
+        scores = _hide(scores, exclude).scatter_(1, targets.unsqueeze(1) - 1, target_scores)
     return (scores >= target_scores).sum(dim=1)  # the target itself is the 1 of the definition
 
 
 def recall(rank: Tensor, k: int) -> Tensor:
     """1 where the only relevant item is among the first k, else 0; float64, shape of `rank`.
 
-    With one relevant item a test event this is also the hit rate at k.
+    A test event has one relevant item, so this is the hit rate at k as well: `measure` takes `hit@k` for it,
+    but `metric_names` lists it once, because two columns of one number look like two results.
     """
     return (rank <= k).double()
 
@@ -51,35 +56,44 @@ def ndcg(rank: Tensor, k: int) -> Tensor:
     return recall(rank, k) / torch.log2(rank.double() + 1)
 
 
-def mrr(rank: Tensor) -> Tensor:
-    """Reciprocal rank without a cut-off, in (0, 1]; float64, shape of `rank`."""
-    return rank.double().reciprocal()
+def mrr(rank: Tensor, k: int | None = None) -> Tensor:
+    """Reciprocal rank, in [0, 1]; float64, shape of `rank`. 0 beyond the first k; without k never 0.
+
+    Its mean over test events is the mean reciprocal rank (Voorhees 1999).
+    """
+    reciprocal = rank.double().reciprocal()
+    return reciprocal if k is None else reciprocal * recall(rank, k)
 
 
 METRICS: dict[str, Callable[..., Tensor]] = {"recall": recall, "ndcg": ndcg, "mrr": mrr}
-WITHOUT_CUTOFF = frozenset({"mrr"})
+WITHOUT_CUTOFF = frozenset({"mrr"})  # may also stand alone
+ALIASES = {"hit": "recall"}
 
 
 def metric_names(cutoffs: Iterable[int]) -> list[str]:
-    """Every metric at every cut-off in rising order: `recall@5`, `ndcg@5`, ..., `mrr`.
+    """Every metric at every cut-off in rising order: `recall@5`, `ndcg@5`, `mrr@5`, ..., `mrr`.
 
     The headline cut-off 10 is always among them: comparisons and reports are made at it.
     """
     ordered = sorted({*cutoffs, HEADLINE_CUTOFF})
-    with_cutoff = [f"{name}@{k}" for k in ordered for name in METRICS if name not in WITHOUT_CUTOFF]
+    with_cutoff = [f"{name}@{k}" for k in ordered for name in METRICS]
     return with_cutoff + [name for name in METRICS if name in WITHOUT_CUTOFF]
 
 
 def measure(rank: Tensor, name: str) -> Tensor:
-    """The metric called `name` (`recall@10`, `ndcg@10`, `mrr`) of each rank; float64, shape of `rank`.
+    """The metric called `name` (`recall@10` or `hit@10`, `ndcg@10`, `mrr@10`, `mrr`) of each rank.
+
+    Returns:
+        float64, shape of `rank`.
 
     Raises:
-        ValueError: there is no such metric, or its cut-off is missing, superfluous or below 1.
+        ValueError: there is no such metric, or its cut-off is missing or below 1.
     """
+    if name in WITHOUT_CUTOFF:
+        return METRICS[name](rank)
     base, _, cutoff = name.partition("@")
-    if base in WITHOUT_CUTOFF and not cutoff:
-        return METRICS[base](rank)
-    if base in METRICS and base not in WITHOUT_CUTOFF and cutoff.isdecimal() and int(cutoff) > 0:
+    base = ALIASES.get(base, base)
+    if base in METRICS and cutoff.isdecimal() and int(cutoff) > 0:
         return METRICS[base](rank, int(cutoff))
     raise ValueError(f"no metric {name!r}; allowed: {', '.join(metric_names(()))}, and other cut-offs")
 
@@ -118,6 +132,134 @@ def top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor
     best, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
     found = indices.gather(1, order) + 1
     return found.masked_fill(best.isneginf(), 0), best
+
+
+def coverage(lists: Tensor, k: int, n_items: int) -> float:
+    """Share of the catalogue that stands in at least one list's first k, in [0, 1].
+
+    `|union of the first k of all lists| / N`. It grows with the number of lists: compare equal numbers.
+    Source: catalogue coverage of Ge, Delgado-Battenfeld and Jannach (RecSys 2010).
+
+    Args:
+        lists: (U, K) item_index, best first, 0 = no item; from `top_k`.
+        k: 1..K.
+        n_items: N.
+
+    Raises:
+        ValueError: k does not fit the lists, or an item is outside 0..N.
+    """
+    return float((_times_recommended(lists, k, n_items) > 0).double().mean())
+
+
+def gini(lists: Tensor, k: int, n_items: int) -> float:
+    """Gini index of how often each item of the catalogue is recommended, in [0, 1 - 1/N].
+
+    0: every item equally often; 1 - 1/N: always the same item. With x the times that the N items stand in a
+    list's first k, in rising order, `sum_j (2 j - N - 1) x_j / (N sum_j x_j)`, which is half the mean absolute
+    difference over the mean. Some divide by N - 1 instead of N (Shani and Gunawardana 2011).
+
+    Raises:
+        ValueError: as `coverage`, or the lists are all empty.
+    """
+    times = _times_recommended(lists, k, n_items).double().sort().values
+    if not times.sum():
+        raise ValueError("the lists recommend nothing, so there is no concentration to measure")
+    places = torch.arange(1, n_items + 1, dtype=torch.float64)
+    return float(((2 * places - n_items - 1) * times).sum() / (n_items * times.sum()))
+
+
+def novelty(lists: Tensor, k: int, counts: Tensor) -> float:
+    """Mean self-information of the recommended items in bits, in [0, log2(T + N)]; higher = less popular.
+
+    An item with c of the T training events carries `-log2((c + 1) / (T + N))` bits: one is added to every
+    count, so that an item without training events is finite. Averaged over a list's first k, then over lists;
+    an empty list has no say.
+    Source: Zhou et al. (PNAS 2010), surprisal; the smoothing is ours.
+
+    Args:
+        lists: (U, K) item_index, best first, 0 = no item.
+        k: 1..K.
+        counts: (N,) training events of each item.
+
+    Raises:
+        ValueError: as `coverage`, or the lists are all empty.
+    """
+    bits = -torch.log2((counts.double() + 1) / (counts.sum() + len(counts)))
+    means = _mean_in_rows(_first(lists, k, len(counts)), bits)
+    means = means[means.isfinite()]
+    if not len(means):
+        raise ValueError("the lists recommend nothing, so there is no novelty to measure")
+    return float(means.mean())
+
+
+def popularity_lift(lists: Tensor, histories: Tensor, k: int, counts: Tensor) -> float:
+    """How much more popular the recommended items are than those of the histories; 0 = alike, >= -1.
+
+    `(P(lists) - P(histories)) / P(histories)`, P the mean over users of the mean training events of the items
+    in their list or history; users without either are left out of both.
+    Source: popularity lift of Abdollahpouri et al. (RecSys 2020), after their GAP metric.
+
+    Args:
+        lists: (U, K) item_index, best first, 0 = no item.
+        histories: (U, L) item_index of the same users, 0 = padding.
+        k: 1..K.
+        counts: (N,) training events of each item.
+
+    Raises:
+        ValueError: as `coverage`; other users; or no history holds an item with a training event.
+    """
+    if len(histories) != len(lists):
+        raise ValueError(f"{len(histories)} histories for {len(lists)} lists; give one a list")
+    recommended = _mean_in_rows(_first(lists, k, len(counts)), counts.double())
+    consumed = _mean_in_rows(_first(histories, histories.shape[1], len(counts)), counts.double())
+    both = recommended.isfinite() & consumed.isfinite()
+    base = float(consumed[both].sum())
+    if not base:
+        raise ValueError("no history beside a list holds an item with a training event: the lift has no base")
+    return float(recommended[both].sum()) / base - 1
+
+
+def list_metrics(
+    lists: Tensor, histories: Tensor, counts: Tensor, cutoffs: Iterable[int] = (HEADLINE_CUTOFF,)
+) -> dict[str, float]:
+    """`coverage@k`, `gini@k`, `novelty@k` and `popularity_lift@k` at every cut-off, by name.
+
+    Args:
+        lists: (U, K) item_index, best first, 0 = no item; K at least the largest cut-off.
+        histories: (U, L) item_index of the same users, 0 = padding.
+        counts: (N,) training events of each item.
+        cutoffs: each 1..K.
+
+    Raises:
+        ValueError: as the four metrics.
+    """
+    found = {}
+    for k in sorted(set(cutoffs)):
+        found[f"coverage@{k}"] = coverage(lists, k, len(counts))
+        found[f"gini@{k}"] = gini(lists, k, len(counts))
+        found[f"novelty@{k}"] = novelty(lists, k, counts)
+        found[f"popularity_lift@{k}"] = popularity_lift(lists, histories, k, counts)
+    return found
+
+
+def _first(lists: Tensor, k: int, n_items: int) -> Tensor:
+    """The first k columns, int64 item_index in 0..N."""
+    if lists.dim() != 2 or not 1 <= k <= lists.shape[1]:
+        raise ValueError(f"k is {k}, the lists have shape {tuple(lists.shape)}; allowed: (U, K) with 1 <= k <= K")
+    first = lists[:, :k].long()
+    _check_item_indices(first, n_items, "listed", lowest=0)
+    return first
+
+
+def _times_recommended(lists: Tensor, k: int, n_items: int) -> Tensor:
+    """How many lists hold each item among their first k, (N,) int64."""
+    return torch.bincount(_first(lists, k, n_items).flatten(), minlength=n_items + 1)[1:]
+
+
+def _mean_in_rows(items: Tensor, values: Tensor) -> Tensor:
+    """Mean of (N,) `values` over the items of each row, (U,) float64; not finite for a row without items."""
+    padded = torch.cat([values.new_zeros(1), values])
+    return padded[items].sum(dim=1) / (items > 0).sum(dim=1)
 
 
 def _hide(scores: Tensor, exclude: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ All three read plain values (the content of `metrics.json`), so showing a finish
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,22 @@ from rich.table import Table
 from rich.text import Text
 
 from llm2rec.artifacts import flatten
-from llm2rec.evaluation.verdicts import BETTER, MARKS, REFERENCE, WITHIN_NOISE, WORSE, verdict_of
+from llm2rec.evaluation.maps import EmbeddingMap, map_legend, map_svg, shown
+from llm2rec.evaluation.verdicts import (
+    BETTER,
+    MARKS,
+    REFERENCE,
+    TOO_FEW,
+    WITHIN_NOISE,
+    WORSE,
+    too_few_users,
+    verdict_of,
+)
 
 HEADLINE_METRICS = ("ndcg@10", "recall@10")
-TEMPLATE = Path(__file__).with_name("report.html")
-_TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", REFERENCE: "cyan"}
+REPORT, COMPARISON = "report.html", "comparison.html"
+ABSENT = "not in this recipe"
+_TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", TOO_FEW: "yellow", REFERENCE: "cyan"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,11 @@ class ReportData:
             user (`row`, `user_id`, `history` titles, `items` as (title, score) pairs).
         costs: a stage each: `stage`, `seconds`, `peak_memory_gb`; a number may be None where not measured.
         settings: the resolved recipe, nested.
+        list_metrics: row -> metric -> value, from `ranking.list_metrics`; all rows with the same metrics.
+        slices: slicing -> SlicingSummary, from `slices.summarise_slices`.
+        probes: `data` or a vector set -> probe -> Probe, from `probes` and `diagnosis`.
+        diagnosis: what `diagnosis.diagnose` says of the probes, a sentence an entry.
+        maps: items in the plane, one map a vector set.
     """
 
     title: str
@@ -50,6 +66,28 @@ class ReportData:
     showcase: Mapping[str, Any]
     costs: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
+    list_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    slices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    probes: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    diagnosis: Sequence[str] = ()
+    maps: Sequence[EmbeddingMap] = ()
+
+
+@dataclass(frozen=True)
+class ComparisonData:
+    """Everything the comparison page shows, as plain values; the first run is the reference.
+
+    Attributes:
+        title: heading of the page.
+        runs: run -> the `rows` of its `metrics.json`, at least two runs.
+        comparisons: every later run -> row -> Comparison, from `protocol.compare_runs`.
+        settings: run -> its resolved recipe, nested.
+    """
+
+    title: str
+    runs: Mapping[str, Mapping[str, Any]]
+    comparisons: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, Any]]
 
 
 def render_html(data: ReportData) -> str:
@@ -59,30 +97,118 @@ def render_html(data: ReportData) -> str:
     """
     from llm2rec.evaluation import figures  # here: matplotlib takes longer to import than a table to print
 
+    metrics = data.metrics
+    charts = [shown(chart) for chart in data.maps]
+    return (
+        _environment()
+        .get_template(REPORT)
+        .render(
+            data=data,
+            metrics=metrics,
+            metric_names=list(next(iter(metrics["rows"].values()))),
+            headline=headline(metrics),
+            warning=_warning(metrics["comparisons"].values()),
+            verdicts={row: verdict_of(metrics, row) for row in metrics["rows"]},
+            bars=[Markup(figures.bars(metrics, name)) for name in HEADLINE_METRICS],
+            recall=Markup(figures.recall_lines(data.recall_curves)) if data.recall_curves else None,
+            training=[Markup(figures.training_line(*curve)) for curve in data.training_curves.items()],
+            slice_bars={name: Markup(figures.slice_bars(one["slices"])) for name, one in data.slices.items()},
+            list_metric_names=list(next(iter(data.list_metrics.values()), {})),
+            probe_names={name: one for readings in data.probes.values() for name, one in readings.items()},
+            maps=[
+                {"chart": chart, "svg": Markup(map_svg(chart)), "legend": map_legend(chart), "all": len(whole.x)}
+                for chart, whole in zip(charts, data.maps, strict=True)
+            ],
+            settings=_flat(data.settings),
+            total_seconds=sum(cost["seconds"] or 0 for cost in data.costs),
+        )
+    )
+
+
+def render_comparison_html(data: ComparisonData) -> str:
+    """Several runs on one HTML page of the kind of `render_html`: results, paired differences, what differs.
+
+    Raises:
+        ValueError: fewer than two runs, or a comparison or settings of a run that is not among them.
+    """
+    from llm2rec.evaluation import figures  # as in render_html
+
+    if len(data.runs) < 2:
+        raise ValueError(f"comparing takes at least two runs, got {len(data.runs)}")
+    strangers = sorted((data.comparisons.keys() | data.settings.keys()) - data.runs.keys())
+    if strangers:
+        raise ValueError(f"{strangers[0]!r} is not among the runs: {', '.join(data.runs)}")
+    # Folder names are too long for a figure on a phone: runs are numbered and named once.
+    labels = {run: f"run {number}" for number, run in enumerate(data.runs, 1)}
+    compared = {
+        f"{labels[run]}, {row}": result for run, rows in data.comparisons.items() for row, result in rows.items()
+    }
+    return (
+        _environment()
+        .get_template(COMPARISON)
+        .render(
+            data=data,
+            labels=labels,
+            rows=list(dict.fromkeys(row for rows in data.runs.values() for row in rows)),
+            metric_names=HEADLINE_METRICS,
+            compared=compared,
+            headline=_comparison_headline(compared),
+            warning=_warning(compared.values()),
+            forest=Markup(figures.forest(compared, "difference in NDCG@10")) if compared else None,
+            settings=differing_settings(data.settings),
+        )
+    )
+
+
+def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Dotted key -> value by run, of the keys whose values differ; ABSENT where a recipe lacks the key.
+
+    Args:
+        settings: run -> its resolved recipe, nested.
+    """
+    flat = {run: _flat(recipe) for run, recipe in settings.items()}
+    keys = dict.fromkeys(key for recipe in flat.values() for key in recipe)
+    by_key = {key: {run: recipe.get(key, ABSENT) for run, recipe in flat.items()} for key in keys}
+    return {
+        key: values
+        for key, values in by_key.items()
+        if any(value != next(iter(values.values())) for value in values.values())
+    }
+
+
+def _environment() -> Environment:
+    """The templates beside this file, with the page's filters."""
+    from llm2rec.evaluation import figures  # as in render_html
+
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        label=figures.metric_label, plain=_plain, duration=_duration, percent=_percent, p_value=_p_value
+        label=figures.metric_label,
+        plain=_plain,
+        duration=_duration,
+        percent=_percent,
+        p_cell=_p_cell,
+        range=_range,
     )
-    metrics = data.metrics
-    return environment.get_template(TEMPLATE.name).render(
-        data=data,
-        metrics=metrics,
-        metric_names=list(next(iter(metrics["rows"].values()))),
-        headline=headline(metrics),
-        verdicts={row: verdict_of(metrics, row) for row in metrics["rows"]},
-        marks=MARKS,
-        bars=[Markup(figures.bars(metrics, name)) for name in HEADLINE_METRICS],
-        recall=Markup(figures.recall_lines(data.recall_curves)) if data.recall_curves else None,
-        training=[Markup(figures.training_line(*curve)) for curve in data.training_curves.items()],
-        settings=_flat(data.settings),
-        total_seconds=sum(cost["seconds"] or 0 for cost in data.costs),
-    )
+    environment.globals["marks"] = MARKS
+    return environment
+
+
+def _warning(comparisons: Iterable[Mapping[str, Any]]) -> str | None:
+    """The warning of a table whose users are too few, else None."""
+    few = next((result for result in comparisons if result["verdict"] == TOO_FEW), None)
+    return None if few is None else too_few_users(few["users"])
+
+
+def _comparison_headline(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    counted = {word: sum(one["verdict"] == word for one in compared.values()) for word in MARKS}
+    said = [f"{number} {word}" for word, number in counted.items() if number]
+    return f"Against run 1, of {len(compared)} rows in NDCG@10: {', '.join(said) or 'none compared'}."
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -94,6 +220,8 @@ def headline(metrics: Mapping[str, Any]) -> str:
         clear = sum(result["verdict"] == WORSE for result in metrics["comparisons"].values())
         return f"{start}, the reference row; {clear} of {len(rows) - 1} other rows are distinguishably worse."
     result = metrics["comparisons"][best]
+    if result["verdict"] == TOO_FEW:
+        return f"{start}; {result['users']} test users are too few to compare it with the reference {reference}."
     change = f"{_percent(result['relative'])}, p {_p_value(result['p_holm'])} after Holm"
     if result["verdict"] == WITHIN_NOISE:
         return f"{start}, not distinguishable from the reference {reference} ({change})."
@@ -143,7 +271,7 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
             cells += ["", ""]
         else:
             result = metrics["comparisons"][row]
-            cells += [_percent(result["relative"]), _p_value(result["p_holm"])]
+            cells += [_percent(result["relative"]), _p_cell(result, "p_holm")]
         table.append(([*cells, f"{MARKS[verdict]} {verdict}".strip()], verdict))
     return table
 
@@ -151,6 +279,9 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
 def _caption(metrics: Mapping[str, Any]) -> str:
     seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
+    warning = _warning(metrics["comparisons"].values())
+    if warning is not None:
+        return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning}"
     return (
         f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users, paired, "
         f"Holm over {len(metrics['comparisons'])} rows."
@@ -163,6 +294,19 @@ def _spread(value: Mapping[str, Any]) -> str:
 
 def _percent(relative: float | None) -> str:
     return "n/a" if relative is None else f"{100 * relative:+z.1f} %"
+
+
+def _p_cell(result: Mapping[str, Any], name: str) -> str:
+    """A p-value of a comparison for a table; a dash where no test was made."""
+    return "–" if result["verdict"] == TOO_FEW else _p_value(result[name])
+
+
+def _range(probe: Mapping[str, Any]) -> str:
+    """Where a probe's value lies: `0 to 1`, `0 or more`."""
+    low, high = probe["lowest"], probe["highest"]
+    if high is None:
+        return "any" if low is None else f"{_plain(low)} or more"
+    return f"up to {_plain(high)}" if low is None else f"{_plain(low)} to {_plain(high)}"
 
 
 def _p_value(p: float) -> str:

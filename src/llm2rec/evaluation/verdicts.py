@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 BETTER, WORSE, WITHIN_NOISE = "better", "worse", "not distinguishable"
+TOO_FEW = "too few users"
 REFERENCE = "reference"
 COMPARED_METRIC = "ndcg@10"
-MARKS = {BETTER: "▲", WORSE: "▼", WITHIN_NOISE: "≈", REFERENCE: ""}
+MARKS = {BETTER: "▲", WORSE: "▼", WITHIN_NOISE: "≈", TOO_FEW: "?", REFERENCE: ""}
+MINIMUM_USERS = 30  # below, a test says more about its assumptions than about the users
 
 
 def verdict_of(metrics: Mapping[str, Any], row: str) -> str:
@@ -18,3 +20,13 @@ def verdict_of(metrics: Mapping[str, Any], row: str) -> str:
         KeyError: the row is neither the reference nor compared with it.
     """
     return REFERENCE if row == metrics["reference"] else str(metrics["comparisons"][row]["verdict"])
+
+
+def too_few_users(n_users: int) -> str | None:
+    """The warning where too few users were tested to compare rows, or None where they are enough."""
+    if n_users >= MINIMUM_USERS:
+        return None
+    return (
+        f"Only {n_users} test user{'' if n_users == 1 else 's'}: rows are not compared below {MINIMUM_USERS}, and "
+        "the intervals are rough. Test more users."
+    )

@@ -1,0 +1,382 @@
+"""What item vectors know, without a recommender: pure functions on (N, D) vectors; numpy only.
+
+Row j of `vectors` belongs to item_index j + 1, and pairs hold item_index. Every probe says what it would read
+by chance and between which values it lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+from scipy.special import hyp0f1
+
+if TYPE_CHECKING:
+    from llm2rec.data.sequences import Sequences
+
+HIGHER, LOWER, NEITHER = "higher", "lower", "neither"
+
+_CHUNK_BYTES = 64 * 2**20
+_REDRAWS = 20
+_COSINE_RESOLUTION = 1e-6
+
+
+class Probe(TypedDict):
+    """One measured number.
+
+    chance: what vectors without any such knowledge would read, None where there is no such level.
+    lowest, highest: bounds of the value, None where there is none.
+    error: standard error of the value, None where it is exact for these items.
+    n: pairs, items or events that it was measured on.
+    better: whether "higher" or "lower" is better, or "neither".
+    """
+
+    value: float
+    chance: float | None
+    lowest: float | None
+    highest: float | None
+    error: float | None
+    n: int
+    better: str
+
+
+def reading(
+    value: float,
+    chance: float | None,
+    lowest: float | None,
+    highest: float | None,
+    n: int,
+    better: str,
+    error: float | None = None,
+) -> Probe:
+    """One number as a Probe; the fields are explained there."""
+    return {
+        "value": float(value),
+        "chance": chance,
+        "lowest": lowest,
+        "highest": highest,
+        "error": error,
+        "n": n,
+        "better": better,
+    }
+
+
+def vector_probes(
+    vectors: np.ndarray,
+    pairs: np.ndarray,
+    popularity: np.ndarray,
+    categories: Sequence[str | None] | None = None,
+    neighbours: int = 10,
+    seed: int = 0,
+) -> dict[str, Probe]:
+    """Every probe of one vector set by name; `same_category_share` only where categories are given.
+
+    Args:
+        vectors: (N, D) float, finite, no zero row.
+        pairs: (P, 2) item_index of items consumed together in held-out data, from `consumed_together`.
+        popularity: (N,) training events of each item.
+        categories: one label an item, None where unknown.
+        neighbours: k of `same_category_share`.
+        seed: of the random pairs.
+
+    Raises:
+        ValueError: as the single probes.
+    """
+    found = {
+        "co_consumption_auc": co_consumption_auc(vectors, pairs, popularity, seed=seed),
+        "pair_separation": pair_separation(vectors, pairs, popularity, seed=seed),
+        "alignment": alignment(vectors, pairs),
+        "uniformity": uniformity(vectors),
+        "mean_cosine": mean_cosine(vectors),
+        "effective_rank": effective_rank(vectors),
+        "first_direction_share": first_direction_share(vectors),
+    }
+    if categories is not None:
+        found["same_category_share"] = same_category_share(vectors, categories, neighbours)
+    return found
+
+
+def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
+    """Distinct pairs (P, 2) int64 of different item_index: a held-out event of `part` and the event before it."""
+    positions = sequences.held_out(part)
+    positions = positions[positions > np.asarray(sequences.offsets)[sequences.users_of(positions)]]
+    items = np.asarray(sequences.items).astype(np.int64)
+    pairs = np.stack([items[positions - 1], items[positions]], axis=1)
+    return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
+
+
+def co_consumption_auc(
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+) -> Probe:
+    """How often a true partner is nearer than a random item as popular as it; chance 0.5, in [0, 1].
+
+    For a pair (a, b): the share of drawn items c with cos(a, b) > cos(a, c), ties counted half, then the mean
+    over pairs. Each c is drawn from the items next to b in the order of training events and is no partner of
+    a: vectors that encode popularity alone stay at chance. The error takes pairs as independent.
+
+    Args:
+        vectors: (N, D) float, finite, no zero row.
+        pairs: (P, 2) item_index, a != b.
+        popularity: (N,) training events of each item.
+        draws: random items a pair.
+        seed: of the draws.
+
+    Raises:
+        ValueError: vectors, pairs or popularity do not fit, or no pair has an item to compare with.
+    """
+    true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
+    wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
+    by_pair = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
+    error = float(by_pair.std(ddof=1) / np.sqrt(len(by_pair))) if len(by_pair) > 1 else None
+    return reading(by_pair.mean(), 0.5, 0.0, 1.0, len(by_pair), HIGHER, error)
+
+
+def pair_separation(
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+) -> Probe:
+    """Mean cosine of true pairs minus that of random ones, in standard deviations; chance 0, unbounded.
+
+    The standard deviation is the pooled one of both groups (Cohen's d), at least 1e-6, which is what float32
+    resolves of a cosine. Random pairs and arguments as in `co_consumption_auc`.
+
+    Raises:
+        ValueError: as `co_consumption_auc`.
+    """
+    true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
+    other = random[drawn]
+    spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
+    return reading(
+        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
+    )
+
+
+def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k: int = 10) -> Probe:
+    """Share of an item's k nearest (cosine) that are of its category, mean over items; in [0, 1].
+
+    Items without a category are left out altogether. Chance is the same share among random neighbours:
+    `sum_c n_c (n_c - 1) / (n (n - 1))`.
+
+    Args:
+        vectors: (N, D) float, finite, no zero row.
+        categories: one label an item, None where unknown.
+        k: neighbours of each item; fewer where there are fewer items.
+
+    Raises:
+        ValueError: k < 1, another number of categories than of vectors, or fewer than two known ones.
+    """
+    if len(categories) != len(vectors) or k < 1:
+        raise ValueError(
+            f"{len(categories)} categories for {len(vectors)} vectors, k is {k}; k must be at least 1"
+        )
+    known = np.array([category is not None for category in categories])
+    if known.sum() < 2:
+        raise ValueError(f"{int(known.sum())} items have a category; the probe takes at least 2")
+    _, labels = np.unique([category for category in categories if category is not None], return_inverse=True)
+    unit = _unit(vectors)[known]
+    k = min(k, len(unit) - 1)
+    same = 0
+    for start, cosines in _cosine_chunks(unit):
+        cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = -np.inf  # no item is its own neighbour
+        nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+        same += int((labels[nearest] == labels[start : start + len(cosines), None]).sum())
+    sizes = np.bincount(labels).astype(np.float64)
+    n = len(unit)
+    chance = float((sizes * (sizes - 1)).sum() / (n * (n - 1)))
+    return reading(same / (n * k), chance, 0.0, 1.0, n, HIGHER)
+
+
+def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
+    """Mean squared distance of true pairs on the unit sphere, in [0, 4]; lower is better.
+
+    Chance is that of all pairs of different items. Low together with a low chance is no merit: see `uniformity`.
+    Source: Wang and Isola (ICML 2020), alpha = 2.
+
+    Raises:
+        ValueError: vectors or pairs do not fit.
+    """
+    unit = _unit(vectors)
+    first, second = _checked_pairs(pairs, len(unit))
+    distances = 2 - 2 * np.einsum("pd,pd->p", unit[first], unit[second])
+    return reading(distances.mean(), 2 - 2 * _mean_cosine(unit), 0.0, 4.0, len(first), LOWER)
+
+
+def uniformity(vectors: np.ndarray) -> Probe:
+    """Log of the mean of exp(-2 squared distance) over all pairs of items, in [-8, 0]; lower = more spread out.
+
+    0: all vectors point the same way. Chance is that of directions drawn uniformly from the D-sphere.
+    Source: Wang and Isola (ICML 2020), t = 2.
+
+    Raises:
+        ValueError: vectors do not fit, or are fewer than two.
+    """
+    unit = _unit(vectors)
+    total = -float(len(unit))  # each item's exp(0) with itself
+    for _, cosines in _cosine_chunks(unit):
+        total += float(np.exp(4 * (np.minimum(cosines, 1) - 1), dtype=np.float64).sum())
+    value = np.log(total / (len(unit) * (len(unit) - 1)))
+    # E[exp(4 cos)] of uniform directions is 0F1(; D / 2; 4).
+    return reading(value, float(np.log(hyp0f1(unit.shape[1] / 2, 4.0)) - 4), -8.0, 0.0, len(unit), LOWER)
+
+
+def mean_cosine(vectors: np.ndarray) -> Probe:
+    """Mean cosine of all pairs of different items, at most 1; chance 0. Near 1: one common direction rules.
+
+    Source: Ethayarajh (EMNLP 2019), anisotropy of contextual vectors.
+
+    Raises:
+        ValueError: vectors do not fit, or are fewer than two.
+    """
+    unit = _unit(vectors)
+    return reading(_mean_cosine(unit), 0.0, -1 / (len(unit) - 1), 1.0, len(unit), LOWER)
+
+
+def effective_rank(vectors: np.ndarray) -> Probe:
+    """Directions that the centred vectors really use: the exponential of the entropy of the singular values.
+
+    In [1, min(D, N - 1)]; chance is the upper end, all directions alike, which a sample of few items does not
+    quite reach. Equal vectors read 1. Source: Roy and Vetterli (EUSIPCO 2007).
+
+    Raises:
+        ValueError: vectors do not fit, or are fewer than two.
+    """
+    values = np.sqrt(_principal(vectors)[0])
+    shares = values[values > 0] / values.sum() if values[0] else np.ones(1)
+    most = float(min(vectors.shape[1], len(vectors) - 1))
+    return reading(np.exp(-(shares * np.log(shares)).sum()), most, 1.0, most, len(vectors), HIGHER)
+
+
+def first_direction_share(vectors: np.ndarray) -> Probe:
+    """Share of the centred vectors' variance in the first principal direction, in [1 / min(D, N - 1), 1].
+
+    Chance is the lower end, all directions alike; a sample of few items lies somewhat above it. Equal vectors
+    read 1.
+
+    Raises:
+        ValueError: vectors do not fit, or are fewer than two.
+    """
+    variances = _principal(vectors)[0]
+    chance = 1 / min(vectors.shape[1], len(vectors) - 1)
+    share = variances[0] / variances.sum() if variances[0] else 1.0
+    return reading(share, chance, chance, 1.0, len(vectors), LOWER)
+
+
+def principal_plane(vectors: np.ndarray) -> np.ndarray:
+    """The two directions of most variance of the centred vectors, (N, 2) float64, for a map of the items.
+
+    PCA. Each direction is turned so that its component of largest size is positive (the first such one):
+    the same vectors give the same map. With D = 1 the second coordinate is 0.
+
+    Args:
+        vectors: (N, D) float, finite, N >= 2; not scaled to unit length.
+
+    Raises:
+        ValueError: vectors do not fit, or are fewer than two.
+    """
+    _, directions = _principal(vectors)
+    plane = directions[:, :2]  # (D, 2)
+    largest = np.abs(plane).argmax(axis=0)
+    plane = plane * np.sign(plane[largest, np.arange(plane.shape[1])])
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    return np.pad(centred @ plane, ((0, 0), (0, 2 - plane.shape[1])))
+
+
+def _checked(vectors: np.ndarray) -> np.ndarray:
+    if vectors.ndim != 2 or len(vectors) < 2 or not vectors.shape[1]:
+        raise ValueError(f"vectors have shape {vectors.shape}; expected (N, D), N >= 2, D >= 1, one row an item")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"the vector of item_index {int(np.flatnonzero(~finite)[0]) + 1} is not finite")
+    return vectors
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """The vectors at length 1, float32."""
+    lengths = np.linalg.norm(_checked(vectors).astype(np.float64), axis=1, keepdims=True)
+    if not lengths.all():
+        raise ValueError(f"the vector of item_index {int(np.flatnonzero(lengths == 0)[0]) + 1} is zero")
+    return (vectors / lengths).astype(np.float32)
+
+
+def _mean_cosine(unit: np.ndarray) -> float:
+    """Over all pairs of different rows of (N, D) unit vectors, from the length of their sum."""
+    total = unit.sum(axis=0, dtype=np.float64)
+    return float((total @ total - len(unit)) / (len(unit) * (len(unit) - 1)))
+
+
+def _cosine_chunks(unit: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (B, N) cosines of the rows from there), so many rows at a time that a chunk takes 64 MB."""
+    rows = max(1, _CHUNK_BYTES // (4 * len(unit)))
+    for start in range(0, len(unit), rows):
+        yield start, unit[start : start + rows] @ unit.T
+
+
+def _principal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared singular values (D,) in falling order and directions (D, D) in columns, of the centred vectors.
+
+    All values are 0 where the vectors are equal.
+    """
+    centred = _checked(vectors).astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    variances, directions = np.linalg.eigh(centred.T @ centred)
+    variances = np.maximum(variances[::-1], 0)
+    # Rounding leaves noise of this size where a direction holds nothing.
+    variances[variances < 1e-14 * max(variances[0], np.square(vectors, dtype=np.float64).sum())] = 0
+    return variances, directions[:, ::-1]
+
+
+def _checked_pairs(pairs: np.ndarray, n_items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides of the pairs as rows 0..N - 1."""
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f"pairs have shape {pairs.shape}; expected (P, 2), P >= 1")
+    wrong = (pairs < 1) | (pairs > n_items)
+    if wrong.any():
+        raise ValueError(f"pairs hold item_index {int(pairs[wrong][0])}; allowed: 1..{n_items}")
+    if (pairs[:, 0] == pairs[:, 1]).any():
+        raise ValueError("a pair holds the same item twice; leave such pairs out")
+    return pairs[:, 0] - 1, pairs[:, 1] - 1
+
+
+def _pair_cosines(
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cosines of true pairs (P,), of their drawn pairs (P, draws), and which of these exist (P, draws) bool.
+
+    Pairs without any drawn item are left out.
+    """
+    unit = _unit(vectors)
+    first, second = _checked_pairs(pairs, len(unit))
+    if popularity.shape != (len(unit),) or draws < 1:
+        raise ValueError(
+            f"popularity has shape {popularity.shape}, draws is {draws}; expected ({len(unit)},) and >= 1"
+        )
+    others, drawn = _matched_items(first, second, popularity, draws, np.random.default_rng(seed))
+    kept = drawn.any(axis=1)
+    if not kept.any():
+        raise ValueError("no pair has a random item to compare with: nearly all items are partners")
+    first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
+    true = np.einsum("pd,pd->p", unit[first], unit[second])
+    random = np.stack([np.einsum("pd,pd->p", unit[first], unit[column]) for column in others.T], axis=1)
+    return true, random, drawn
+
+
+def _matched_items(
+    first: np.ndarray, second: np.ndarray, popularity: np.ndarray, draws: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Items (P, draws) about as popular as `second`, no partners of `first`; and which were found, bool."""
+    n_items = len(popularity)
+    order = np.argsort(-popularity, kind="stable")
+    place = np.empty(n_items, dtype=np.int64)
+    place[order] = np.arange(n_items)
+    reach = min(max(10, n_items // 50), (n_items - 1) // 2)  # places on either side, in the order of popularity
+    lowest = np.clip(place[second] - reach, 0, n_items - 1 - 2 * reach)
+    # Pairs as one number each: partners either way round, and an item with itself.
+    forbidden = np.concatenate([first * n_items + second, second * n_items + first, first * (n_items + 1)])
+    others = np.empty((len(first), draws), dtype=np.int64)
+    open_cells = np.ones(others.shape, dtype=bool)
+    for _ in range(_REDRAWS):
+        rows = np.nonzero(open_cells)[0]
+        others[open_cells] = order[lowest[rows] + generator.integers(0, 2 * reach + 1, len(rows))]
+        open_cells[open_cells] = np.isin(first[rows] * n_items + others[open_cells], forbidden)
+        if not open_cells.any():
+            break
+    return others, ~open_cells
