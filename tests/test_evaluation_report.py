@@ -191,6 +191,11 @@ def test_both_pages_know_light_and_dark(page):
     assert light == dark
 
 
+def test_figures_of_both_pages_take_their_colours_from_the_page(page):
+    assert page.count("<svg") >= 1
+    assert not re.findall(r"(?:fill|stroke): #[^\"]*", page)
+
+
 def test_both_pages_escape_what_they_show(page):
     assert "<new>" not in page and "<i>one" not in page and "<test>" not in page
 
