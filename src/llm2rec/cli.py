@@ -155,14 +155,16 @@ def data_fetch(name: Annotated[str, typer.Argument(help="a name from `data list`
 
 @data_app.command("describe")
 def data_describe(
-    what: Annotated[str, typer.Argument(help="a source name, a recipe, or an interactions file")],
+    what: Annotated[str, typer.Argument(help="a source, a recipe, a folder, or an interactions file")],
     items: Annotated[Path | None, typer.Argument(help="the items file, with an interactions file")] = None,
+    model: Annotated[str | None, typer.Option(help="count the tokens that this language model makes")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="write a page with plots as well")] = None,
 ) -> None:
-    """Counts, density, lengths, popularity, repeats, ties."""
-    table = Table("what", "value")
-    for name, value in lr.data.describe(what, items).items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    out.print(table)
+    """Counts, density, lengths, popularity, repeats, ties, split, leakage check."""
+    from llm2rec.display import show_log
+
+    for part in show_log(what, lr.data.describe(what, items, lr.models.token_counter(model) if model else None), page):
+        out.print(part)
 
 
 @models_app.command("list")

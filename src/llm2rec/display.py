@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -10,6 +11,9 @@ from rich.table import Table
 from llm2rec import artifacts
 from llm2rec.evaluation import report
 from llm2rec.runs import Domain, Run
+
+if TYPE_CHECKING:
+    from llm2rec.data.description import Description
 
 
 def show(run: Run) -> list[RenderableType]:
@@ -28,6 +32,22 @@ def _show_domain(run: Run, domain: Domain) -> list[RenderableType]:
     parts += _neighbour_tables(shown["neighbours"])
     parts.append(_recommendation_table(shown["recommendations"]))
     parts.append(f"report: {domain.evaluation / 'report.html'}")
+    return parts
+
+
+def show_log(what: str, described: dict[str, Description], page: Path | None) -> list[RenderableType]:
+    """A table and the warnings of each domain of a log; with `page`, a page with plots is written as well."""
+    parts: list[RenderableType] = []
+    for name, one in described.items():
+        table = Table(what if len(described) == 1 else f"{what}: {name}", "")
+        for fact, value in one.facts.items():
+            table.add_row(fact.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        parts += [table, *(f"note: {warning}" for warning in one.warnings)]
+        if page is not None:
+            path = page if len(described) == 1 else page.with_stem(f"{page.stem}-{name}")
+            text = report.render_log_html(f"{what}: {name}", one.facts, one.warnings, one.curves)
+            path.write_text(text, encoding="utf-8")
+            parts.append(f"page: {path}")
     return parts
 
 

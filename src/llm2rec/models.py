@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import builtins
+from collections.abc import Callable
 from pathlib import Path
 
 from llm2rec.data.sources import MODELS, Source, fetch_model
+
+TokenCounter = Callable[[builtins.list[str]], builtins.list[int]]
 
 
 def list() -> builtins.list[Source]:
@@ -20,3 +23,18 @@ def fetch(name: str) -> Path:
         DataError: no such name, or no mirror has the registered content.
     """
     return fetch_model(name)
+
+
+def token_counter(source: str) -> TokenCounter:
+    """Texts -> how many tokens a language model's tokenizer makes of each.
+
+    Args:
+        source: a named model, a hub id, a folder or a GGUF file.
+
+    Raises:
+        DataError, ConfigError: it cannot be had.
+    """
+    from llm2rec.lm.backbone import load_tokenizer
+
+    tokenizer = load_tokenizer(fetch_model(source) if source in MODELS else source)
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import builtins
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from llm2rec.data.description import CountTokens, Description
     from llm2rec.data.sources import Source
     from llm2rec.data.tables import Catalogue, Interactions
 
@@ -32,16 +33,19 @@ def fetch(name: str) -> tuple[Interactions, Catalogue]:
     return fetch_data(name)
 
 
-def describe(what: str | Path, items: str | Path | None = None) -> dict[str, Any]:
-    """Counts, density, lengths, popularity, repeats and ties of a log.
+def describe(
+    what: str | Path, items: str | Path | None = None, count_tokens: CountTokens | None = None
+) -> dict[str, Description]:
+    """Counts, density, lengths, popularity, repeats, ties, split and leakage check of a log, by domain.
 
     Args:
-        what: the name of a source, a recipe (name or path), or an interactions file.
+        what: a source, a recipe (name or path), a folder in a published layout, or an interactions file.
         items: the items file that belongs to an interactions file.
+        count_tokens: texts -> tokens of each, to know what truncation costs.
 
     Raises:
         DataError, ConfigError: whatever is wrong with the input.
     """
-    from llm2rec.data.description import describe_input
+    from llm2rec.data import description
 
-    return describe_input(what, items)
+    return description.describe(what, items, count_tokens)

@@ -2,69 +2,197 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
-from llm2rec.config import load_recipe
-from llm2rec.data import readers, sources
-from llm2rec.data.tables import Catalogue, Interactions, check_known_items
-from llm2rec.errors import ConfigError
+from llm2rec.config import DataConfig, load_recipe, recipe_names
+from llm2rec.data import filters, origins, sources
+from llm2rec.data.layouts import detect_layout
+from llm2rec.data.sequences import TEST, TRAIN, VALIDATION
+from llm2rec.data.splits import SECONDS_BELOW, Split, check_parts, split_events, too_short
+from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.texts import item_texts
+from llm2rec.errors import ConfigError, DataError, first_few
+
+POINTS = 60  # of a curve
+Points = list[tuple[float, float]]
+CountTokens = Callable[[list[str]], list[int]]
 
 
-def describe_input(what: str | Path, items: str | Path | None) -> dict[str, Any]:
-    """The description of a named source, of a recipe's data, or of an interactions and an items file.
+@dataclass(frozen=True)
+class Description:
+    """A log in numbers, in words where something needs a decision, and as curves.
+
+    Attributes:
+        facts: name -> plain value; lengths and popularity as quantiles, shares in [0, 1].
+        warnings: what will go wrong or mislead, and what to set.
+        curves: name -> (x, y) points.
+    """
+
+    facts: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+    curves: dict[str, Points] = field(default_factory=dict)
+
+
+def describe(
+    what: str | Path, items: str | Path | None = None, count_tokens: CountTokens | None = None
+) -> dict[str, Description]:
+    """Domain -> description of a named source, a folder in a known layout, a recipe, or two files.
+
+    A recipe's filters and split are applied and checked; otherwise the split is the default one.
 
     Raises:
         DataError, ConfigError: whatever is wrong with the input.
     """
-    interactions, catalogue = _open(str(what), items)
-    check_known_items(interactions, catalogue)
-    return describe_tables(interactions, catalogue)
+    configs, seed = _configs(str(what), items)
+    return {name: _describe(config, seed, count_tokens) for name, config in configs.items()}
 
 
-def _open(what: str, items: str | Path | None) -> tuple[Interactions, Catalogue]:
-    if what in sources.DATA:
-        return sources.fetch_data(what)
+def _configs(what: str, items: str | Path | None) -> tuple[dict[str, DataConfig], int]:
+    path = Path(what)
     if items is not None:
-        return readers.read_interactions(Path(what)), readers.read_items(Path(items))
-    if Path(what).suffix in (*readers.SEPARATORS, ".parquet"):
+        return {path.name: DataConfig(interactions=path, items=Path(items))}, 0
+    if what in sources.DATA:
+        return {what: DataConfig(source=what)}, 0
+    if path.is_dir() and detect_layout(path) is not None:
+        return {path.name: DataConfig(folder=path)}, 0
+    if what in recipe_names() or path.suffix in (".yaml", ".yml"):
+        recipe = load_recipe(what)
+        return dict(recipe.by_domain), recipe.seed
+    if path.exists():
         raise ConfigError(f"{what}: name the items file as well (`llm2rec data describe {what} ITEMS`)")
-    data = load_recipe(what).data
-    if data.source:
-        return sources.fetch_data(data.source)
-    assert data.interactions and data.items
-    return readers.read_interactions(data.interactions), readers.read_items(data.items)
+    raise ConfigError(f"{what!r} is no file, no folder, no recipe and none of: {', '.join(sources.DATA)}")
 
 
-def describe_tables(interactions: Interactions, catalogue: Catalogue) -> dict[str, Any]:
-    """Plain numbers by name; lengths and popularity as quantiles, shares in [0, 1]."""
-    events = interactions.frame
-    lengths = events.group_by("user_id").len()["len"]
-    popularity = events.group_by("item_id").len()["len"].sort(descending=True)
-    users, consumed = len(lengths), len(popularity)
-    titles = catalogue.frame["title"]
-    tied = events.select(pl.struct("user_id", "timestamp").is_duplicated().mean()).item()
-    repeats = events.height - events.select(pl.struct("user_id", "item_id").n_unique()).item()
-    top = popularity.head(max(1, consumed // 10)).sum()
+def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -> Description:
+    log, catalogue, dropped = origins.read(config)
+    check_known_items(log, catalogue)
+    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
+    texts = item_texts(catalogue, config.text)
+    warnings = _text_warnings(texts)
+    facts = _event_facts(log, catalogue) | _time_facts(log) | _text_facts(catalogue, texts)
+    curves = {"events of each item, most popular first": _popularity(log), "events a user": _lengths(log)}
+    curves["events over time (years)"] = _over_time(log)
+    if count_tokens is not None:
+        tokens = np.array(count_tokens(texts))
+        quantiles = zip(("median", "95_percent", "max"), np.quantile(tokens, [0.5, 0.95, 1.0]), strict=True)
+        facts |= {f"text_tokens_{name}": int(value) for name, value in quantiles}
+        curves["tokens of an item's text"] = _histogram(tokens)
+    for reason, count in (dropped | filtered_out).items():
+        facts[f"left out: {reason}"] = count
+    split_facts, split_warnings = _split_facts(log, Split(**dict(config.split), seed=seed))
+    return Description(facts | split_facts, warnings + _tie_warnings(facts) + split_warnings, curves)
+
+
+def _event_facts(log: Interactions, catalogue: Catalogue) -> dict[str, Any]:
+    users, lengths = np.unique(log.codes(USER), return_counts=True)
+    popularity = np.sort(np.unique(log.codes(ITEM), return_counts=True)[1])[::-1]
+    repeats = len(log) - log.frame.select(pl.struct(USER, ITEM).n_unique()).item()
+    quantiles = np.quantile(lengths, [0.0, 0.5, 0.9, 1.0])
+    names = ("min", "median", "90_percent", "max")
     return {
-        "users": users,
+        "users": len(users),
         "items": len(catalogue),
-        "items_consumed": consumed,
-        "events": events.height,
-        "density": round(events.height / (users * len(catalogue)), 6),
-        "events_per_user_min": lengths.min(),
-        "events_per_user_median": lengths.median(),
-        "events_per_user_90_percent": lengths.quantile(0.9),
-        "events_per_user_max": lengths.max(),
-        "share_of_events_on_top_tenth_of_items": round(top / events.height, 3),
+        "items_consumed": len(popularity),
+        "events": len(log),
+        "density": round(len(log) / (len(users) * len(catalogue)), 6),
+        **{f"events_per_user_{name}": int(value) for name, value in zip(names, quantiles, strict=True)},
+        "share_of_events_on_top_tenth_of_items": round(
+            float(popularity[: max(1, len(popularity) // 10)].sum() / len(log)), 3
+        ),
         "repeated_events": repeats,
-        "share_of_events_tied_in_time": round(tied, 3),
-        "first_timestamp": events["timestamp"].min(),
-        "last_timestamp": events["timestamp"].max(),
-        "title_characters_median": titles.str.len_chars().median(),
-        "title_characters_max": titles.str.len_chars().max(),
-        "duplicate_titles": len(titles) - titles.n_unique(),
-        "text_columns": ", ".join(name for name in catalogue.frame.columns if name != "item_id"),
     }
+
+
+def _time_facts(log: Interactions) -> dict[str, Any]:
+    tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().mean()).item()
+    ends = [log.frame[TIME].min(), log.frame[TIME].max()]
+    first, last = (_as_date(int(value)) for value in ends)  # type: ignore[arg-type]
+    return {"first_event": first, "last_event": last, "share_of_events_tied_in_time": round(tied, 3)}
+
+
+def _as_date(time: int) -> str:
+    """A whole-number time as an ISO date where it can be one, else (a rank) as it is."""
+    seconds = time if abs(time) < SECONDS_BELOW else time // 1000
+    if not 10**8 < seconds < 10**11:  # before 1973 or after 5138: a rank, or nonsense
+        return str(time)
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
+def _text_facts(catalogue: Catalogue, texts: list[str]) -> dict[str, Any]:
+    lengths = np.array([len(text) for text in texts])
+    return {
+        "text_characters_median": int(np.median(lengths)),
+        "text_characters_max": int(lengths.max()),
+        "duplicate_texts": len(texts) - len(set(texts)),
+        "text_columns": ", ".join(name for name in catalogue.frame.columns if name != ITEM),
+    }
+
+
+def _text_warnings(texts: list[str]) -> list[str]:
+    distinct = len(set(texts))
+    if distinct < 0.9 * len(texts):
+        return [
+            f"only {distinct:,} different texts for {len(texts):,} items: a text model cannot tell the others apart; "
+            "add columns to data.text"
+        ]
+    return []
+
+
+def _tie_warnings(facts: dict[str, Any]) -> list[str]:
+    if facts["share_of_events_tied_in_time"] > 0.1:
+        return [
+            f"{facts['share_of_events_tied_in_time']:.0%} of the events share user and time with another: their "
+            f"order is that of {ITEM}, not of consumption"
+        ]
+    return []
+
+
+def _split_facts(log: Interactions, split: Split) -> tuple[dict[str, Any], list[str]]:
+    """Events of each part, and what the split would refuse."""
+    warnings = []
+    short = too_short(log, split)
+    if short:
+        warnings.append(
+            f"{len(short):,} users are too short for the split (by {split.by}, holdout {split.holdout}): "
+            f"{first_few(short)}; data.short_histories: drop leaves them out"
+        )
+        log = log.kept(~log.ids(USER).is_in(pl.Series(short).implode()).to_numpy()[log.codes(USER)])
+    try:
+        log, parts, cold = split_events(log, split)
+        check_parts(log, parts, split, cold)
+    except DataError as error:
+        return {"leakage_check": "failed"}, [*warnings, str(error)]
+    named = {"training": TRAIN, "validation": VALIDATION, "test": TEST}
+    counts = {f"{name}_events": int((parts == part).sum()) for name, part in named.items()}
+    return counts | {"leakage_check": "passed"}, warnings
+
+
+def _popularity(log: Interactions) -> Points:
+    counts = np.sort(np.unique(log.codes(ITEM), return_counts=True)[1])[::-1]
+    places = np.unique(np.geomspace(1, len(counts), POINTS).astype(int))
+    return [(float(place), float(counts[place - 1])) for place in places]
+
+
+def _lengths(log: Interactions) -> Points:
+    return _histogram(np.unique(log.codes(USER), return_counts=True)[1])
+
+
+def _histogram(values: np.ndarray) -> Points:
+    """(value, how many) up to the 99th percentile, in at most POINTS steps."""
+    highest = max(2, int(np.quantile(values, 0.99)))
+    counts, edges = np.histogram(values, bins=min(POINTS, highest), range=(0, highest))
+    return [(float(edge), float(count)) for edge, count in zip(edges[1:], counts, strict=True)]
+
+
+def _over_time(log: Interactions) -> Points:
+    times = log.frame[TIME].to_numpy()
+    counts, edges = np.histogram(times, bins=POINTS)
+    per_year = 365.2425 * 86_400 * (1 if times.max() < SECONDS_BELOW else 1000)
+    return [(float(edge / per_year + 1970), float(count)) for edge, count in zip(edges, counts, strict=False)]

@@ -214,6 +214,23 @@ def training_line(name: str, points: Points) -> str:
         return _svg(figure, f"{name} over steps: from {values[0]:.4g} to {values[-1]:.4g} at step {steps[-1]:g}")
 
 
+def log_curve(name: str, points: Points) -> str:
+    """One curve of a log titled `name`; logarithmic where it falls by more than a hundred times; SVG."""
+    places, values = _columns(points)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(places, values, color=_PALETTE["blue"], linewidth=1.5)
+        axes.set_title(name)
+        if min(values) > 0 and max(values) > 100 * min(values):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        _grid(axes, "both")
+        return _svg(figure, f"{name}: from {values[0]:.4g} to {values[-1]:.4g}, highest {max(values):.4g}")
+
+
 def metric_label(name: str) -> str:
     """A metric's name as people write it: `NDCG@10`, `Recall@10`, `MRR`, `Popularity lift@10`."""
     base, at, cutoff = name.partition("@")

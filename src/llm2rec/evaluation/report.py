@@ -30,7 +30,7 @@ from llm2rec.evaluation.verdicts import (
 )
 
 HEADLINE_METRICS = ("ndcg@10", "recall@10")
-REPORT, COMPARISON = "report.html", "comparison.html"
+REPORT, COMPARISON, LOG = "report.html", "comparison.html", "log.html"
 ABSENT = "not in this recipe"
 _TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", TOO_FEW: "yellow", REFERENCE: "cyan"}
 
@@ -158,6 +158,14 @@ def render_comparison_html(data: ComparisonData) -> str:
             settings=differing_settings(data.settings),
         )
     )
+
+
+def render_log_html(title: str, facts: Mapping[str, Any], warnings: Sequence[str], curves: Mapping[str, Any]) -> str:
+    """What a log looks like, on a page of the kind of `render_html`: facts, warnings, curves of (x, y) points."""
+    from llm2rec.evaluation import figures  # as in render_html
+
+    drawn = [Markup(figures.log_curve(name, points)) for name, points in curves.items()]
+    return _environment().get_template(LOG).render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
 
 
 def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
