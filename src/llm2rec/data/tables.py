@@ -108,6 +108,22 @@ class Catalogue:
         return cls(_read_own(path))
 
 
+@dataclass(frozen=True)
+class RawTables:
+    """What the reader of a published layout found, before validation.
+
+    events: one row an event: user_id, item_id (String), timestamp (Int64, unit as published), and where the
+        layout has them rating (Float64, null = none given) and part (String: train, validation, test; null =
+        the event is history only, never a target).
+    items: item_id, title (String), further text columns (String, "" = none); one row an item, no empty title.
+    dropped: reason -> rows left out. What is not counted here is in `events` or `items`.
+    """
+
+    events: pl.LazyFrame
+    items: pl.DataFrame
+    dropped: dict[str, int]
+
+
 def check_known_items(interactions: Interactions, catalogue: Catalogue) -> None:
     """Raises DataError where an interaction names an item that the catalogue lacks."""
     unknown = interactions.frame.join(catalogue.frame.select(ITEM), on=ITEM, how="anti", maintain_order="left")
