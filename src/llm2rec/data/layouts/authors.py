@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -219,7 +220,9 @@ def _sample_of(path: Path, number: int, row: dict[str, str], titles: dict[str, s
 
 def _literal_list(path: Path, number: int, cell: str) -> list[str]:
     try:
-        values = ast.literal_eval(cell)
+        with warnings.catch_warnings():  # Python warns of escapes such as "\\i" inside a literal
+            warnings.simplefilter("ignore")
+            values = ast.literal_eval(cell)
     except UNREADABLE:
         values = None
     if not isinstance(values, list) or not all(isinstance(value, (str, int)) for value in values):

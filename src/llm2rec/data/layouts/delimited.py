@@ -68,9 +68,9 @@ def header_of(path: Path, separator: str = ",") -> list[str]:
     try:
         with opened(path) as stream:
             line = stream.readline(2**16).decode("utf-8-sig")
-    except (DataError, UnicodeDecodeError):
+        return next(csv.reader([line.rstrip("\r\n")], delimiter=separator), [])
+    except (DataError, UnicodeDecodeError, csv.Error):
         return []
-    return next(csv.reader([line.rstrip("\r\n")], delimiter=separator), [])
 
 
 def whole_numbers(table: pl.DataFrame, column: str, path: Path, has_header: bool = True) -> pl.Series:

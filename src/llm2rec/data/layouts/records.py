@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -108,7 +109,11 @@ def _frames(
 ) -> Iterator[pl.DataFrame]:
     for number, chunk in line_chunks(path, chunk_bytes):
         frame = _read_quickly(chunk, fields, required)
-        yield _read_line_by_line(path, number, chunk, fields) if frame is None else frame
+        if frame is None:
+            with warnings.catch_warnings():  # Python warns of escapes such as "\\i" inside a literal
+                warnings.simplefilter("ignore")
+                frame = _read_line_by_line(path, number, chunk, fields)
+        yield frame
 
 
 def _read_quickly(chunk: bytes, fields: Mapping[str, Kind], required: tuple[str, ...]) -> pl.DataFrame | None:
