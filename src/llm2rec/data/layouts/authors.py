@@ -220,7 +220,7 @@ def _sample_of(path: Path, number: int, row: dict[str, str], titles: dict[str, s
 
 def _literal_list(path: Path, number: int, cell: str) -> list[str]:
     try:
-        with warnings.catch_warnings():  # Python warns of escapes such as "\\i" inside a literal
+        with warnings.catch_warnings():  # Python warns of escapes such as "\i" inside a literal
             warnings.simplefilter("ignore")
             values = ast.literal_eval(cell)
     except UNREADABLE:

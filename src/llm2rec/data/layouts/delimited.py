@@ -132,10 +132,9 @@ def _check_header(path: Path, header: list[str], columns: tuple[str, ...]) -> No
 
 def _refuse_malformed_row(path: Path, plain: Path, separator: str, quote: str | None) -> None:
     """Raises DataError for the first row with another number of cells than the first one, if there is one."""
-    quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
     with plain.open("rb") as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, delimiter=separator, quoting=quoting)
+        rows = csv.reader(text, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE)
         try:
             width = len(next(rows, []))
             for row in rows:

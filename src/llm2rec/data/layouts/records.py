@@ -110,7 +110,7 @@ def _frames(
     for number, chunk in line_chunks(path, chunk_bytes):
         frame = _read_quickly(chunk, fields, required)
         if frame is None:
-            with warnings.catch_warnings():  # Python warns of escapes such as "\\i" inside a literal
+            with warnings.catch_warnings():  # Python warns of escapes such as "\i" inside a literal
                 warnings.simplefilter("ignore")
                 frame = _read_line_by_line(path, number, chunk, fields)
         yield frame
