@@ -140,6 +140,8 @@ def _workplace(source: Source, number: int, mirror: Mirror) -> Iterator[Path]:
             yield Path(folder)
         return
     downloads = cache_folder() / "downloads" / source.name / str(number + 1)
+    size = f"about {source.size_bytes / 1e6:,.0f} MB" if source.size_bytes else "size not known"
+    say(f"{source.name}: downloading ({size}) to {downloads}; licence: {source.licence}")
     try:
         yield downloads
     except DataError as error:

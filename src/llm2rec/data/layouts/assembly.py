@@ -34,12 +34,13 @@ def assemble(events: pl.DataFrame, items: pl.DataFrame, dropped: dict[str, int],
     events = events.with_columns(pl.col(USER, ITEM).str.strip_chars())
     complete = _filled(USER) & _filled(ITEM) & pl.col(TIME).is_not_null()
     events = keep(events, complete, "events_without_user_item_or_time")
-    events = keep(events, pl.col(ITEM).is_in(items[ITEM].implode()), "events_of_unknown_items")
+    known = events.join(items.select(ITEM), on=ITEM, how="semi", maintain_order="left")
+    counts["events_of_unknown_items"] = events.height - known.height
     counts = {reason: count for reason, count in counts.items() if count}
-    if items.is_empty() or events.is_empty():
+    if items.is_empty() or known.is_empty():
         what = "item" if items.is_empty() else "event"
         raise DataError(f"{origin}: no {what} is left; left out: {counts or 'nothing, the file has no rows'}")
-    return RawTables(events.lazy(), items, counts)
+    return RawTables(known.lazy(), items, counts)
 
 
 def joined(column: str, separator: str) -> pl.Expr:

@@ -4,6 +4,7 @@ Chunks of lines are read by polars with just the fields needed. A chunk that pol
 required field empty, is read line by line: it may hold Python literals (`ast.literal_eval`, never `eval`),
 numbers written as text, or the one malformed line that the message must name. polars' own lazy scan of such
 files names no line, and it reads no Python literals; so each file is read once, in chunks, into a compact frame.
+Measured on one core: 130,000 JSON reviews a second, 10,000 Python dictionaries (Steam: 12 minutes).
 """
 
 from __future__ import annotations
