@@ -144,10 +144,8 @@ def main() -> None:
                 seconds = [one["seconds"] for one in found]
                 spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
                 peak = max(one["gb"] for one in found)
-                print(
-                    f"| {millions:g} | {way} | {spread} | {peak:.2f} | {found[0]['events']:,} | {found[0]['users']:,} |",
-                    flush=True,
-                )
+                left = f"{found[0]['events']:,} | {found[0]['users']:,}"
+                print(f"| {millions:g} | {way} | {spread} | {peak:.2f} | {left} |", flush=True)
 
 
 if __name__ == "__main__":

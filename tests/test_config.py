@@ -62,7 +62,7 @@ def test_overriding_the_files_drops_the_source(tmp_path, monkeypatch):
 
 def test_source_and_files_in_one_recipe_are_refused(write):
     files = {"source": "movielens-100k", "interactions": "a.csv", "items": "b.csv"}
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="only one of"):
         load_recipe(write(data=files))
 
 

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from llm2rec.data import readers, sources
+from llm2rec.data.mirrors import LocalFolder
 from llm2rec.data.sequences import Sequences, check_leakage, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
@@ -72,7 +73,7 @@ def toy(tmp_path, monkeypatch, cache):
         table.write(folder / f"{name}.parquet")
     monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path / "sets"))
     games = sources.DATA["amazon-games"]
-    mirrors = ((sources.LocalFolder("toy"), games.mirrors[0][1]),)
+    mirrors = ((LocalFolder("toy"), games.mirrors[0][1]),)
     source = dataclasses.replace(games, name="toy", content_hash=sources.tables_hash(*tables), mirrors=mirrors)
     monkeypatch.setitem(sources.DATA, "toy", source)
 

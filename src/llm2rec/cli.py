@@ -163,7 +163,9 @@ def data_describe(
     """Counts, density, lengths, popularity, repeats, ties, split, leakage check."""
     from llm2rec.display import show_log
 
-    for part in show_log(what, lr.data.describe(what, items, lr.models.token_counter(model) if model else None), page):
+    for part in show_log(
+        what, lr.data.describe(what, items, lr.models.token_counter(model) if model else None), page
+    ):
         out.print(part)
 
 

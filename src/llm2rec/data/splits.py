@@ -121,7 +121,14 @@ def _by_users(log: Interactions, split: Split) -> np.ndarray:
 
 
 def _by_given(log: Interactions, split: Split) -> np.ndarray:
-    return log.frame[PART].to_physical().to_numpy().astype(np.uint8)
+    """As given; an event without a part is history, and trained on where a training event of its user follows."""
+    parts = log.frame[PART].to_physical().fill_null(CONTEXT).to_numpy().astype(np.uint8)
+    user = log.codes(USER)
+    last_trained = np.full(len(log.ids(USER)), -1, dtype=np.int64)
+    trained = np.flatnonzero(parts == TRAIN)
+    last_trained[user[trained]] = trained  # ascending: the last one stays
+    parts[(parts == CONTEXT) & (np.arange(len(log)) < last_trained[user])] = TRAIN
+    return parts
 
 
 def split_events(log: Interactions, split: Split) -> tuple[Interactions, np.ndarray, pl.Series]:
@@ -166,9 +173,9 @@ def check_parts(log: Interactions, parts: np.ndarray, split: Split, cold: pl.Ser
     if split.by == "time":
         cuts = [int(times[mask].min()) if mask.any() else None for mask in (held_out, test)]
         for mask, cut in ((train, cuts[0]), (parts == VALIDATION, cuts[1])):
-            late = np.flatnonzero(mask & (times >= cut)) if cut is not None else []
-            if len(late):
-                _refuse(log, int(late[0]), "is trained or validated on, but lies after the cut")
+            if cut is not None and (mask & (times >= cut)).any():
+                place = int(np.argmax(mask & (times >= cut)))
+                _refuse(log, place, "is trained or validated on, but lies after the cut")
     if split.by == "users":
         both = np.intersect1d(user[train], user[held_out])
         if len(both):

@@ -28,7 +28,8 @@ class Interactions:
 
     Ties in time are ordered by item_id, so the order never depends on that of the file. Whole-number
     timestamps stay as they are; dates and ISO texts become epoch milliseconds. Repeats are legal.
-    `rating` (Float64) and `part` (a given split: train, validation, test) are further columns where asked for.
+    `rating` (Float64) and `part` (a given split: train, validation, test; null = history only) are further columns
+    where asked for.
     """
 
     frame: pl.DataFrame
@@ -56,13 +57,15 @@ class Interactions:
         for column, name in zip(ids, (USER, ITEM), strict=True):
             if len(column) < 2:
                 raise DataError(f"{origin}: only one {name} ({column[0]!r}); there is nothing to rank")
-        kinds = [pl.Enum(ids[0]), pl.Enum(ids[1]), pl.Int64]
-        columns = [column.cast(kind) for column, kind in zip(columns, kinds, strict=True)]
+        columns = [columns[0].cast(pl.Enum(ids[0])), columns[1].cast(pl.Enum(ids[1])), columns[2]]
         columns += [_FURTHER[name] for name in further]
         events = collect(table.select(columns), origin)
-        for name in events.columns[2:]:
-            if events[name].null_count():
-                _refuse(table, columns[events.columns.index(name)].is_null(), name, _WRONG[name], origin)
+        if events[TIME].null_count():
+            _refuse(table, columns[2].is_null(), TIME, _WRONG[TIME], origin)
+        for name in further:
+            unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
+            if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
+                _refuse(table, unreadable, name, _WRONG[name], origin)
         return cls(events.sort(USER, TIME, ITEM))
 
     def __len__(self) -> int:
@@ -103,12 +106,14 @@ class Interactions:
 
 @dataclass(frozen=True)
 class RawTables:
-    """What a reader found, before validation.
+    """What the reader of a published layout found, before validation.
 
     Attributes:
-        events: user_id, item_id, timestamp, and where the format has them `rating` and `part` (`PARTS`).
-        items: item_id, title and further text columns.
-        dropped: reason -> rows left out by the reader; nothing vanishes uncounted.
+        events: one row an event: user_id, item_id (String), timestamp (Int64, unit as published), and where the
+            layout has them rating (Float64, null = none given) and part (String: train, validation, test; null =
+            the event is history only, never a target).
+        items: item_id, title (String), further text columns (String, "" = none); one row an item, no empty title.
+        dropped: reason -> rows left out. What is not counted here is in `events` or `items`.
     """
 
     events: pl.LazyFrame
@@ -306,8 +311,8 @@ def _is_whole(values: pl.Expr) -> pl.Expr:
 
 
 _FURTHER = {
-    RATING: pl.col(RATING).cast(pl.Float64, strict=False).fill_nan(None),
-    PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),
+    RATING: pl.col(RATING).cast(pl.Float64, strict=False).fill_nan(None),  # null: none given
+    PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),  # null: history only
 }
 _WRONG = {
     USER: "is empty or not a whole number",

@@ -160,12 +160,18 @@ def render_comparison_html(data: ComparisonData) -> str:
     )
 
 
-def render_log_html(title: str, facts: Mapping[str, Any], warnings: Sequence[str], curves: Mapping[str, Any]) -> str:
+def render_log_html(
+    title: str, facts: Mapping[str, Any], warnings: Sequence[str], curves: Mapping[str, Any]
+) -> str:
     """What a log looks like, on a page of the kind of `render_html`: facts, warnings, curves of (x, y) points."""
     from llm2rec.evaluation import figures  # as in render_html
 
     drawn = [Markup(figures.log_curve(name, points)) for name, points in curves.items()]
-    return _environment().get_template(LOG).render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
+    return (
+        _environment()
+        .get_template(LOG)
+        .render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
+    )
 
 
 def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
