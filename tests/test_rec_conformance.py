@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
@@ -250,11 +251,11 @@ class TestScoreAverage:
 
     def test_recommenders_of_different_catalogues_are_refused(self):
         small = models.build(shape("sasrec", "id", None), n_items=5, seed=0).eval()
-        with pytest.raises(models.ArtifactError, match="5 and of 12"):
+        with pytest.raises(ArtifactError, match="5 and of 12"):
             ScoreAverage(small, built(self.text))
 
     def test_a_weight_above_one_is_refused(self):
-        with pytest.raises(models.ConfigError, match=r"weight is 1\.5"):
+        with pytest.raises(ConfigError, match=r"weight is 1\.5"):
             ScoreAverage(built(self.ids), built(self.text), 1.5)
 
 

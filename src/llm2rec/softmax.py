@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 # Above 32 MB the allocator returns each buffer to the system; half of that loses time on small products.
 CHUNK_BYTES = 24 * 2**20
-# Chunks of fewer rows spend their time on reading and writing the (V, H) matrices; measured where the two ways meet.
+# Chunks of fewer rows spend their time on the (V, H) matrices; measured where the two ways take equally long.
 FEWEST_ROWS = 48
 
 
