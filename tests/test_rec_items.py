@@ -261,6 +261,11 @@ class TestAddedItems:
         assert grown.n_items == N + 3 and scores.shape == (len(HISTORIES), N + 3)
         assert torch.equal(scores[:, :N], score(model, HISTORIES))
 
+    def test_matrix_products_take_the_added_items_apart(self, name, items, tmp_path):
+        _, grown = self.loaded(name, items, tmp_path)
+        trained, added = grown.items.parts(torch.arange(N + 3))
+        assert trained.tolist() == list(range(N)) and added.tolist() == [N, N + 1, N + 2]
+
     def test_added_items_may_stand_in_histories(self, name, items, tmp_path):
         _, grown = self.loaded(name, items, tmp_path)
         scores = score(grown, torch.tensor([[1, 13], [1, 15]]))

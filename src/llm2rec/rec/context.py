@@ -1,9 +1,8 @@
 """SASRec with side features: the opponent that knows what an id alone does not tell.
 
-Two features, both optional to nothing else in this room: the time between consecutive events, added to the
-position (here), and the categories of the items, added to their learned vectors (`items.CategorisedItems`).
-The times travel beside the histories, the same shape: `score(histories, times)`; the categories are given once,
-when the recommender is built.
+Two features: the time between consecutive events, added to the position (here), and the categories of the items,
+added to their learned vectors (`items.CategorisedItems`, for any model). The times travel beside the histories in
+the same shape, `score(histories, times)`; the categories are given once, when the recommender is built.
 """
 
 from __future__ import annotations
