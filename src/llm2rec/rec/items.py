@@ -42,7 +42,7 @@ class ItemTable(nn.Module, ABC):
     def parts(self, values: Tensor) -> tuple[Tensor, ...]:
         """`values` (N + M, ...) as its trained and its added rows, or as one part without added items.
 
-        Matrix products may round by shape: apart, the scores of the trained items stay what they were on any machine.
+        Matrix products may round by shape: apart, the scores of the trained items stay as they were everywhere.
         """
         return values.split([self.n_items - self.n_added, self.n_added]) if self.n_added else (values,)
 
