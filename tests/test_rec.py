@@ -1,35 +1,28 @@
-"""Recommenders: a hand-computed forward, invariances, floors counted by hand, save and load, fit."""
+"""Recommenders: baselines counted by hand, dropout, windows, fit; test_rec_conformance has what all share."""
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import cyclic_log
 from llm2rec.data.sequences import TEST, Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
-from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.errors import ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.rec import baselines
 from llm2rec.rec import model as models
-from llm2rec.rec.baselines import Markov, Popularity
+from llm2rec.rec.architecture import MODELS, Architecture
+from llm2rec.rec.baselines import Ease, ItemKNN, Markov, Popularity
 from llm2rec.rec.dropout import dropout
-from llm2rec.rec.fit import NextItemObjective, WindowBatches, fit
-from llm2rec.rec.items import FrozenItems
+from llm2rec.rec.fit import Optimisation, WindowBatches, fit, fit_recommender
+from llm2rec.rec.items import Categories
+from llm2rec.rec.losses import NegativeSampler
 
 N, LENGTH = 12, 5
 SIZES = {"architecture": "sasrec", "hidden_size": 8, "layers": 2, "heads": 2, "dropout": 0.0}
 HISTORIES = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]])
-
-
-def vectors(items=N, dimensions=6):
-    return np.random.default_rng(0).normal(3.0, 2.0, (items, dimensions)).astype(np.float32)
-
-
-def built(text, **changes):
-    sizes = SIZES | {"n_items": N, "history_length": LENGTH, "seed": 0} | changes
-    return models.build(vectors=vectors() if text else None, **sizes).eval()
 
 
 @pytest.fixture(scope="module")
@@ -39,122 +32,6 @@ def sequences(tmp_path_factory):
     catalogue = Catalogue.from_frame(items, "items")
     prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
     return Sequences.load(folder)
-
-
-def test_a_forward_pass_computed_by_hand():
-    model = built(text=False, layers=1, heads=1)
-    table, block = model.items.weight, model.blocks[0]
-    x = table[torch.tensor([2, 6])] * 8**0.5 + model.positions[:2]  # items 3 and 7
-
-    def norm(values, layer):
-        centred = values - values.mean(-1, keepdim=True)
-        variance = values.var(-1, unbiased=False, keepdim=True)
-        return centred / (variance + layer.eps).sqrt() * layer.weight + layer.bias
-
-    query, key, value = block.query_key_value(norm(x, block.attention_norm)).chunk(3, dim=-1)
-    weights = (query @ key.T / 8**0.5).masked_fill(torch.ones(2, 2).triu(1).bool(), -torch.inf).softmax(-1)
-    x = x + block.attention_out(weights @ value)
-    inner = block.feed_forward_in(norm(x, block.feed_forward_norm)).clamp(min=0)
-    x = norm(x + block.feed_forward_out(inner), model.norm)
-    assert torch.allclose(model.score(torch.tensor([[3, 7]])), (x[-1:] @ table.T), atol=1e-5)
-
-
-@pytest.mark.parametrize("text", [False, True])
-class TestEveryRecommender:
-    """What holds for learned ids and for text vectors alike."""
-
-    def test_a_later_item_leaves_earlier_states_alone(self, text):
-        model, other = built(text), HISTORIES.clone()
-        other[1, -1] = 12
-        assert torch.allclose(model(HISTORIES)[1, :-1], model(other)[1, :-1])
-        assert not torch.allclose(model(HISTORIES)[1, -1], model(other)[1, -1])
-
-    def test_padding_and_batch_size_change_nothing(self, text):
-        model = built(text)
-        together = model.score(HISTORIES)
-        alone = [model.score(row[row > 0][None]) for row in HISTORIES]
-        assert torch.allclose(together, torch.cat(alone), atol=1e-6)
-
-    def test_only_the_last_items_of_a_long_history_count(self, text):
-        model = built(text)
-        long = torch.tensor([[11, 12, 4, 5, 6, 7, 8]])
-        assert torch.equal(model.score(long), model.score(HISTORIES[1:2]))
-
-    def test_permuting_the_items_permutes_the_scores(self, text):
-        model, order = built(text), torch.randperm(N, generator=torch.Generator().manual_seed(1))
-        before = model.score(HISTORIES)
-        table = model.items.frozen if text else model.items.weight.data
-        table.copy_(table[order].clone())
-        moved = torch.where(HISTORIES > 0, torch.argsort(order)[(HISTORIES - 1).clamp(min=0)] + 1, 0)
-        assert torch.allclose(model.score(moved), before[:, order], atol=1e-5)
-
-    def test_saving_and_loading_keeps_the_scores(self, text, tmp_path):
-        model = built(text)
-        models.save(model, tmp_path)
-        loaded = models.load(tmp_path, vectors() if text else None)
-        assert torch.equal(loaded.score(HISTORIES), model.score(HISTORIES))
-
-    def test_one_step_moves_every_trainable_parameter(self, text, sequences):
-        model = built(text, dropout=0.1).train()
-        before = {name: value.clone() for name, value in model.state_dict(keep_vars=False).items()}
-        frozen = model.items.frozen.clone() if text else None
-        optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
-        NextItemObjective(model)(model, WindowBatches(sequences, LENGTH, 64, 0)[0]).backward()
-        optimizer.step()
-        assert [n for n, p in model.named_parameters() if torch.equal(before[n], p)] == []
-        assert frozen is None or torch.equal(frozen, model.items.frozen)
-
-    def test_an_item_outside_the_catalogue_is_refused(self, text):
-        with pytest.raises(ValueError, match="item_index 13"):
-            built(text).score(torch.tensor([[13]]))
-
-    def test_an_empty_history_gets_finite_scores(self, text):
-        assert built(text).score(torch.zeros(1, 3, dtype=torch.int64)).isfinite().all()
-
-    def test_the_same_seed_gives_the_same_weights(self, text):
-        assert torch.equal(built(text).score(HISTORIES), built(text).score(HISTORIES))
-        assert not torch.equal(built(text).score(HISTORIES), built(text, seed=1).score(HISTORIES))
-
-
-def test_text_vectors_are_standardised_and_constant_dimensions_survive():
-    matrix = vectors()
-    matrix[:, 0] = 7.0
-    frozen = FrozenItems(matrix, 4).frozen
-    assert torch.allclose(frozen.mean(0), torch.zeros(6), atol=1e-5)
-    assert torch.allclose(frozen[:, 1:].std(0, unbiased=False), torch.ones(5), atol=1e-5)
-
-
-def test_a_saved_text_recommender_refuses_other_vectors(tmp_path):
-    models.save(built(text=True), tmp_path)
-    with pytest.raises(ArtifactError, match="other item vectors"):
-        models.load(tmp_path, vectors() + 1)
-    with pytest.raises(ArtifactError, match="load it with them"):
-        models.load(tmp_path)
-
-
-def test_the_vectors_are_not_written_with_the_model(tmp_path):
-    from safetensors.torch import load_file
-
-    models.save(built(text=True), tmp_path)
-    assert not [name for name, value in load_file(tmp_path / "model.safetensors").items() if value.shape == (N, 6)]
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_vectors_that_are_not_finite_are_refused_before_training(bad):
-    matrix = vectors()
-    matrix[3, 2] = bad
-    with pytest.raises(ArtifactError, match="row 3"):
-        models.build(vectors=matrix, n_items=N, history_length=LENGTH, seed=0, **SIZES)
-
-
-def test_vectors_that_do_not_cover_the_catalogue_are_refused():
-    with pytest.raises(ArtifactError, match="11 items, the catalogue has 12"):
-        models.build(vectors=vectors(11), n_items=N, history_length=LENGTH, seed=0, **SIZES)
-
-
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ConfigError, match="multiple"):
-        built(text=False, heads=3)
 
 
 def counted(items, users):
@@ -180,17 +57,62 @@ def test_markov_falls_back_to_popularity_where_nothing_followed(sequences):
     assert (popular[order].diff() >= 0).all()
 
 
-def test_padding_before_an_item_is_refused():
-    with pytest.raises(ValueError, match="align them left"):
-        built(text=False).score(torch.tensor([[0, 1]]))
+def users_by_items(sequences):
+    """(U, N) float64: 1 where a user has the item among the training events, by a plain loop."""
+    items, offsets = sequences.training()
+    matrix = np.zeros((sequences.n_users, sequences.n_items))
+    for user in range(sequences.n_users):
+        matrix[user, items[offsets[user] : offsets[user + 1]] - 1] = 1.0
+    return matrix
 
 
-def test_added_items_are_standardised_with_the_statistics_of_training():
-    grown = np.concatenate([vectors(), np.full((1, 6), 100.0, dtype=np.float32)])
-    before = FrozenItems(vectors(), 4)
-    after = FrozenItems(grown, 4, statistics=(before.mean.numpy(), before.scale.numpy()))
-    assert torch.equal(after.frozen[:N], before.frozen)
-    assert not torch.allclose(FrozenItems(grown, 4).frozen[:N], before.frozen)  # premise
+@pytest.mark.parametrize("neighbours", [3, 100])
+def test_item_knn_equals_a_dense_count(sequences, neighbours):
+    seen = users_by_items(sequences)
+    together = seen.T @ seen
+    counts = np.diag(together)
+    similarity = together / (np.sqrt(np.outer(counts, counts)) + 10.0)
+    np.fill_diagonal(similarity, 0.0)
+    for row in similarity:
+        row[np.argsort(-row, kind="stable")[neighbours:]] = 0.0
+    expected = np.stack([similarity[[0, 1, 2]].sum(0), similarity[[3, 4, 5, 6, 7]].sum(0), similarity[8]])
+    assert np.allclose(ItemKNN(sequences, neighbours=neighbours).score(HISTORIES), expected, atol=1e-6)
+
+
+def test_an_item_twice_in_the_window_speaks_twice_for_its_neighbours(sequences):
+    once, twice = (ItemKNN(sequences).score(torch.tensor([row])) for row in ([3, 0], [3, 3]))
+    assert torch.equal(twice, 2 * once)
+
+
+def test_ease_equals_the_closed_form(sequences):
+    seen = users_by_items(sequences)
+    inverse = np.linalg.inv(seen.T @ seen + 20.0 * np.eye(N))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    expected = np.stack([weights[[0, 1, 2]].sum(0), weights[[3, 4, 5, 6, 7]].sum(0), weights[8]])
+    assert np.allclose(Ease(sequences, regularisation=20.0).score(HISTORIES), expected, atol=1e-5)
+
+
+def test_ease_looks_at_the_set_of_items_alone(sequences):
+    scorer = Ease(sequences)
+    assert torch.allclose(scorer.score(torch.tensor([[5, 2, 5]])), scorer.score(torch.tensor([[2, 5, 0]])))
+
+
+def test_ease_refuses_a_catalogue_that_it_cannot_invert(sequences, monkeypatch):
+    monkeypatch.setattr(baselines, "LARGEST_EASE", N - 1)
+    with pytest.raises(
+        ConfigError, match=r"ease on 12 items: its weights are N\^2 floats.*N\^3; leave it out above 11"
+    ):
+        Ease(sequences)
+
+
+@pytest.mark.parametrize(
+    ("floor", "options"),
+    [(ItemKNN, {"neighbours": 0}), (ItemKNN, {"shrinkage": -1.0}), (Ease, {"regularisation": 0.0})],
+)
+def test_a_baseline_refuses_numbers_out_of_range(sequences, floor, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        floor(sequences, **options)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
@@ -221,6 +143,39 @@ def test_every_training_target_is_in_one_batch_an_epoch(sequences):
         assert np.array_equal(np.sort(found), expected)
 
 
+def test_targets_last_gives_every_target_its_whole_window_and_supervises_its_end(sequences):
+    batches = WindowBatches(sequences, 3, 7, seed=0, targets="last")
+    items, offsets = sequences.training()
+    users = [items[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    expected = sorted((user[max(0, at - 3) : at], user[at]) for user in users for at in range(1, len(user)))
+    found = []
+    for batch in (batches[index] for index in range(len(batches))):
+        rows, width = batch["rows"], batch["histories"].shape[1]
+        assert torch.equal(rows // width, torch.arange(len(rows)))  # one place a window
+        lengths = (batch["histories"] > 0).sum(1)
+        assert torch.equal(rows % width, lengths - 1)  # its end
+        for history, length, target in zip(batch["histories"], lengths, batch["targets"], strict=True):
+            found.append((history[:length].tolist(), int(target) + 1))
+    assert sorted(found) == expected
+
+
+def test_times_in_a_batch_are_those_of_its_histories(sequences):
+    times = np.asarray(sequences.items).astype(np.int64) * 1_000  # the time tells the item
+    batches = WindowBatches(sequences, 3, 7, seed=0, times=times)
+    for batch in (batches[index] for index in range(len(batches))):
+        assert torch.equal(batch["times"], batch["histories"] * 1_000)
+
+
+def test_negatives_depend_on_seed_epoch_and_batch_alone(sequences):
+    sampler = NegativeSampler(np.ones(N), 6, "uniform")
+    one, two = (WindowBatches(sequences, 3, 7, seed=0, sampler=sampler) for _ in range(2))
+    one[3]
+    assert torch.equal(one[0]["negatives"], two[0]["negatives"])
+    assert not torch.equal(one[0]["negatives"], one[1]["negatives"])
+    two.set_epoch(1)
+    assert not torch.equal(one[0]["negatives"], two[0]["negatives"])
+
+
 def run_fit(sequences, out, **changes):
     options = SIZES | {"learning_rate": 0.01, "weight_decay": 0.0, "batch_size": 16, "hidden_size": 16}
     options |= {"max_epochs": 25, "patience": 25, "history_length": 4, "seed": 0} | changes
@@ -241,7 +196,105 @@ def test_fitting_twice_gives_the_same_weights(sequences, tmp_path):
     assert one == two
 
 
-def test_dropout_is_off_when_scoring():
-    model = built(text=False, dropout=0.5)
-    assert torch.equal(model.score(HISTORIES), model.score(HISTORIES))
-    assert F.dropout(torch.ones(1000), 0.5, True).min() == 0  # premise
+def architecture(**changes):
+    sizes = {"name": "sasrec", "items": "id", "hidden_size": 16, "layers": 2, "heads": 2, "dropout": 0.0}
+    return Architecture(**sizes | {"history_length": 4} | changes)
+
+
+def optimisation(**changes):
+    numbers = {"learning_rate": 0.01, "weight_decay": 0.0, "batch_size": 16, "max_epochs": 25, "patience": 25}
+    return Optimisation(**numbers | changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [
+        ({"name": "gru4rec"}, {}),
+        ({"name": "esasrec"}, {"loss": "sampled_softmax", "negatives": 6}),
+        ({"temperature": 0.1}, {"loss": "sampled_softmax", "negatives": 6, "sampling": "popularity"}),
+        ({}, {"loss": "gbce", "negatives": 6}),
+        ({}, {"targets": "last", "batch_size": 64}),
+    ],
+    ids=["gru4rec", "esasrec", "cosine", "gbce", "last"],
+)
+def test_every_way_of_training_learns_a_cyclic_world(sequences, tmp_path, shape, numbers):
+    fit_recommender(sequences, architecture(**shape), optimisation(**numbers), seed=0, out=tmp_path)
+    loaded = models.load(tmp_path, item_ids=sequences.item_ids)
+    ranked = protocol.evaluate(loaded, sequences, TEST, 4, description=None)
+    assert protocol.mean_metric(ranked, "recall@1") == 1.0
+
+
+def test_the_flat_form_trains_the_same_weights_as_the_whole_one(sequences, tmp_path):
+    run_fit(sequences, tmp_path / "flat", max_epochs=2)
+    fit_recommender(
+        sequences, architecture(), optimisation(max_epochs=2, patience=25), seed=0, out=tmp_path / "whole"
+    )
+    flat, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("flat", "whole"))
+    assert flat == whole
+
+
+def test_a_context_recommender_learns_from_categories_and_times(sequences, tmp_path):
+    times = np.tile(np.arange(8), sequences.n_users) * 3_600
+    categories = Categories.of([["even" if item % 2 else "odd"] for item in range(N)])
+    summary = fit_recommender(
+        sequences,
+        architecture(name="sasrec-context"),
+        optimisation(),
+        categories=categories,
+        times=times,
+        seed=0,
+        out=tmp_path,
+    )
+    assert summary.best_metric == 1.0
+    loaded = models.load(tmp_path)
+    walk = torch.tensor([[1, 2, 3, 4]])
+    assert loaded.score(walk, torch.arange(4)[None] * 3_600).argmax() == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "error", "message"),
+    [
+        ("sasrec-context", None, ConfigError, "needs the times"),
+        ("sasrec", np.zeros(320, dtype=np.int64), ConfigError, "does not look at times"),
+        ("sasrec-context", np.zeros(319, dtype=np.int64), DataError, r"\(319,\) int64; expected \(320,\)"),
+        ("sasrec-context", np.zeros(320), DataError, "float64; expected"),
+        ("sasrec-context", -np.arange(320), DataError, "times fall"),
+    ],
+)
+def test_times_that_do_not_fit_are_refused_before_training(sequences, tmp_path, name, times, error, message):
+    with pytest.raises(error, match=message):
+        fit_recommender(sequences, architecture(name=name), optimisation(), times=times, seed=0, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "bpr"}, "no loss 'bpr'; allowed: full, sampled_softmax, gbce"),
+        ({"targets": "first"}, "no targets 'first'; allowed: all, last"),
+        ({"sampling": "hard"}, "no sampling 'hard'"),
+        ({"negatives": 0}, "negatives is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"calibration": 1.5}, "calibration is 1.5"),
+        ({"loss": "gbce", "sampling": "popularity"}, "gbce corrects for uniform"),
+    ],
+)
+def test_an_optimisation_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        optimisation(**changes)
+
+
+def test_more_negatives_than_items_are_refused_before_training(sequences, tmp_path):
+    numbers = optimisation(loss="sampled_softmax", negatives=12)
+    with pytest.raises(ConfigError, match="12 negatives of 12 items; take fewer"):
+        fit_recommender(sequences, architecture(), numbers, seed=0, out=tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_is_off_when_scoring(name):
+    shape = architecture(name=name, dropout=0.5, history_length=LENGTH)
+    model, times = models.build(shape, n_items=N, seed=0).eval(), torch.zeros_like(HISTORIES)
+    assert torch.equal(model.score(HISTORIES, times), model.score(HISTORIES, times))
+    assert not torch.equal(model.train().score(HISTORIES, times), model.score(HISTORIES, times))  # premise

@@ -1,7 +1,7 @@
-"""Floors without training: popularity, and the item after the last one.
+"""Recommenders without gradients: popularity, the item after the last one, neighbours, and EASE.
 
-They are not saved: counting a million events takes milliseconds, so every use counts the training events
-again, and a floor can never be older than its data.
+All count training events alone. They are not saved: counting a million events takes milliseconds, so every use
+counts again, and a floor can never be older than its data. EASE inverts a matrix and takes longer (see there).
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from llm2rec.rec.histories import checked, last
+from llm2rec.errors import ConfigError
+from llm2rec.rec.histories import checked, last, recent
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
+
+LARGEST_EASE = 30_000
 
 
 class Popularity:
@@ -59,10 +62,131 @@ class Markov:
         return torch.from_numpy(self._transitions[newest].toarray() + self._tie_break)
 
 
-FLOORS: dict[str, type[Popularity] | type[Markov]] = {"popularity": Popularity, "markov": Markov}
+class ItemKNN:
+    """Scores an item by its similarity to the items of the history, each of which speaks for its nearest alone.
+
+    The similarity of items i and j is `c_ij / (sqrt(c_i c_j) + shrinkage)`, c_ij the users with both and c_i those
+    with i: the cosine of their columns in the users' histories, drawn to 0 where few users support it. Ties
+    among neighbours go to the lower item_index. Every item of the window speaks once for each time it stands
+    there; recency does not count.
+
+    Source: Deshpande & Karypis 2004; shrinkage after Bell & Koren 2007.
+    """
+
+    def __init__(
+        self, sequences: Sequences, *, neighbours: int = 100, shrinkage: float = 10.0, history_length: int = 10
+    ) -> None:
+        """Counts the training events.
+
+        Args:
+            neighbours: most similar items kept for each item.
+            shrinkage: at least 0, in users.
+            history_length: the last items of a history that are looked at.
+
+        Raises:
+            ConfigError: a number out of range.
+        """
+        if neighbours < 1 or shrinkage < 0 or history_length < 1:
+            raise ConfigError(
+                f"item-knn got neighbours {neighbours}, shrinkage {shrinkage}, history_length {history_length}; "
+                "they must be at least 1, 0 and 1"
+            )
+        self.n_items, self._history_length = sequences.n_items, history_length
+        together = (seen := _seen(sequences)).T @ seen
+        users = together.diagonal()  # c_i
+        pairs = together.tocoo()
+        apart = pairs.row != pairs.col
+        row, column, both = pairs.row[apart], pairs.col[apart], pairs.data[apart]
+        similarity = both / (np.sqrt(users[row] * users[column]) + shrinkage)
+        order = np.lexsort((column, -similarity, row))
+        row, column, similarity = row[order], column[order], similarity[order]
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.n_items))])
+        near = np.arange(len(row)) - starts[row] < neighbours
+        self._similarity = sparse.csr_array(
+            (similarity[near].astype(np.float32), (row[near], column[near])), (self.n_items, self.n_items)
+        )
+
+    def score(self, histories: Tensor) -> Tensor:
+        """(B, N) float32: summed similarity to the last items of each history; 0 for an empty one."""
+        window = recent(checked(histories, self.n_items), self._history_length)
+        return torch.from_numpy((_indicator(window, self.n_items) @ self._similarity).toarray())
+
+
+class Ease:
+    """Scores an item by a linear map of the set of items in the history, fitted in closed form.
+
+    With G_ij the users that items i and j have in common and `P = (G + regularisation I)^-1`, the weights are
+    `B_ij = -P_ij / P_jj`, zero on the diagonal: the map that best rebuilds every user's set from its other items.
+    Order does not count.
+
+    Source: Steck 2019, Embarrassingly Shallow Autoencoders for Sparse Data.
+    """
+
+    def __init__(self, sequences: Sequences, *, regularisation: float = 250.0) -> None:
+        """Solves for the weights: 4 N^2 bytes kept, twice that while solving, float32.
+
+        Args:
+            regularisation: above 0, in users.
+
+        Raises:
+            ConfigError: the catalogue is too large, or `regularisation` is not above 0.
+        """
+        self.n_items = sequences.n_items
+        if self.n_items > LARGEST_EASE:
+            raise ConfigError(
+                f"ease on {self.n_items:,} items: its weights are N^2 floats ({4e-9 * self.n_items**2:.1f} GB, as "
+                f"much again to solve for them) and its time grows with N^3; leave it out above {LARGEST_EASE:,}"
+            )
+        if not regularisation > 0:
+            raise ConfigError(f"regularisation is {regularisation}; it must be above 0")
+        gram = torch.from_numpy(((seen := _seen(sequences)).T @ seen).toarray())
+        gram.diagonal().add_(regularisation)
+        factor = torch.linalg.cholesky(gram)
+        del gram
+        weights = torch.cholesky_inverse(factor)  # P
+        weights.div_(-weights.diagonal().clone())
+        weights.fill_diagonal_(0)
+        self._weights = weights  # (N, N), row i: what item i of a history says
+
+    def score(self, histories: Tensor) -> Tensor:
+        """(B, N) float32; 0 for an empty history."""
+        present = _indicator(checked(histories, self.n_items), self.n_items)
+        present.data[:] = 1.0
+        return torch.from_numpy(present @ self._weights.numpy())
+
+
+FLOORS: dict[str, type[Popularity] | type[Markov] | type[ItemKNN] | type[Ease]] = {
+    "popularity": Popularity,
+    "markov": Markov,
+    "item-knn": ItemKNN,
+    "ease": Ease,
+}
 
 
 def _counts(sequences: Sequences) -> np.ndarray:
     """Training events of each item, (N,) int64."""
     items, _ = sequences.training()
     return np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
+
+
+def _seen(sequences: Sequences) -> sparse.csr_array:
+    """(U, N) float32: 1 where a user has the item among the training events."""
+    items, offsets = sequences.training()
+    columns = np.asarray(items, dtype=np.int64) - 1
+    seen = sparse.csr_array(
+        (np.ones(len(columns), dtype=np.float32), columns, offsets), (len(offsets) - 1, sequences.n_items)
+    )
+    seen.sum_duplicates()
+    seen.data[:] = 1.0
+    return seen
+
+
+def _indicator(histories: Tensor, n_items: int) -> sparse.csr_array:
+    """(B, N) float32: how often each item stands in each history."""
+    cells = histories.cpu().numpy()
+    row, place = np.nonzero(cells)
+    found = sparse.csr_array(
+        (np.ones(len(row), dtype=np.float32), (row, cells[row, place] - 1)), (len(cells), n_items)
+    )
+    found.sum_duplicates()
+    return found

@@ -9,14 +9,64 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2rec.data.sequences import VALIDATION, Sequences
+from llm2rec.data.sequences import TRAIN, VALIDATION, Sequences
+from llm2rec.errors import ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.rec import losses
 from llm2rec.rec import model as models
+from llm2rec.rec.architecture import Architecture, require_one_of
+from llm2rec.rec.context import evaluate_with_times
+from llm2rec.rec.items import Categories
+from llm2rec.rec.losses import NegativeSampler
 from llm2rec.rec.model import Recommender
 from llm2rec.softmax import linear_cross_entropy
 from llm2rec.training import Batch, Batches, TrainSettings, stage_seed, train
 
 METRIC = "ndcg@10"
+ALL, LAST = "all", "last"
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How a recommender is trained; plain values.
+
+    batch_size: windows a step. patience: epochs without a gain in validation NDCG@10 before stopping.
+    loss: one of `losses.LOSSES`. targets: ALL positions of a window of up to history_length targets, or LAST: one
+    window a target, supervised at its end, which is the authors' way and costs history_length times as much.
+    negatives: K, sampled anew for each step and shared in it; sampling: one of `losses.SAMPLINGS`; calibration: t
+    of gBCE. The full softmax looks at none of the three, the sampled softmax not at `calibration`.
+
+    Raises:
+        ConfigError: an unknown name, a value out of range, or gBCE with popularity sampling.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    max_epochs: int
+    patience: int
+    loss: str = losses.FULL
+    targets: str = ALL
+    negatives: int = 256
+    sampling: str = losses.UNIFORM
+    calibration: float = 0.75
+
+    def __post_init__(self) -> None:
+        require_one_of("loss", self.loss, losses.LOSSES)
+        require_one_of("targets", self.targets, (ALL, LAST))
+        require_one_of("sampling", self.sampling, losses.SAMPLINGS)
+        for size in ("batch_size", "max_epochs", "patience", "negatives"):
+            if getattr(self, size) < 1:
+                raise ConfigError(f"{size} is {getattr(self, size)}; it must be at least 1")
+        if not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise ConfigError(
+                f"learning_rate is {self.learning_rate} and weight_decay {self.weight_decay}; they must be above "
+                "0 and at least 0"
+            )
+        if not 0 <= self.calibration <= 1:
+            raise ConfigError(f"calibration is {self.calibration}; it must be from 0 to 1")
+        if self.loss == losses.GBCE and self.sampling != losses.UNIFORM:
+            raise ConfigError("gbce corrects for uniform negatives; choose sampling 'uniform', or another loss")
 
 
 @dataclass(frozen=True)
@@ -47,52 +97,98 @@ def fit(
     out: Path,
     description: str = "fit",
 ) -> FitSummary:
+    """`fit_recommender` in the flat form of a recipe's row: learned ids, or `vectors` under a linear adapter.
+
+    Args, errors: see `fit_recommender`.
+    """
+    return fit_recommender(
+        sequences,
+        Architecture(
+            name=architecture,
+            items="id" if vectors is None else "text",
+            hidden_size=hidden_size,
+            layers=layers,
+            heads=heads,
+            dropout=dropout,
+            history_length=history_length,
+        ),
+        Optimisation(
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            max_epochs=max_epochs,
+            patience=patience,
+        ),
+        vectors=vectors,
+        seed=seed,
+        out=out,
+        description=description,
+    )
+
+
+def fit_recommender(
+    sequences: Sequences,
+    architecture: Architecture,
+    optimisation: Optimisation,
+    *,
+    vectors: np.ndarray | None = None,
+    categories: Categories | None = None,
+    times: np.ndarray | None = None,
+    seed: int,
+    out: Path,
+    description: str = "fit",
+) -> FitSummary:
     """Trains a recommender on the training events and writes the weights best on validation to `out`.
 
-    Every training event but a user's first is a target once an epoch, under a full softmax over the
-    catalogue. After each epoch the validation events are ranked over the whole catalogue. A killed training
-    goes on from the last epoch's checkpoint in `out`.
+    Every training event but a user's first is a target once an epoch. After each epoch the validation events
+    are ranked over the whole catalogue. A killed training goes on from the last epoch's checkpoint in `out`.
 
     Args:
         vectors: (N, D) raw item vectors in the order of the catalogue, frozen; None for learned ids.
-        batch_size: windows a step, each of up to `history_length` targets.
-        patience: epochs without a gain in validation NDCG@10 before stopping.
-        seed: initial weights, order of the windows and dropout derive from it.
+        categories: of the N items, beside learned ids.
+        times: (E,) int64 epoch seconds of each event of `sequences.items`; for `sasrec-context`, and only there.
+        seed: initial weights, order of the windows, negatives and dropout derive from it.
 
     Raises:
-        ConfigError: unknown architecture, or sizes that do not fit each other.
+        ConfigError: parts that do not fit each other, times missing or superfluous, too many negatives.
         ArtifactError: vectors that do not fit the catalogue or are not finite; a non-finite loss.
+        DataError: times or categories that do not fit the events or the items.
     """
     recommender = models.build(
-        architecture=architecture,
+        architecture,
         n_items=sequences.n_items,
-        vectors=vectors,
-        hidden_size=hidden_size,
-        layers=layers,
-        heads=heads,
-        dropout=dropout,
-        history_length=history_length,
         seed=stage_seed(seed, "recommender weights"),
+        vectors=vectors,
+        categories=categories,
     )
-    batches = WindowBatches(sequences, history_length, batch_size, stage_seed(seed, "recommender windows"))
+    _check_times(recommender, sequences, times)
+    batches = WindowBatches(
+        sequences,
+        architecture.history_length,
+        optimisation.batch_size,
+        stage_seed(seed, "recommender windows"),
+        targets=optimisation.targets,
+        times=times,
+        sampler=_sampler(sequences, optimisation),
+    )
     summary = train(
         recommender,
         batches,
-        NextItemObjective(recommender),
+        NextItemObjective(recommender, optimisation),
         out=out,
         settings=TrainSettings(
-            max_steps=max_epochs * len(batches),
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
+            max_steps=optimisation.max_epochs * len(batches),
+            learning_rate=optimisation.learning_rate,
+            weight_decay=optimisation.weight_decay,
             evaluate_every=len(batches),
-            patience=patience,
+            patience=optimisation.patience,
             metric=METRIC,
             seed=stage_seed(seed, "recommender dropout"),
         ),
-        evaluate=lambda: validate(recommender, sequences, history_length),
+        evaluate=lambda: validate(recommender, sequences, architecture.history_length, times),
         description=description,
     )
-    models.save(recommender, out)
+    models.save(recommender, out, sequences.item_ids)
     assert summary.best_step is not None and summary.best_metric is not None  # validated every epoch
     return FitSummary(
         epochs=summary.steps // len(batches),
@@ -101,9 +197,14 @@ def fit(
     )
 
 
-def validate(scorer: protocol.Scorer, sequences: Sequences, history_length: int) -> dict[str, float]:
+def validate(
+    recommender: Recommender, sequences: Sequences, history_length: int, times: np.ndarray | None = None
+) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
-    ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None)
+    if times is None:
+        ranked = protocol.evaluate(recommender, sequences, VALIDATION, history_length, description=None)
+    else:
+        ranked = evaluate_with_times(recommender, sequences, times, VALIDATION, history_length)
     return {METRIC: protocol.mean_metric(ranked, METRIC)}
 
 
@@ -112,13 +213,30 @@ class WindowBatches(Batches):
 
     A batch holds `histories` (B, L) int64, left-aligned, 0 = padding, as long as its longest window needs;
     `rows` (M,) int64, the places with a target in the flattened (B * L,); `targets` (M,) int64 in 0..N - 1,
-    columns of the scores; `n_targets` = M.
+    columns of the scores; `n_targets` = M. With times it holds `times` (B, L) int64 as well, with a
+    sampler `negatives` (K,) int64 in 0..N - 1 and `log_expected` (K,) float32.
     """
 
-    def __init__(self, sequences: Sequences, history_length: int, batch_size: int, seed: int) -> None:
-        self._items = np.asarray(sequences.training()[0], dtype=np.int64)
-        self._starts, self._ends = sequences.windows(history_length)
-        self._batch_size, self._seed = batch_size, seed
+    def __init__(
+        self,
+        sequences: Sequences,
+        history_length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        targets: str = ALL,
+        times: np.ndarray | None = None,
+        sampler: NegativeSampler | None = None,
+    ) -> None:
+        items, offsets = sequences.training()
+        self._items = np.asarray(items, dtype=np.int64)
+        self._times = None if times is None else times[np.asarray(sequences.parts) == TRAIN]
+        self._every_place = targets == ALL
+        if self._every_place:
+            self._starts, self._ends = sequences.windows(history_length)
+        else:
+            self._starts, self._ends = _prefixes(offsets, history_length)
+        self._batch_size, self._seed, self._sampler = batch_size, seed, sampler
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -126,6 +244,7 @@ class WindowBatches(Batches):
 
     def set_epoch(self, epoch: int) -> None:
         """Puts the windows in the order of `epoch`, from (seed, epoch) alone."""
+        self._epoch = epoch
         self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._starts))
 
     def __getitem__(self, index: int) -> Batch:
@@ -133,25 +252,80 @@ class WindowBatches(Batches):
         starts, ends = self._starts[windows, None], self._ends[windows, None]  # (B, 1)
         places = starts + np.arange((ends - starts).max() - 1)  # (B, L)
         real = places < ends - 1  # a window's last event is a target only
-        rows = np.flatnonzero(real)
-        return {
-            "histories": torch.from_numpy(np.where(real, self._items[np.where(real, places, 0)], 0)),
+        rows = np.flatnonzero(real if self._every_place else places == ends - 2)
+        safe = np.where(real, places, 0)
+        batch: Batch = {
+            "histories": torch.from_numpy(np.where(real, self._items[safe], 0)),
             "rows": torch.from_numpy(rows),
             "targets": torch.from_numpy(self._items[places.ravel()[rows] + 1] - 1),
             "n_targets": len(rows),
         }
+        if self._times is not None:
+            batch["times"] = torch.from_numpy(np.where(real, self._times[safe], 0))
+        if self._sampler is not None:
+            generator = np.random.default_rng((self._seed, self._epoch, index))
+            batch["negatives"], batch["log_expected"] = self._sampler.draw(generator)
+        return batch
 
 
 class NextItemObjective:
-    """Summed cross-entropy of the next item at every position of a batch, over the whole catalogue."""
+    """Summed loss of the next item at every labelled position of a batch."""
 
-    def __init__(self, recommender: Recommender) -> None:
+    def __init__(self, recommender: Recommender, optimisation: Optimisation | None = None) -> None:
+        """Takes the recommender whose items are scored; without an optimisation the loss is the full softmax."""
         self._recommender = recommender
+        self._loss = losses.FULL if optimisation is None else optimisation.loss
+        self._calibration = 0.0 if optimisation is None else optimisation.calibration
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch from `WindowBatches`, summed over its targets."""
         # `model` may be the engine's wrapper of the recommender, which has only its forward.
         vectors = self._recommender.items.vectors()
-        states = model(batch["histories"], vectors)
+        states = model(batch["histories"], vectors, batch.get("times"))
         labelled = states.flatten(0, 1).index_select(0, batch["rows"])  # (M, H)
-        return linear_cross_entropy(labelled, vectors, batch["targets"])
+        queries, candidates = self._recommender.comparable(labelled, vectors)
+        targets = batch["targets"]
+        if self._loss == losses.FULL:
+            return linear_cross_entropy(queries, candidates, targets)
+        negatives = batch["negatives"]
+        if self._loss == losses.SAMPLED_SOFTMAX:
+            return losses.sampled_softmax(queries, candidates, targets, negatives, batch["log_expected"])
+        beta = losses.gbce_beta(len(negatives), self._recommender.n_items, self._calibration)
+        return losses.gbce(queries, candidates, targets, negatives, beta)
+
+
+def _prefixes(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends (W,) of one window a target: the event, and up to `length` of the same user before it."""
+    places = np.arange(offsets[-1])
+    first = np.repeat(offsets[:-1], np.diff(offsets))
+    places, first = places[places > first], first[places > first]  # a user's first event has nothing before it
+    return np.maximum(first, places - length), places + 1
+
+
+def _sampler(sequences: Sequences, optimisation: Optimisation) -> NegativeSampler | None:
+    if optimisation.loss == losses.FULL:
+        return None
+    if optimisation.negatives >= sequences.n_items:
+        raise ConfigError(
+            f"{optimisation.negatives:,} negatives of {sequences.n_items:,} items; take fewer, or the loss 'full',"
+            " which looks at all of them"
+        )
+    items, _ = sequences.training()
+    counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
+    return NegativeSampler(counts, optimisation.negatives, optimisation.sampling)
+
+
+def _check_times(recommender: Recommender, sequences: Sequences, times: np.ndarray | None) -> None:
+    name = recommender.architecture.name
+    if recommender.needs_times != (times is not None):
+        needed = "needs the times of the events" if recommender.needs_times else "does not look at times"
+        raise ConfigError(f"a recommender {name!r} {needed}; {'give them' if times is None else 'leave them out'}")
+    if times is None:
+        return
+    if times.shape != sequences.items.shape or times.dtype != np.int64:
+        raise DataError(
+            f"times are {times.shape} {times.dtype}; expected {sequences.items.shape} int64, one an event"
+        )
+    falling = np.flatnonzero(np.diff(times) < 0) + 1
+    if np.setdiff1d(falling, np.asarray(sequences.offsets)).size:
+        raise DataError("times fall within a user's events, which must be in order of time; run `prepare` again")

@@ -26,17 +26,37 @@ def checked(histories: Tensor, n_items: int) -> Tensor:
     return histories
 
 
+def checked_times(times: Tensor, histories: Tensor) -> Tensor:
+    """The times of the events of checked histories, unchanged; what stands at padding is not looked at.
+
+    Raises:
+        ValueError: another shape or not int64, or an event earlier than the one before it.
+    """
+    if times.shape != histories.shape or times.dtype != torch.int64:
+        raise ValueError(
+            f"times are {tuple(times.shape)} {times.dtype}; expected {tuple(histories.shape)} torch.int64, as the "
+            "histories are"
+        )
+    if ((times[:, 1:] < times[:, :-1]) & (histories[:, 1:] > 0)).any():
+        raise ValueError("times fall within a history; sort its events, oldest first")
+    return times
+
+
 def lengths(histories: Tensor) -> Tensor:
     """Items in each history, (B,) int64; 0 for an empty one."""
     return (histories > 0).sum(dim=1)
 
 
-def recent(histories: Tensor, length: int) -> Tensor:
-    """The last `length` items of each history, (B, min(L, length)), left-aligned again."""
+def recent(histories: Tensor, length: int, values: Tensor | None = None) -> Tensor:
+    """The last `length` items of each history, (B, min(L, length)), left-aligned again.
+
+    With `values` (B, L), one an event, those of the same events instead.
+    """
+    values = histories if values is None else values
     if histories.shape[1] <= length:
-        return histories
+        return values
     first = (lengths(histories) - length).clamp(min=0)
-    return histories.gather(1, first[:, None] + torch.arange(length, device=histories.device))
+    return values.gather(1, first[:, None] + torch.arange(length, device=histories.device))
 
 
 def last(histories: Tensor) -> Tensor:

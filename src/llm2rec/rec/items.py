@@ -1,35 +1,50 @@
 """Item tables: where the (N, H) vectors come from that a recommender reads histories with and scores against.
 
 A step calls `vectors()` once and looks histories up in its result, so that an adapter over frozen vectors is
-applied to the catalogue once, and input and output share one gradient.
+applied to the catalogue once, and input and output share one gradient. Tables over frozen vectors may hold M
+added items, which the training did not know: they follow the N trained ones and have no learned part.
 """
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2rec.errors import ArtifactError
+from llm2rec.errors import DataError
+from llm2rec.rec.vectors import FrozenVectors
 
 INITIAL_STD = 0.02
+# Mean square of GELU of a standard normal variable, by which the second layer of an adapter is scaled.
+_GELU_SQUARE = 0.425
+_TINY = 1e-12
 
 
 class ItemTable(nn.Module, ABC):
     """What a recommender needs to know of its items."""
 
+    n_added = 0
+
     @property
     @abstractmethod
     def n_items(self) -> int:
-        """Items in the catalogue, N."""
+        """Items that can be seen and scored, N, or N + M with added ones."""
 
     @abstractmethod
     def vectors(self) -> Tensor:
-        """(N, H) float32, row j for item_index j + 1; call once a step."""
+        """(N + M, H) float32, row j for item_index j + 1; call once a step."""
+
+    def parts(self, values: Tensor) -> tuple[Tensor, ...]:
+        """`values` (N + M, ...) as its trained and its added rows, or as one part without added items.
+
+        Matrix products may round by shape: apart, the scores of the trained items stay as they were everywhere.
+        """
+        return values.split([self.n_items - self.n_added, self.n_added]) if self.n_added else (values,)
 
 
 def lookup(vectors: Tensor, item_index: Tensor) -> Tensor:
@@ -49,8 +64,7 @@ class LearnedItems(ItemTable):
 
     def __init__(self, n_items: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_items, hidden_size))
-        nn.init.normal_(self.weight, std=INITIAL_STD)
+        self.weight = learned(n_items, hidden_size)
 
     @property
     def n_items(self) -> int:
@@ -62,88 +76,196 @@ class LearnedItems(ItemTable):
         return self.weight
 
 
-class FrozenItems(ItemTable):
-    """Frozen vectors, standardised, under one trained linear adapter (D -> H).
+@dataclass(frozen=True)
+class Categories:
+    """Which categories (genres, brands, ...) each item has, in compressed rows.
 
-    Each dimension is centred and scaled to unit variance over the catalogue (population variance; a constant
-    dimension is scaled by 1). Mean and scale are saved with the trained weights, so that items added later
-    are standardised as the training catalogue was; the vectors are not saved, but known by `sha256`.
+    indices: (nnz,) int64, categories 0..C - 1. offsets: (N + 1,) int64; the item in row j (item_index j + 1) has
+    `indices[offsets[j]:offsets[j + 1]]`, which may be none.
 
-    Source: linear adapter of LLM2Rec section 4.1; standardisation because raw LM vectors train badly.
+    Raises:
+        DataError: offsets that do not run from 0 to nnz without falling, or a negative category.
     """
 
-    def __init__(
-        self,
-        vectors: np.ndarray,
-        hidden_size: int,
-        statistics: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> None:
-        """Standardises and hashes the vectors.
+    indices: np.ndarray
+    offsets: np.ndarray
 
-        Args:
-            vectors: (N, D) float, raw.
-            hidden_size: H.
-            statistics: mean and scale, (D,) float32 each, of the training catalogue; None takes them from
-                `vectors`.
+    def __post_init__(self) -> None:
+        rising = len(self.offsets) > 0 and (np.diff(self.offsets) >= 0).all()
+        if not rising or self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
+            raise DataError(
+                f"category offsets must run from 0 to the {len(self.indices)} category indices without falling, "
+                "one more than there are items"
+            )
+        if len(self.indices) and self.indices.min() < 0:
+            raise DataError(f"category {self.indices.min()} is negative; categories are counted from 0")
 
-        Raises:
-            ArtifactError: `vectors` is not (N, D), or a value is NaN or infinite.
-        """
-        super().__init__()
-        vectors = checked_vectors(vectors)
-        mean, scale = statistics or column_statistics(vectors)
-        self.frozen: Tensor
-        self.sha256 = hash_vectors(vectors)
-        self.register_buffer("mean", torch.from_numpy(mean))
-        self.register_buffer("scale", torch.from_numpy(scale))
-        # (N, D); neither saved nor written into checkpoints.
-        self.register_buffer("frozen", torch.from_numpy((vectors - mean) / scale), persistent=False)
-        self.adapter = nn.Linear(vectors.shape[1], hidden_size)
-        # Standardised inputs: vectors of INITIAL_STD, as learned items have them.
-        nn.init.normal_(self.adapter.weight, std=INITIAL_STD / vectors.shape[1] ** 0.5)
-        nn.init.zeros_(self.adapter.bias)
+    @classmethod
+    def of(cls, names: Sequence[Sequence[str]]) -> Categories:
+        """From the category names of each item, in the order of the catalogue; categories are sorted by name."""
+        known = {name: index for index, name in enumerate(sorted({one for row in names for one in row}))}
+        indices = np.array([known[one] for row in names for one in row], dtype=np.int64)
+        return cls(indices, np.cumsum([0, *map(len, names)]).astype(np.int64))
 
     @property
     def n_items(self) -> int:
-        """Items in the catalogue, N."""
+        """Items covered, N."""
+        return len(self.offsets) - 1
+
+
+class CategorisedItems(LearnedItems):
+    """Learned vectors plus the mean of one learned vector a category; an item without one keeps its own alone.
+
+    The categories are saved with the weights: loading needs nothing else.
+    """
+
+    def __init__(self, categories: Categories, hidden_size: int) -> None:
+        super().__init__(categories.n_items, hidden_size)
+        self.category_indices: Tensor
+        self.category_offsets: Tensor
+        self.register_buffer("category_indices", torch.from_numpy(categories.indices.astype(np.int64)))
+        self.register_buffer("category_offsets", torch.from_numpy(categories.offsets.astype(np.int64)))
+        highest = int(categories.indices.max()) if len(categories.indices) else 0
+        self.category_weight = learned(highest + 1, hidden_size)
+
+    def vectors(self) -> Tensor:
+        """(N, H) float32: own vector plus mean of the categories'."""
+        bags = F.embedding_bag(
+            self.category_indices,
+            self.category_weight,
+            self.category_offsets,
+            mode="mean",
+            include_last_offset=True,
+        )
+        return self.weight + bags
+
+
+class FrozenItems(ItemTable):
+    """Frozen vectors under one trained adapter (K -> H).
+
+    The statistics that transformed the vectors are saved with the trained weights; the vectors are not, but
+    known by `sha256`.
+
+    Source: linear adapter of LLM2Rec section 4.1; the MLP (K -> H, GELU, H -> H) is ours.
+    """
+
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
+        super().__init__()
+        self.sha256, self.n_added = frozen.sha256, frozen.n_added
+        self.frozen: Tensor
+        for name in ("mean", "scale", "projection"):
+            values = getattr(frozen.statistics, name)
+            if values is not None:
+                self.register_buffer(name, torch.from_numpy(values))
+        # (N + M, K); neither saved nor written into checkpoints.
+        self.register_buffer("frozen", torch.from_numpy(frozen.values), persistent=False)
+        self.adapter = make_adapter(adapter, frozen.values.shape[1], hidden_size)
+
+    @property
+    def n_items(self) -> int:
+        """Items in the catalogue and added, N + M."""
         return len(self.frozen)
 
     def vectors(self) -> Tensor:
-        """(N, H) float32: the adapter applied to the whole catalogue."""
-        adapted: Tensor = self.adapter(self.frozen)
-        return adapted
+        """(N + M, H) float32: the adapter applied to the whole catalogue."""
+        return self._adapted(self.frozen)
+
+    def _adapted(self, values: Tensor) -> Tensor:
+        return self._apart(self.adapter, values)
+
+    def _apart(self, layer: nn.Module, values: Tensor) -> Tensor:
+        """`layer` over the trained and the added rows of `values`; see `parts`."""
+        mapped: Tensor = torch.cat([layer(part) for part in self.parts(values)]) if self.n_added else layer(values)
+        return mapped
+
+    def _for_all(self, learned_rows: Tensor) -> Tensor:
+        """(N, ...) -> (N + M, ...): zeros for the added items."""
+        return F.pad(learned_rows, (0, 0, 0, self.n_added)) if self.n_added else learned_rows
 
 
-def checked_vectors(vectors: np.ndarray) -> np.ndarray:
-    """The vectors as (N, D) float32.
+class SummedItems(FrozenItems):
+    """Adapted frozen vector plus a learned vector an item; an added item has the adapted one alone."""
 
-    Raises:
-        ArtifactError: another shape, or a value is NaN or infinite; nothing is replaced silently.
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
+        super().__init__(frozen, hidden_size, adapter)
+        self.weight = learned(len(frozen.values) - frozen.n_added, hidden_size)
+
+    def vectors(self) -> Tensor:
+        """(N + M, H) float32: the sum."""
+        return super().vectors() + self._for_all(self.weight)
+
+
+class ConcatenatedItems(FrozenItems):
+    """Adapted frozen vector and a learned vector an item, side by side under a linear map (2H -> H).
+
+    An added item stands with zeros in the place of its learned vector.
     """
-    if vectors.ndim != 2 or not vectors.shape[1]:
-        raise ArtifactError(f"item vectors have shape {vectors.shape}; expected (items, dimensions)")
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise ArtifactError(
-            f"{(~finite).sum():,} of {len(vectors):,} item vectors hold NaN or infinite values (first: row "
-            f"{int(np.argmin(finite))}); run the encode stage again"
-        )
-    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
+        super().__init__(frozen, hidden_size, adapter)
+        self.weight = learned(len(frozen.values) - frozen.n_added, hidden_size)
+        self.merge = nn.Linear(2 * hidden_size, hidden_size)
+        nn.init.normal_(self.merge.weight, std=(2 * hidden_size) ** -0.5)  # keeps the standard deviation
+        nn.init.zeros_(self.merge.bias)
+
+    def vectors(self) -> Tensor:
+        """(N + M, H) float32: both, merged."""
+        both = torch.cat([super().vectors(), self._for_all(self.weight)], dim=1)  # (N + M, 2H)
+        return self._apart(self.merge, both)
 
 
-def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and population standard deviation of each column, (D,) float32; 1 where a column is constant.
+class DeltaItems(FrozenItems):
+    """Frozen vector plus a small trained delta in its own space, both under the adapter.
 
-    Summed in float64: language models have dimensions with means of hundreds and a spread below one.
+    The delta begins at zero and is never longer than `share` times the vector: a longer one is scaled back.
+    An added item has no delta, and so stays where the encoder put it, close to the trained ones.
+
+    Source: Pembek et al. 2025, arXiv 2507.19473, which bounds the delta by 0.5 beside vectors of unit length.
+    Ours: the bound is a share of each vector's own length, scaling back is part of the gradient (there the
+    table itself is renormalised), and an adapter leads to H, so that the delta is learned in K dimensions.
     """
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    scale = vectors.std(axis=0, dtype=np.float64)
-    # Exact: the standard deviation of equal float32 values may come out as 1e-17 instead of 0.
-    scale[vectors.min(axis=0) == vectors.max(axis=0)] = 1.0
-    return mean.astype(np.float32), scale.astype(np.float32)
+
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, share: float) -> None:
+        super().__init__(frozen, hidden_size, adapter)
+        trained = self.frozen[: len(self.frozen) - self.n_added]
+        self.longest: Tensor
+        self.register_buffer("longest", share * trained.norm(dim=1, keepdim=True), persistent=False)  # (N, 1)
+        self.delta = nn.Parameter(torch.zeros_like(trained))
+
+    def vectors(self) -> Tensor:
+        """(N + M, H) float32: the adapter applied to the moved vectors."""
+        return self._adapted(self.frozen + self._for_all(self.bounded_delta()))
+
+    def bounded_delta(self) -> Tensor:
+        """(N, K) float32: the deltas, none longer than `share` of its vector."""
+        squares = self.delta.square().sum(dim=1, keepdim=True)  # (N, 1)
+        # Where the delta is short enough the factor is 1 and has no gradient; tiny keeps 0 / 0 away.
+        return self.delta * (self.longest * squares.clamp(min=self.longest.square() + _TINY).rsqrt())
 
 
-def hash_vectors(vectors: np.ndarray) -> str:
-    """SHA-256 of shape and float32 values, as hex: what a saved text recommender knows its vectors by."""
-    values = np.ascontiguousarray(vectors, dtype="<f4")
-    return hashlib.sha256(repr(values.shape).encode() + values.data).hexdigest()
+TEXT_TABLES = {"text": FrozenItems, "sum": SummedItems, "concatenation": ConcatenatedItems}
+
+
+def learned(rows: int, hidden_size: int) -> nn.Parameter:
+    """Trained vectors, (rows, H), drawn from N(0, 0.02)."""
+    return nn.Parameter(nn.init.normal_(torch.empty(rows, hidden_size), std=INITIAL_STD))
+
+
+def make_adapter(kind: str, width: int, hidden_size: int) -> nn.Module:
+    """A trained map (K -> H) that turns vectors of unit variance into ones of INITIAL_STD, as learned items have.
+
+    Args:
+        kind: "linear", or "mlp" for K -> H, GELU, H -> H.
+        width: K.
+    """
+    if kind == "linear":
+        return _initialised(nn.Linear(width, hidden_size), INITIAL_STD / width**0.5)
+    inner = _initialised(nn.Linear(width, hidden_size), width**-0.5)
+    outer = _initialised(nn.Linear(hidden_size, hidden_size), INITIAL_STD / (_GELU_SQUARE * hidden_size) ** 0.5)
+    return nn.Sequential(inner, nn.GELU(), outer)
+
+
+def _initialised(layer: nn.Linear, std: float) -> nn.Linear:
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -11,76 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.dropout import dropout
-from llm2rec.rec.histories import checked, lengths, recent
 from llm2rec.rec.items import INITIAL_STD, ItemTable, lookup
+from llm2rec.rec.sequential import SequentialRecommender
 
 
-class SASRec(nn.Module):
-    """Causal transformer over item vectors; state i predicts the item after position i.
+class SASRec(SequentialRecommender):
+    """Causal transformer over item vectors and positions."""
 
-    Histories are left-aligned with padding at the end, so the causal mask alone keeps padding out of every
-    state of a real item, and positions count from the first item seen.
-    """
-
-    def __init__(
-        self,
-        items: ItemTable,
-        *,
-        hidden_size: int,
-        layers: int,
-        heads: int,
-        dropout: float,
-        history_length: int,
-    ) -> None:
-        super().__init__()
-        self.items = items
-        self.hidden_size, self.heads, self.dropout = hidden_size, heads, dropout
-        self.history_length = history_length
-        self.positions = nn.Parameter(torch.empty(history_length, hidden_size))
-        self.blocks = nn.ModuleList(Block(hidden_size, heads, dropout) for _ in range(layers))
+    def __init__(self, items: ItemTable, architecture: Architecture) -> None:
+        super().__init__(items, architecture)
+        hidden_size, heads = architecture.hidden_size, architecture.heads
+        self.positions = nn.Parameter(torch.empty(architecture.history_length, hidden_size))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, heads, architecture.dropout) for _ in range(architecture.layers)
+        )
         self.norm = nn.LayerNorm(hidden_size)
         nn.init.normal_(self.positions, std=INITIAL_STD)
 
-    @property
-    def n_items(self) -> int:
-        """Items in the catalogue, N."""
-        return self.items.n_items
-
-    def forward(self, histories: Tensor, vectors: Tensor | None = None) -> Tensor:
-        """A state a position, (B, L, H) float32; finite but meaningless at padding.
-
-        Args:
-            histories: (B, L) int64, L <= history_length, left-aligned, 0 = padding.
-            vectors: the result of `items.vectors()` where the step already has it.
-        """
+    def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
+        """(B, L) -> (B, L, H); see the base class."""
         vectors = self.items.vectors() if vectors is None else vectors
         # The item vectors are small (std 0.02) beside what the blocks add: scaled as in the paper.
-        states = lookup(vectors, histories) * self.hidden_size**0.5 + self.positions[: histories.shape[1]]
+        states = lookup(vectors, histories) * self.hidden_size**0.5 + self._places(histories, times)
         states = dropout(states, self.dropout, self.training)  # (B, L, H)
         for block in self.blocks:
             states = block(states)
         normed: Tensor = self.norm(states)
         return normed
 
-    def score(self, histories: Tensor) -> Tensor:
-        """Scores of the whole catalogue after each history, (B, N) float32, no gradient; set `eval()` first.
-
-        Only the last `history_length` items are looked at. An empty history is answered from the first
-        position alone: finite, the same for everyone, and untrained, so prefer popularity there.
-
-        Args:
-            histories: (B, L) int64, any L >= 1, left-aligned, 0 = padding.
-
-        Raises:
-            ValueError: an item outside the catalogue, padding before an item, or L = 0.
-        """
-        with torch.no_grad():
-            seen = recent(checked(histories.to(self.positions.device), self.n_items), self.history_length)
-            vectors = self.items.vectors()
-            newest = (lengths(seen) - 1).clamp(min=0)
-            states = self(seen, vectors)[torch.arange(len(seen), device=seen.device), newest]  # (B, H)
-            return (states @ vectors.T).float()
+    def _places(self, histories: Tensor, times: Tensor | None) -> Tensor:
+        """What tells positions apart, (L, H) or (B, L, H)."""
+        return self.positions[: histories.shape[1]]
 
 
 class Block(nn.Module):
@@ -95,10 +58,7 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(hidden_size)
         self.feed_forward_in = nn.Linear(hidden_size, hidden_size)
         self.feed_forward_out = nn.Linear(hidden_size, hidden_size)
-        for module in self.children():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=INITIAL_STD)
-                nn.init.zeros_(module.bias)
+        initialise_linears(self)
 
     def forward(self, states: Tensor) -> Tensor:
         """(B, L, H) -> (B, L, H); position i sees positions 0..i."""
@@ -107,12 +67,26 @@ class Block(nn.Module):
         return states + self._drop(self.feed_forward_out(inner))
 
     def _attend(self, states: Tensor) -> Tensor:
-        split = self.query_key_value(states).unflatten(-1, (3, self.heads, -1))  # (B, L, 3, heads, H / heads)
-        query, key, value = split.permute(2, 0, 3, 1, 4)  # (B, heads, L, H / heads) each
         share = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=share)
-        attended: Tensor = self.attention_out(mixed.transpose(1, 2).flatten(2))
+        attended: Tensor = self.attention_out(causal_attention(self.query_key_value(states), self.heads, share))
         return attended
 
     def _drop(self, states: Tensor) -> Tensor:
         return dropout(states, self.dropout, self.training)
+
+
+def causal_attention(query_key_value: Tensor, heads: int, dropped_share: float) -> Tensor:
+    """(B, L, 3H) queries, keys and values side by side -> (B, L, H); position i sees positions 0..i."""
+    split = query_key_value.unflatten(-1, (3, heads, -1))  # (B, L, 3, heads, H / heads)
+    query, key, value = split.permute(2, 0, 3, 1, 4)  # (B, heads, L, H / heads) each
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropped_share)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def initialise_linears(module: nn.Module) -> None:
+    """Draws the weights of the linear layers directly in `module` from N(0, 0.02) and zeroes their biases."""
+    for layer in module.children():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=INITIAL_STD)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -1,0 +1,49 @@
+"""The average of two recommenders' scores: the plainest way to put ids and text together."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.rec.sequential import SequentialRecommender
+
+_TINY = 1e-12
+
+
+class ScoreAverage:
+    """Standardised scores of two trained recommenders, averaged; nothing of its own is trained.
+
+    The scores of a history are centred and scaled to unit variance over the catalogue first, so that the
+    weight does not depend on which of the two scores more steeply.
+    """
+
+    def __init__(self, first: SequentialRecommender, second: SequentialRecommender, weight: float = 0.5) -> None:
+        """Takes two loaded recommenders over the same catalogue.
+
+        Args:
+            weight: of `first`, in [0, 1]; `second` has the rest.
+
+        Raises:
+            ConfigError: a weight outside [0, 1].
+            ArtifactError: they score different numbers of items.
+        """
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"weight is {weight}; it must be from 0 to 1")
+        if first.n_items != second.n_items:
+            raise ArtifactError(
+                f"scores of {first.n_items:,} and of {second.n_items:,} items cannot be averaged; load "
+                "recommenders of one catalogue"
+            )
+        self.n_items = first.n_items
+        self._parts = ((first, weight), (second, 1 - weight))
+
+    def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
+        """(B, N) float32; arguments and errors as for the two recommenders."""
+        first, second = (weight * standardised(part.score(histories, times)) for part, weight in self._parts)
+        return first + second
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Scores (B, N) with mean 0 and population variance 1 in every row; zeros where a row is constant."""
+    centred = scores - scores.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=_TINY).sqrt()

@@ -1,0 +1,164 @@
+"""Frozen item vectors: checked, known by their hash, and transformed once, before training.
+
+Raw vectors of language models train badly: their dimensions have means of hundreds and spreads that differ
+by orders of magnitude, and one direction may hold half of the variance. All of the transformation is measured
+on the training catalogue and saved with the weights, so that items added later are treated as the first were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm2rec.errors import ArtifactError, ConfigError
+
+# A component's standard deviation is divided by itself to this power.
+WHITENING_POWERS = {"none": 0.0, "half": 0.5, "full": 1.0}
+# Components below this share of the first one's variance are rounding noise, which whitening would blow up.
+SMALLEST_VARIANCE = 1e-6
+_CHUNK_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What transforms raw vectors: mean and scale, (D,) float32 each, and a projection (D, K) float32 or None."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    projection: np.ndarray | None = None
+
+    def apply(self, vectors: np.ndarray) -> np.ndarray:
+        """(N, D) -> (N, K) float32, K = D without a projection: centred, scaled, projected."""
+        standardised: np.ndarray = (vectors - self.mean) / self.scale
+        return standardised if self.projection is None else standardised @ self.projection
+
+
+@dataclass(frozen=True)
+class FrozenVectors:
+    """Transformed vectors, ready for an item table.
+
+    values: (N + M, K) float32, the N items of training before the M added ones.
+    n_added: M. statistics: of the N. sha256: of the raw vectors of the N.
+    """
+
+    values: np.ndarray
+    n_added: int
+    statistics: Statistics
+    sha256: str
+
+
+def freeze(
+    vectors: np.ndarray,
+    *,
+    whitening: str = "none",
+    dimensions: int | None = None,
+    statistics: Statistics | None = None,
+    added: np.ndarray | None = None,
+) -> FrozenVectors:
+    """Checks, hashes and transforms vectors.
+
+    Args:
+        vectors: (N, D) float, raw, of the training catalogue.
+        whitening, dimensions: see `measure`; not looked at where `statistics` are given.
+        statistics: those of the training; None measures them on `vectors`.
+        added: (M, D) raw vectors of items that the training did not know.
+
+    Raises:
+        ArtifactError: not (N, D), NaN or infinite values, or `added` of another width.
+        ConfigError: more `dimensions` than the vectors have.
+    """
+    vectors = checked_vectors(vectors)
+    statistics = statistics or measure(vectors, whitening, dimensions)
+    values, n_added = statistics.apply(vectors), 0
+    if added is not None:
+        added = checked_vectors(added)
+        if added.shape[1] != vectors.shape[1]:
+            raise ArtifactError(
+                f"added item vectors have {added.shape[1]} dimensions, those of training {vectors.shape[1]}; "
+                "encode the added items with the same encoder"
+            )
+        values, n_added = np.concatenate([values, statistics.apply(added)]), len(added)
+    return FrozenVectors(values, n_added, statistics, hash_vectors(vectors))
+
+
+def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None = None) -> Statistics:
+    """The statistics of a catalogue.
+
+    Every dimension is centred and scaled to unit variance (population variance; a constant one is scaled
+    by 1). With `whitening="none"` and no `dimensions` that is all. Otherwise the standardised vectors are
+    turned into their principal components, strongest first; "half" takes their standard deviations to the
+    power 1/2, "full" makes them all 1, "none" keeps them; then one factor makes the mean variance 1, which the
+    adapter's initial weights expect. Components without variance (fewer items than dimensions) are left out.
+
+    Args:
+        vectors: (N, D) float32, finite.
+        whitening: a key of WHITENING_POWERS.
+        dimensions: principal components kept; None keeps all that have variance.
+
+    Raises:
+        ConfigError: more `dimensions` than there are components with variance.
+        ArtifactError: every vector is the same.
+    Source: principal components of standardised vectors (ours: raw ones are led by single outlying dimensions).
+    """
+    mean, scale = column_statistics(vectors)
+    standardised = Statistics(mean, scale)
+    if whitening == "none" and dimensions is None:
+        return standardised
+    covariance = np.zeros((vectors.shape[1],) * 2)
+    for start in range(0, len(vectors), _CHUNK_ROWS):
+        chunk = standardised.apply(vectors[start : start + _CHUNK_ROWS]).astype(np.float64)
+        covariance += chunk.T @ chunk / len(vectors)
+    variances, directions = np.linalg.eigh(covariance)
+    variances, directions = variances[::-1], directions[:, ::-1]  # strongest first
+    usable = int((variances > SMALLEST_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
+    if usable == 0:
+        raise ArtifactError("every item vector is the same: there is nothing to tell items apart by; encode again")
+    if dimensions is not None and dimensions > usable:
+        raise ConfigError(
+            f"dimensions is {dimensions}, but the vectors vary in {usable} directions; choose {usable} or fewer"
+        )
+    variances, directions = variances[: dimensions or usable], directions[:, : dimensions or usable]
+    power = WHITENING_POWERS[whitening]
+    whitened = variances ** (1 - power)
+    projection = directions * (variances ** (-power / 2) / np.sqrt(whitened.mean()))
+    # The sign of a component is arbitrary; this one does not depend on the linear algebra library.
+    strongest = np.abs(directions).argmax(axis=0)
+    projection *= np.sign(directions[strongest, np.arange(len(strongest))])
+    return Statistics(mean, scale, np.ascontiguousarray(projection, dtype=np.float32))
+
+
+def checked_vectors(vectors: np.ndarray) -> np.ndarray:
+    """The vectors as (N, D) float32.
+
+    Raises:
+        ArtifactError: another shape, or a value is NaN or infinite; nothing is replaced silently.
+    """
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise ArtifactError(f"item vectors have shape {vectors.shape}; expected (items, dimensions)")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise ArtifactError(
+            f"{(~finite).sum():,} of {len(vectors):,} item vectors hold NaN or infinite values (first: row "
+            f"{int(np.argmin(finite))}); run the encode stage again"
+        )
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and population standard deviation of each column, (D,) float32; 1 where a column is constant.
+
+    Summed in float64: language models have dimensions with means of hundreds and a spread below one.
+    """
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    scale = vectors.std(axis=0, dtype=np.float64)
+    # Exact: the standard deviation of equal float32 values may come out as 1e-17 instead of 0.
+    scale[vectors.min(axis=0) == vectors.max(axis=0)] = 1.0
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def hash_vectors(vectors: np.ndarray) -> str:
+    """SHA-256 of shape and float32 values, as hex: what a saved text recommender knows its vectors by."""
+    values = np.ascontiguousarray(vectors, dtype="<f4")
+    return hashlib.sha256(repr(values.shape).encode() + values.data).hexdigest()
