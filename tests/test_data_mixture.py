@@ -1,7 +1,6 @@
 """Several domains as one: nothing of one is seen in the other."""
 
 import numpy as np
-import polars as pl
 
 from conftest import cyclic_log
 from llm2rec.data.mixture import Part, mix
@@ -9,14 +8,14 @@ from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 
-NONE = pl.Series([], dtype=pl.String)
 
-
-def part(folder, name, weight=1.0, cold=NONE, **sizes):
+def part(folder, name, weight=1.0, cold=(), **sizes):
     log, items = cyclic_log(**sizes)
     tables = Interactions.from_frame(log, name), Catalogue.from_frame(items, name)
     prepare(*tables, split=Split(), short_histories="error", out=folder / name)
-    return Part(name, Sequences.load(folder / name), [f"{name} {title}" for title in items["title"]], cold, weight)
+    texts = [f"{name} {title}" for title in items["title"]]
+    trainable = ~items["item_id"].is_in(cold).to_numpy()
+    return Part(name, Sequences.load(folder / name), texts, trainable, weight)
 
 
 def test_windows_of_a_mixture_are_those_of_its_domains(tmp_path):
@@ -41,6 +40,6 @@ def test_shares_are_relative_to_the_largest_weight(tmp_path):
 
 
 def test_cold_items_give_no_training_text(tmp_path):
-    mixture = mix([part(tmp_path, "a", cold=pl.Series(["i01", "i03"]), users=5, items=7)])
+    mixture = mix([part(tmp_path, "a", cold=["i01", "i03"], users=5, items=7)])
     assert np.flatnonzero(~mixture.trainable).tolist() == [1, 3]
     assert len(mixture.training_texts) == 5 and mixture.texts[1] not in mixture.training_texts

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences, check_leakage, prepare
+from llm2rec.data.sequences import ARRAYS, TEST, TRAIN, VALIDATION, Sequences, check_leakage, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ArtifactError, DataError
@@ -43,7 +43,7 @@ def split(log, holdout=1, short_histories="error"):
     with tempfile.TemporaryDirectory() as folder:
         prepare(log, ITEMS, split=Split(holdout=holdout), short_histories=short_histories, out=Path(folder))
         loaded = Sequences.load(Path(folder))
-        arrays = {name: np.array(getattr(loaded, name)) for name in ("items", "offsets", "parts")}
+        arrays = {name: np.array(getattr(loaded, name)) for name in ARRAYS}
         return dataclasses.replace(loaded, **arrays)
 
 
@@ -129,7 +129,7 @@ def test_equal_input_gives_equal_bytes(log, tmp_path):
     for name in ("first", "second"):
         prepare(log, ITEMS, split=Split(), short_histories="error", out=tmp_path / name)
     files = [path for path in (tmp_path / "first").rglob("*") if path.is_file()]
-    assert len(files) == 7
+    assert len(files) == 8
     for path in files:
         assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
 

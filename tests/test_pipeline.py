@@ -239,7 +239,9 @@ def test_compare_finds_a_run_equal_to_itself(finished, copied):
 def test_compare_says_which_settings_differ(finished, copied, world):
     rerun(copied, world, "evaluation.bootstrap_samples=100")
     settings = lr.compare([finished.folder, copied])["settings"]
-    assert settings == {"evaluation.bootstrap_samples": [200, 100]}
+    assert {key: list(values.values()) for key, values in settings.items()} == {
+        "evaluation.bootstrap_samples": [200, 100]
+    }
 
 
 def test_compare_refuses_metrics_that_were_edited(finished, copied):

@@ -1,5 +1,7 @@
 """Recommenders: baselines counted by hand, dropout, windows, fit; test_rec_conformance has what all share."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -16,12 +18,11 @@ from llm2rec.rec import model as models
 from llm2rec.rec.architecture import MODELS, Architecture
 from llm2rec.rec.baselines import Ease, ItemKNN, Markov, Popularity
 from llm2rec.rec.dropout import dropout
-from llm2rec.rec.fit import Optimisation, WindowBatches, fit, fit_recommender
+from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches, fit
 from llm2rec.rec.items import Categories
 from llm2rec.rec.losses import NegativeSampler
 
 N, LENGTH = 12, 5
-SIZES = {"architecture": "sasrec", "hidden_size": 8, "layers": 2, "heads": 2, "dropout": 0.0}
 HISTORIES = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]])
 
 
@@ -161,7 +162,7 @@ def test_targets_last_gives_every_target_its_whole_window_and_supervises_its_end
 
 def test_times_in_a_batch_are_those_of_its_histories(sequences):
     times = np.asarray(sequences.items).astype(np.int64) * 1_000  # the time tells the item
-    batches = WindowBatches(sequences, 3, 7, seed=0, times=times)
+    batches = WindowBatches(dataclasses.replace(sequences, times=times), 3, 7, seed=0, with_times=True)
     for batch in (batches[index] for index in range(len(batches))):
         assert torch.equal(batch["times"], batch["histories"] * 1_000)
 
@@ -176,14 +177,8 @@ def test_negatives_depend_on_seed_epoch_and_batch_alone(sequences):
     assert not torch.equal(one[0]["negatives"], two[0]["negatives"])
 
 
-def run_fit(sequences, out, **changes):
-    options = SIZES | {"learning_rate": 0.01, "weight_decay": 0.0, "batch_size": 16, "hidden_size": 16}
-    options |= {"max_epochs": 25, "patience": 25, "history_length": 4, "seed": 0} | changes
-    return fit(sequences, None, out=out, **options)
-
-
 def test_a_cyclic_world_is_learnt_completely(sequences, tmp_path):
-    summary = run_fit(sequences, tmp_path)
+    summary = fit(sequences, architecture(), optimisation(), seed=0, out=tmp_path)
     ranked = protocol.evaluate(models.load(tmp_path), sequences, TEST, 4, description=None)
     assert protocol.mean_metric(ranked, "recall@1") == 1.0
     assert summary.best_metric == 1.0
@@ -191,7 +186,7 @@ def test_a_cyclic_world_is_learnt_completely(sequences, tmp_path):
 
 def test_fitting_twice_gives_the_same_weights(sequences, tmp_path):
     for name in ("one", "two"):
-        run_fit(sequences, tmp_path / name, max_epochs=2, dropout=0.3)
+        fit(sequences, architecture(dropout=0.3), optimisation(max_epochs=2), seed=0, out=tmp_path / name)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -218,52 +213,43 @@ def optimisation(**changes):
     ids=["gru4rec", "esasrec", "cosine", "gbce", "last"],
 )
 def test_every_way_of_training_learns_a_cyclic_world(sequences, tmp_path, shape, numbers):
-    fit_recommender(sequences, architecture(**shape), optimisation(**numbers), seed=0, out=tmp_path)
+    fit(sequences, architecture(**shape), optimisation(**numbers), seed=0, out=tmp_path)
     loaded = models.load(tmp_path, item_ids=sequences.item_ids)
     ranked = protocol.evaluate(loaded, sequences, TEST, 4, description=None)
     assert protocol.mean_metric(ranked, "recall@1") == 1.0
 
 
-def test_the_flat_form_trains_the_same_weights_as_the_whole_one(sequences, tmp_path):
-    run_fit(sequences, tmp_path / "flat", max_epochs=2)
-    fit_recommender(
-        sequences, architecture(), optimisation(max_epochs=2, patience=25), seed=0, out=tmp_path / "whole"
-    )
-    flat, whole = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("flat", "whole"))
-    assert flat == whole
+def test_items_that_are_not_trainable_are_no_wrong_answers(sequences, tmp_path):
+    trainable = np.arange(N) != 3
+    batch = {"histories": torch.tensor([[1, 2]]), "rows": torch.tensor([1]), "targets": torch.tensor([4])}
+    model = models.build(architecture(), n_items=N, seed=0)
+    NextItemObjective(model, None, trainable)(model, batch).backward()
+    gradient = model.items.weight.grad.abs().sum(dim=1)
+    assert gradient[3] == 0 and (gradient[trainable] > 0).all()
+
+
+def test_items_that_are_not_trainable_are_never_drawn():
+    sampler = NegativeSampler(np.ones(N), 6, "uniform", np.arange(N) < 2)
+    generator = np.random.default_rng(0)
+    assert set(torch.cat([sampler.draw(generator)[0] for _ in range(20)]).tolist()) == {0, 1}
 
 
 def test_a_context_recommender_learns_from_categories_and_times(sequences, tmp_path):
     times = np.tile(np.arange(8), sequences.n_users) * 3_600
     categories = Categories.of([["even" if item % 2 else "odd"] for item in range(N)])
-    summary = fit_recommender(
-        sequences,
-        architecture(name="sasrec-context"),
-        optimisation(),
-        categories=categories,
-        times=times,
-        seed=0,
-        out=tmp_path,
-    )
+    timed = dataclasses.replace(sequences, times=times)
+    shape = architecture(name="sasrec-context")
+    summary = fit(timed, shape, optimisation(), categories=categories, seed=0, out=tmp_path)
     assert summary.best_metric == 1.0
     loaded = models.load(tmp_path)
     walk = torch.tensor([[1, 2, 3, 4]])
     assert loaded.score(walk, torch.arange(4)[None] * 3_600).argmax() == 4
 
 
-@pytest.mark.parametrize(
-    ("name", "times", "error", "message"),
-    [
-        ("sasrec-context", None, ConfigError, "needs the times"),
-        ("sasrec", np.zeros(320, dtype=np.int64), ConfigError, "does not look at times"),
-        ("sasrec-context", np.zeros(319, dtype=np.int64), DataError, r"\(319,\) int64; expected \(320,\)"),
-        ("sasrec-context", np.zeros(320), DataError, "float64; expected"),
-        ("sasrec-context", -np.arange(320), DataError, "times fall"),
-    ],
-)
-def test_times_that_do_not_fit_are_refused_before_training(sequences, tmp_path, name, times, error, message):
-    with pytest.raises(error, match=message):
-        fit_recommender(sequences, architecture(name=name), optimisation(), times=times, seed=0, out=tmp_path)
+def test_times_that_fall_are_refused_before_training(sequences, tmp_path):
+    falling = dataclasses.replace(sequences, times=-np.arange(len(sequences.items)))
+    with pytest.raises(DataError, match="times fall"):
+        fit(falling, architecture(name="sasrec-context"), optimisation(), seed=0, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -289,7 +275,7 @@ def test_an_optimisation_that_cannot_be_is_refused(changes, message):
 def test_more_negatives_than_items_are_refused_before_training(sequences, tmp_path):
     numbers = optimisation(loss="sampled_softmax", negatives=12)
     with pytest.raises(ConfigError, match="12 negatives of 12 items; take fewer"):
-        fit_recommender(sequences, architecture(), numbers, seed=0, out=tmp_path)
+        fit(sequences, architecture(), numbers, seed=0, out=tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,5 +1,6 @@
 """What holds for every recommender: each architecture over each item table and scorer, and the baselines."""
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -166,8 +167,8 @@ class TestEveryRecommender:
 
     def test_every_trainable_parameter_gets_gradient_and_the_frozen_table_none(self, case):
         model, sequences = built(case, dropout=0.1).train(), random_sequences()
-        times = np.arange(len(sequences.items)) * 1_000 if model.needs_times else None
-        batch = WindowBatches(sequences, LENGTH, 64, 0, times=times)[0]
+        timed = dataclasses.replace(sequences, times=np.arange(len(sequences.items)) * 1_000)
+        batch = WindowBatches(timed, LENGTH, 64, 0, with_times=model.needs_times)[0]
         NextItemObjective(model)(model, batch).backward()
         still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert still == []

@@ -1,14 +1,17 @@
 """Item tables: transformed vectors, fused tables, categories, added items, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.evaluation import protocol
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
-from llm2rec.rec.context import BUCKETS, evaluate_with_times, gap_buckets, history_times
+from llm2rec.rec.context import BUCKETS, gap_buckets
 from llm2rec.rec.items import Categories, CategorisedItems, DeltaItems, FrozenItems, make_adapter
 from llm2rec.rec.vectors import freeze, measure
 from test_rec_conformance import HISTORIES, LENGTH, N, built, random_sequences, score, times_of, vectors
@@ -231,13 +234,14 @@ class TestTimes:
         sequences = random_sequences()
         positions = sequences.held_out(VALIDATION)
         times = np.asarray(sequences.items).astype(np.int64) * 2**33  # the time tells the item
-        found = history_times(sequences, times, positions, 4)
+        found = dataclasses.replace(sequences, times=times).history_times(positions, 4)
         assert np.array_equal(found, sequences.histories(positions, 4).astype(np.int64) * 2**33)
 
     def test_evaluation_ranks_each_target_after_its_own_history_and_times(self):
         sequences, model = random_sequences(), built(("sasrec-context", "id", None))
         times = np.cumsum(np.arange(len(sequences.items))) * 60
-        found = evaluate_with_times(model, sequences, times, VALIDATION, LENGTH, batch_size=7)
+        timed = dataclasses.replace(sequences, times=times)
+        found = protocol.evaluate(model, timed, VALIDATION, LENGTH, batch_size=7)
         ranks = []
         for position in sequences.held_out(VALIDATION):
             start = max(position - LENGTH, sequences.offsets[sequences.users_of(np.array([position]))[0]])

@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
-from llm2rec import artifacts
 from llm2rec.errors import ConfigError
-from llm2rec.evaluation import protocol
+from llm2rec.evaluation import protocol, report
+from llm2rec.evaluation.verdicts import TOO_FEW
 from llm2rec.runs import Run, open_run
 
 METRIC = protocol.COMPARED_METRIC
@@ -21,8 +21,8 @@ def compare(runs: Sequence[str | Path | Run], domain: str | None = None) -> dict
     """NDCG@10 of each row in each run, and each later run tested against the first.
 
     Returns:
-        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: values}}`,
-        runs by folder name; settings are the recipe keys whose values differ, one value a run.
+        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}}}`,
+        runs by folder name; settings are the recipe keys whose values differ, each run's value.
 
     Raises:
         ArtifactError: a run is not evaluated, or their test events differ (the difference is named).
@@ -42,16 +42,10 @@ def compare(runs: Sequence[str | Path | Run], domain: str | None = None) -> dict
     return {
         "runs": means,
         "comparisons": protocol.compare_runs(tables, samples),
-        "settings": _differing_settings(opened),
+        "settings": report.differing_settings(
+            {str(run.folder): run.recipe.model_dump(mode="json") for run in opened}
+        ),
     }
-
-
-def _differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
-    """Recipe key -> its value in each run, for the keys whose values differ."""
-    flat = [artifacts.flatten("", run.recipe.model_dump(mode="json")) for run in runs]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    values = {key.removeprefix("."): [settings.get(key) for settings in flat] for key in keys}
-    return {key: each for key, each in values.items() if any(value != each[0] for value in each)}
 
 
 def comparison_table(compared: dict[str, Any]) -> Table:
@@ -65,7 +59,7 @@ def comparison_table(compared: dict[str, Any]) -> Table:
         table.add_row(row, *cells)
     table.add_section()
     for key, values in compared["settings"].items():
-        table.add_row(key, *map(str, values), style="dim")
+        table.add_row(key, *(str(values[run]) for run in (first, *others)), style="dim")
     return table
 
 
@@ -76,4 +70,5 @@ def _cell(compared: dict[str, Any], run: str, row: str) -> str:
     result = compared["comparisons"].get(run, {}).get(row)
     if result is None:
         return f"{mean:.4f}"
-    return f"{mean:.4f}  {result['verdict']} ({result['difference']:+.4f}, p {result['p_holm']:.3f})"
+    tested = "" if result["verdict"] == TOO_FEW else f", p {result['p_holm']:.3f}"
+    return f"{mean:.4f}  {result['verdict']} ({result['difference']:+.4f}{tested})"

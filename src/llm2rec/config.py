@@ -6,6 +6,7 @@ Configuration never enters a module: stage functions unpack these classes into p
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,11 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from llm2rec.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
-FLOORS = ("popularity", "markov")
-ARCHITECTURES = ("sasrec",)
+FLOORS = ("popularity", "markov", "item-knn", "ease")
+ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
+CONTEXT = "sasrec-context"
 VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")
+FUSIONS = ("sum", "concatenation", "delta", "average")
+ROW_NAMES = (
+    f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
+    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum)"
+)
 CSFT_BUDGETS = {"max_tokens", "epochs"}
-ROWS = FLOORS + tuple(f"{architecture}-{vectors}" for architecture in ARCHITECTURES for vectors in VECTORS)
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -28,6 +34,47 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 DOMAIN = "main"  # the only domain of a recipe that names none
 ORIGINS = ("source", "folder", "interactions", "items")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row name taken apart: `sasrec-llm2rec+sum` -> sasrec over llm2rec vectors, summed with learned ids.
+
+    Attributes:
+        architecture: None for floors.
+        vectors: vector set, None for floors and learned ids.
+        fusion: how learned ids stand beside the vectors, None where they do not.
+    """
+
+    name: str
+    architecture: str | None = None
+    vectors: str | None = None
+    fusion: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Row:
+        """The parts of a row name.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if name in FLOORS:
+            return cls(name)
+        if name == CONTEXT:
+            return cls(name, CONTEXT)
+        stem, plus, fusion = name.partition("+")
+        architecture, _, vectors = stem.partition("-")
+        known = architecture in ARCHITECTURES and vectors in VECTORS
+        if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
+            raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")
+        return cls(name, architecture, None if vectors == "id" else vectors, fusion or None)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The rows that an averaged row is made of; a trained row has none."""
+        if self.fusion != "average":
+            return ()
+        return f"{self.architecture}-id", f"{self.architecture}-{self.vectors}"
 
 
 class Section(BaseModel):
@@ -110,6 +157,10 @@ class DataConfig(Section):
     text: str = Field("{title}", description="the text of an item: columns of the items table in braces")
     filters: FiltersConfig = FiltersConfig()
     split: SplitConfig = SplitConfig()
+    categories: str | None = Field(
+        None,
+        description="column of the items, joined by '|' or ','; for sasrec-context and reports",
+    )
     history_length: Annotated[int, Field(gt=0, le=1000)] = Field(
         10, description="items that one prediction looks at (paper: 10)"
     )
@@ -230,20 +281,41 @@ class RecommenderConfig(Section):
     batch_size: Positive = Field(128, description="windows a step; each supervises up to history_length items")
     learning_rate: Rate = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    loss: Literal["full", "sampled_softmax", "gbce"] = Field("full", description="of the next item")
+    targets: Literal["all", "last"] = Field("all", description="positions of a window that are supervised")
+    negatives: Positive = Field(256, description="sampled items a step; the full softmax samples none")
+    sampling: Literal["uniform", "popularity"] = "uniform"
+    calibration: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="of gBCE, its t")
     hidden_size: Positive = 128
     layers: Positive = 2
     heads: Positive = 2
     dropout: Share = 0.3
+    adapter: Literal["linear", "mlp"] = Field("linear", description="from item vectors to hidden_size")
+    whitening: Literal["none", "half", "full"] = Field(
+        "none", description="of item vectors, beyond centring and scaling each dimension"
+    )
+    dimensions: Positive | None = Field(None, description="principal components kept of item vectors; null: all")
+    delta_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="how far +delta may move an item vector, in its own length"
+    )
+    temperature: Rate | None = Field(None, description="cosine over temperature; null: dot product")
 
     @model_validator(mode="after")
     def _known_rows(self) -> RecommenderConfig:
-        unknown = [row for row in self.rows if row not in ROWS]
-        if unknown:
-            raise ValueError(f"unknown row {unknown[0]!r}; known rows: {', '.join(ROWS)}")
         if len(set(self.rows)) != len(self.rows) or not self.rows:
             raise ValueError("`rows` must name at least one row, each once")
+        for name in self.rows:
+            try:
+                row = Row.parse(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+            missing = [parent for parent in row.parents if parent not in self.rows]
+            if missing:
+                raise ValueError(f"row {name!r} averages {' and '.join(row.parents)}; name {missing[0]!r} as well")
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if self.loss == "gbce" and self.sampling != "uniform":
+            raise ValueError("gbce corrects for uniform negatives; set sampling: uniform, or another loss")
         return self
 
 
@@ -253,6 +325,7 @@ class EvaluationConfig(Section):
     k: tuple[Positive, ...] = Field((5, 10, 20), min_length=1, description="cut-offs of recall and NDCG")
     reference: str = Field("sasrec-backbone", description="row that every other row is tested against")
     bootstrap_samples: Positive = 10_000
+    mask_history: bool = Field(False, description="hide what the user consumed before from the ranking")
 
     @model_validator(mode="after")
     def _distinct_cutoffs(self) -> EvaluationConfig:

@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import torch
 
 from llm2rec import artifacts
 from llm2rec.config import FLOORS, SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.evaluation import protocol, report
+from llm2rec.evaluation.maps import EmbeddingMap
+from llm2rec.evaluation.probes import principal_plane
+from llm2rec.evaluation.ranking import list_metrics
+from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, load_scorer, load_vectors, nearest, recommend
-from llm2rec.stages import TINY_RANDOM, fitted, load_domain, row_variants
+from llm2rec.stages import TINY_RANDOM, fitted, load_domain, row_variants, trained_rows
 
 KNOWN_ITEMS = 5
 NEIGHBOURS = 5
@@ -38,7 +43,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
     reference = reference_row(run)
     sequences = load_domain(run, domain).sequences
     out = domain.evaluation
-    per_user = rank_rows(run, domain, sequences)
+    per_user, lists = rank_rows(run, domain, sequences)
     per_user.write_parquet(out / "per_user.parquet")
     summary = protocol.summarise(per_user, settings.k, settings.bootstrap_samples)
     compared = protocol.compare_rows(per_user, reference, settings.bootstrap_samples)
@@ -47,9 +52,11 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
         **summary,
         "reference": reference,
         "comparisons": compared,
+        "lists": lists,
+        "slices": summarise_slices(per_user, slice_events(sequences, TEST), reference),
         "validation": validation_choices(run, domain),
         "protocol": {
-            "ranking": "full, over the whole catalogue; items of the history compete as well",
+            "ranking": protocol.ranking_in_words(settings.mask_history),
             "test_events": test_events,
             "split": split_in_words(domain.config.split),
             "history_length": domain.config.history_length,
@@ -82,22 +89,42 @@ def reference_row(run: Run) -> str:
     return wanted if wanted in rows else rows[0]
 
 
-def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> pl.DataFrame:
-    """Ranks of every test event by every row and seed, PER_USER_COLUMNS."""
-    tables = []
+def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFrame, dict[str, dict[str, float]]]:
+    """Ranks of every test event by every row and seed, PER_USER_COLUMNS, and what each row's lists are like.
+
+    Lists are those of seed 0: coverage, Gini, novelty and popularity lift of the recommended items.
+    """
+    settings, length = run.recipe.evaluation, domain.config.history_length
+    histories = torch.from_numpy(sequences.histories(sequences.held_out(TEST), length).astype(np.int64))
+    counts = torch.from_numpy(_training_counts(sequences))
+    tables, lists = [], {}
     for row in run.recipe.recommender.rows:
         for seed in [0] if row in FLOORS else range(run.recipe.recommender.seeds):
-            scorer = load_scorer(domain, row, seed)
             ranked = protocol.evaluate(
-                scorer, sequences, TEST, domain.config.history_length, description=f"rank {row}"
+                load_scorer(domain, row, seed),
+                sequences,
+                TEST,
+                length,
+                description=f"rank {row}",
+                mask_history=settings.mask_history,
+                list_length=0 if seed else max(settings.k),
             )
             tables.append(protocol.per_user_table(ranked, sequences, row, seed))
-    return pl.concat(tables)
+            if not seed:
+                recommended = torch.tensor(ranked["recommended"].to_numpy())
+                lists[row] = list_metrics(recommended, histories, counts, settings.k)
+    return pl.concat(tables), lists
+
+
+def _training_counts(sequences: Sequences) -> np.ndarray:
+    """Training events of each item, (N,) int64."""
+    items, _ = sequences.training()
+    return np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
 
 
 def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
     """Row -> which of its variants validation chose, with the validation NDCG@10 of each."""
-    rows = [row for row in run.recipe.recommender.rows if row not in FLOORS and len(row_variants(row)) > 1]
+    rows = [row.name for row in trained_rows(run) if len(row_variants(row)) > 1]
     chosen = {row: fitted(domain, row, 0) for row in rows}
     return {row: {"chosen": one["chosen"], "ndcg@10": one["validation"]} for row, one in chosen.items()}
 
@@ -105,11 +132,8 @@ def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
 def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     """Examples to look at: neighbours of the best-known items before and after, one user's next items."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    items, _ = sequences.training()
-    counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)
-    known = np.argsort(-counts, kind="stable")[:KNOWN_ITEMS]
-    sets = [name for name in ("backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
-    vectors = {name: load_vectors(domain, name, catalogue) for name in sets}
+    known = np.argsort(-_training_counts(sequences), kind="stable")[:KNOWN_ITEMS] + 1
+    vectors = shown_vectors(domain, catalogue)
     names = distinct_names(catalogue)
     neighbours = {
         names[catalogue.item_ids[index - 1]]: {
@@ -145,6 +169,28 @@ def _typical_user(sequences: Sequences) -> tuple[str, list[int]]:
     return str(sequences.user_ids[user]), [int(item) for item in known]
 
 
+def shown_vectors(domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
+    """The vector sets of a domain that neighbours and maps are shown of, each (N, D)."""
+    names = [name for name in ("backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
+    return {name: load_vectors(domain, name, catalogue) for name in names}
+
+
+def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
+    """Each vector set on its first two principal axes, coloured by category, or by popularity without any."""
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    names = list(distinct_names(catalogue).values())
+    colours: list[Any] = np.log10(1 + _training_counts(sequences)).tolist()
+    colour_name = "log10 of training events"
+    if domain.config.categories:
+        labels = catalogue.labels(domain.config.categories)
+        colours, colour_name = [row[0] if row else "none" for row in labels], domain.config.categories
+    maps = []
+    for name, vectors in shown_vectors(domain, catalogue).items():
+        plane = principal_plane(vectors)
+        maps.append(EmbeddingMap(name, plane[:, 0].tolist(), plane[:, 1].tolist(), names, colours, colour_name))
+    return maps
+
+
 def distinct_names(catalogue: Catalogue) -> dict[str, str]:
     """Item id -> what it is called in lists: its title, shortened; with the id where others share the title."""
     shared = {title for title, count in Counter(catalogue.titles).items() if count > 1}
@@ -170,10 +216,9 @@ def training_curves(run: Run, domain: Domain) -> dict[str, list[tuple[float, flo
     for name, folder in (("csft loss", run.csft), ("mntp loss", run.mntp), ("contrastive loss", run.iem)):
         curves[name] = _logged(folder / "metrics.jsonl", "loss")
     curves["contrastive validation AUC"] = _logged(run.iem / "metrics.jsonl", "eval_auc")
-    for row in run.recipe.recommender.rows:
-        if row not in FLOORS:
-            file = domain.recommender(row, 0) / "metrics.jsonl"
-            curves[f"{row} validation NDCG@10"] = _logged(file, "eval_ndcg@10")
+    for row in trained_rows(run):
+        file = domain.recommender(row.name, 0) / "metrics.jsonl"
+        curves[f"{row.name} validation NDCG@10"] = _logged(file, "eval_ndcg@10")
     return {name: points for name, points in curves.items() if points}
 
 
@@ -222,6 +267,9 @@ def report_data(run: Run, domain: Domain, per_user: pl.DataFrame) -> report.Repo
         title=f"llm2rec: {run.folder.name}" + ("" if domain.alone else f", {domain.name}"),
         facts=report_facts(run, domain),
         metrics=metrics,
+        list_metrics=metrics["lists"],
+        slices=metrics["slices"],
+        maps=embedding_maps(domain, Sequences.load(domain.data)),
         recall_curves=protocol.recall_curves(per_user),
         training_curves=training_curves(run, domain),
         showcase=shown,

@@ -219,12 +219,6 @@ def _fingerprints(folder: Path) -> dict[str, str]:
     return found
 
 
-def row_parts(row: str) -> tuple[str, str | None]:
-    """Architecture and vectors of a row name: `sasrec-llm2rec` -> (`sasrec`, `llm2rec`)."""
-    architecture, dash, vectors = row.partition("-")
-    return architecture, vectors if dash else None
-
-
 def require_row(run: Run, row: str) -> None:
     """Raises ConfigError where the run has no such row."""
     if row not in run.recipe.recommender.rows:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
-from llm2rec.config import FLOORS, DataConfig
+from llm2rec.config import CONTEXT, DataConfig, RecommenderConfig, Row
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
-from llm2rec.runs import Domain, Run, row_parts
+from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llm2rec.data.mixture import Mixture
     from llm2rec.data.sequences import Sequences
     from llm2rec.data.splits import Split
+    from llm2rec.rec.items import Categories
 
 TINY_RANDOM = "tiny-random"
 # The untrained and the CSFT model are encoded both ways; validation decides which one is the row.
@@ -119,15 +122,21 @@ def fit_stages(run: Run) -> list[Stage]:
 def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
     """One stage a trained row and seed; for rows with variants, each variant and then the choice."""
     stages = []
-    for row in run.recipe.recommender.rows:
-        if row in FLOORS:
-            continue
+    seeds = range(run.recipe.recommender.seeds)
+    for row in trained_rows(run):
         variants = row_variants(row)
-        seeds = range(run.recipe.recommender.seeds)
-        stages += [_fit_stage(run, domain, name, kind, seed) for name, kind in variants.items() for seed in seeds]
+        stages += [
+            _fit_stage(run, domain, row, name, kind, seed) for name, kind in variants.items() for seed in seeds
+        ]
         if len(variants) > 1:
-            stages += [_choice_stage(run, domain, row, list(variants), seed) for seed in seeds]
+            stages += [_choice_stage(run, domain, row.name, list(variants), seed) for seed in seeds]
     return stages
+
+
+def trained_rows(run: Run) -> list[Row]:
+    """The rows that are trained: neither counted nor made of other rows."""
+    rows = [Row.parse(name) for name in run.recipe.recommender.rows]
+    return [row for row in rows if row.architecture and not row.parents]
 
 
 def evaluate_stages(run: Run) -> list[Stage]:
@@ -155,18 +164,16 @@ def _evaluate_stage(run: Run, domain: Domain) -> Stage:
 
 def vector_sets(run: Run) -> list[str]:
     """Names of the vector sets that the rows of the recipe need."""
-    names = [row_parts(row)[1] for row in run.recipe.recommender.rows]
-    wanted = [name for name in names if name not in (None, "id")]
-    return list(dict.fromkeys(name for kind in wanted for name in VARIANTS.get(str(kind), (str(kind),))))
+    wanted = [row.vectors for row in trained_rows(run) if row.vectors]
+    return list(dict.fromkeys(name for kind in wanted for name in VARIANTS.get(kind, (kind,))))
 
 
-def row_variants(row: str) -> dict[str, str | None]:
+def row_variants(row: Row) -> dict[str, str | None]:
     """Trained row -> its vector set; rows of the untrained and the CSFT model come in two variants."""
-    architecture, vectors = row_parts(row)
-    if vectors not in VARIANTS:
-        return {row: None if vectors == "id" else vectors}
-    bidirectional, causal = VARIANTS[str(vectors)]
-    return {f"{row}-bidirectional": bidirectional, f"{row}-causal": causal}
+    if row.vectors not in VARIANTS:
+        return {row.name: row.vectors}
+    bidirectional, causal = VARIANTS[str(row.vectors)]
+    return {f"{row.name}-bidirectional": bidirectional, f"{row.name}-causal": causal}
 
 
 def model_path(run: Run) -> str | Path:
@@ -183,11 +190,15 @@ def model_path(run: Run) -> str | Path:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A prepared domain in memory: sequences, and the id and text of each item (N,)."""
+    """A prepared domain in memory: sequences, and the id and text of each item (N,).
+
+    `trainable` (N,) is False for held-out items, whose text and id no training may use.
+    """
 
     sequences: Sequences
     item_ids: list[str]
     texts: list[str]
+    trainable: np.ndarray
 
 
 def load_domain(run: Run, domain: Domain) -> Loaded:
@@ -202,16 +213,17 @@ def load_domain(run: Run, domain: Domain) -> Loaded:
     from llm2rec.data.texts import item_texts
 
     artifacts.require(domain.data, "prepare")
-    sequences = Sequences.load(domain.data)
+    sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
     check_leakage(
         sequences,
         Interactions.read(domain.data / "interactions.parquet"),
         split=split_of(domain.config, run.recipe.seed),
-        cold=cold_items(domain.data),
+        cold=cold,
         history_length=domain.config.history_length,
     )
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    return Loaded(sequences, catalogue.item_ids, item_texts(catalogue, domain.config.text))
+    trainable = ~catalogue.frame["item_id"].is_in(cold.implode()).to_numpy()
+    return Loaded(sequences, catalogue.item_ids, item_texts(catalogue, domain.config.text), trainable)
 
 
 def load_mixture(run: Run) -> Mixture:
@@ -221,13 +233,12 @@ def load_mixture(run: Run) -> Mixture:
         DataError, ConfigError: see `load_domain`.
     """
     from llm2rec.data.mixture import Part, mix
-    from llm2rec.data.sequences import cold_items
 
     parts = []
     for domain in trained_domains(run):
         loaded = load_domain(run, domain)
-        cold = cold_items(domain.data)
-        parts.append(Part(domain.name, loaded.sequences, loaded.texts, cold, domain.config.weight))
+        weight = domain.config.weight
+        parts.append(Part(domain.name, loaded.sequences, loaded.texts, loaded.trainable, weight))
     return mix(parts)
 
 
@@ -374,38 +385,61 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     return Stage("encode", domain.embeddings(name), inputs, execute)
 
 
-_NOT_OF_A_TRAINING = ("rows", "seeds")
-
-
-def _fit_stage(run: Run, domain: Domain, row: str, vectors: str | None, seed: int) -> Stage:
-    folder = domain.recommender(row, seed)
-    settings = run.recipe.recommender.model_dump(mode="json", exclude=set(_NOT_OF_A_TRAINING))
+def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | None, seed: int) -> Stage:
+    folder = domain.recommender(name, seed)
+    config = run.recipe.recommender
 
     def inputs() -> Inputs:
         parent = {"vectors": _parent(domain.embeddings(vectors), "encode")} if vectors else {}
-        window = {"data.history_length": domain.config.history_length, "seed": seed}
-        return {**_sequence_inputs(domain), **parent, **window, **flatten("recommender", settings)}
+        settings = flatten("recommender", config.model_dump(mode="json", exclude={"rows", "seeds"}))
+        window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
+        if row.name == CONTEXT:
+            window |= {"catalogue": _catalogue_hash(domain), "data.categories": domain.config.categories}
+        return {**_sequence_inputs(domain), **parent, **window, **settings}
 
     def execute(summary: Summary) -> None:
         from llm2rec.data.embeddings import ItemEmbeddings
-        from llm2rec.rec.fit import fit
+        from llm2rec.rec.architecture import Architecture
+        from llm2rec.rec.fit import Optimisation, fit
 
         loaded = load_domain(run, domain)
         table = ItemEmbeddings.load(domain.embeddings(vectors)).aligned_to(loaded.item_ids) if vectors else None
         result = fit(
             loaded.sequences,
-            table,
-            architecture=row_parts(row)[0],
-            history_length=domain.config.history_length,
+            Architecture(
+                name=str(row.architecture),
+                items=row.fusion or ("text" if vectors else "id"),
+                history_length=domain.config.history_length,
+                **_values_of(Architecture, config),
+            ),
+            Optimisation(**_values_of(Optimisation, config)),
+            vectors=table,
+            categories=_categories(domain) if row.name == CONTEXT else None,
+            trainable=loaded.trainable,
             seed=seed,
             out=folder,
-            description=f"fit {row}",
-            **settings,
+            description=f"fit {name}",
         )
         summary |= {"epochs": result.epochs, "best_epoch": result.best_epoch}
         summary |= {"vectors": vectors, "validation_ndcg@10": result.best_metric}
 
     return Stage("fit", folder, inputs, execute)
+
+
+def _values_of(kind: type, config: RecommenderConfig) -> dict[str, Any]:
+    """The recipe's values for the fields of a plain dataclass of the same names."""
+    return {field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+
+
+def _categories(domain: Domain) -> Categories | None:
+    """The categories of the items, where the recipe names a column of them."""
+    from llm2rec.data.tables import Catalogue
+    from llm2rec.rec.items import Categories
+
+    if domain.config.categories is None:
+        return None
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    return Categories.of(catalogue.labels(domain.config.categories))
 
 
 def _choice_stage(run: Run, domain: Domain, row: str, variants: list[str], seed: int) -> Stage:

@@ -47,37 +47,32 @@ class Part:
     name: str
     sequences: Sequences
     texts: list[str]
-    cold: pl.Series
+    trainable: np.ndarray
     weight: float
 
 
 def mix(parts: Sequence[Part]) -> Mixture:
     """The parts as one; a single part keeps its item and user ids."""
     largest = max(part.weight for part in parts)
-    first_item = np.cumsum([0] + [part.sequences.n_items for part in parts])
-    first_event = np.cumsum([0] + [len(part.sequences.items) for part in parts])
-    merged = parts[0].sequences
-    if len(parts) > 1:
-        merged = Sequences(
-            items=np.concatenate(
-                [np.asarray(p.sequences.items) + n for p, n in zip(parts, first_item, strict=False)]
-            ),
-            offsets=np.concatenate(
-                [np.zeros(1, dtype=np.int64)]
-                + [np.asarray(p.sequences.offsets[1:]) + n for p, n in zip(parts, first_event, strict=False)]
-            ),
-            parts=np.concatenate([np.asarray(part.sequences.parts) for part in parts]),
-            item_ids=[f"{part.name}/{item}" for part in parts for item in part.sequences.item_ids],
-            user_ids=pl.concat([part.name + "/" + part.sequences.user_ids.cast(pl.String) for part in parts]),
-        )
+    shares = [part.weight / largest for part in parts]
     return Mixture(
-        sequences=merged,
+        sequences=parts[0].sequences if len(parts) == 1 else _merged(parts),
         texts=[text for part in parts for text in part.texts],
-        trainable=np.concatenate([~_is_in(part.sequences.item_ids, part.cold) for part in parts]),
-        item_shares=np.repeat([part.weight / largest for part in parts], np.diff(first_item)),
-        user_shares=np.repeat([p.weight / largest for p in parts], [p.sequences.n_users for p in parts]),
+        trainable=np.concatenate([part.trainable for part in parts]),
+        item_shares=np.repeat(shares, [part.sequences.n_items for part in parts]),
+        user_shares=np.repeat(shares, [part.sequences.n_users for part in parts]),
     )
 
 
-def _is_in(item_ids: list[str], cold: pl.Series) -> np.ndarray:
-    return pl.Series(item_ids, dtype=pl.String).is_in(cold.cast(pl.String).implode()).to_numpy()
+def _merged(parts: Sequence[Part]) -> Sequences:
+    own = [part.sequences for part in parts]
+    lengths = np.concatenate([np.diff(np.asarray(one.offsets)) for one in own])
+    first_item = np.cumsum([0, *(one.n_items for one in own)])
+    return Sequences(
+        items=np.concatenate([np.asarray(one.items) + first for one, first in zip(own, first_item, strict=False)]),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        parts=np.concatenate([np.asarray(one.parts) for one in own]),
+        item_ids=[f"{part.name}/{item}" for part in parts for item in part.sequences.item_ids],
+        user_ids=pl.concat([part.name + "/" + part.sequences.user_ids.cast(pl.String) for part in parts]),
+        times=np.concatenate([np.asarray(one.times) for one in own]),
+    )

@@ -5,18 +5,29 @@ Memory-mapped: `items`, `offsets` and `parts` are read by CSFT and the recommend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from llm2rec.data.splits import CONTEXT, TEST, TRAIN, VALIDATION, Split, check_parts, split_events, too_short
+from llm2rec.data.splits import (
+    CONTEXT,
+    SECONDS_BELOW,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Split,
+    check_parts,
+    split_events,
+    too_short,
+)
 from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.errors import ArtifactError, DataError, first_few
 
 FOLDER = "sequences"
+ARRAYS = ("items", "offsets", "parts", "times")
 PART_NAMES = {TRAIN: "training", VALIDATION: "validation", TEST: "test", CONTEXT: "context"}
 
 
@@ -26,6 +37,7 @@ class Sequences:
 
     items: (E,) int32. offsets: (U + 1,) int64, user u owns `items[offsets[u]:offsets[u + 1]]`.
     parts: (E,) uint8, TRAIN, VALIDATION, TEST or CONTEXT. Item index i stands for `item_ids[i - 1]`; 0 is padding.
+    times: (E,) int64, epoch seconds (or ranks, where the log has no clock), never falling within a user.
     """
 
     items: np.ndarray
@@ -33,6 +45,7 @@ class Sequences:
     parts: np.ndarray
     item_ids: list[str]
     user_ids: pl.Series
+    times: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @property
     def n_items(self) -> int:
@@ -52,14 +65,12 @@ class Sequences:
             ArtifactError: a file is missing or damaged.
         """
         try:
-            arrays = [
-                np.load(folder / FOLDER / f"{name}.npy", mmap_mode="r") for name in ("items", "offsets", "parts")
-            ]
+            arrays = {name: np.load(folder / FOLDER / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
             users = pl.read_parquet(folder / FOLDER / "users.parquet")[USER]
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise ArtifactError(f"no readable sequences in {folder} ({error}); run `prepare` again") from error
         items = Catalogue.read(folder / "catalogue.parquet").item_ids
-        return cls(arrays[0], arrays[1], arrays[2], items, users)
+        return cls(**arrays, item_ids=items, user_ids=users)
 
     def training(self) -> tuple[np.ndarray, np.ndarray]:
         """Items (T,) and offsets (U + 1,) of the training events alone."""
@@ -95,10 +106,17 @@ class Sequences:
 
         Oldest first, left-aligned, 0-padded at the end.
         """
+        return self._before(positions, length, np.asarray(self.items)).astype(np.int32)
+
+    def history_times(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """(M, length) int64: the times of the events of `histories`, 0 at padding."""
+        return self._before(positions, length, np.asarray(self.times))
+
+    def _before(self, positions: np.ndarray, length: int, values: np.ndarray) -> np.ndarray:
         starts = np.maximum(np.asarray(self.offsets)[self.users_of(positions)], positions - length)
         cells = starts[:, None] + np.arange(length)[None, :]
         inside = cells < positions[:, None]
-        return np.where(inside, np.asarray(self.items)[np.where(inside, cells, 0)], 0).astype(np.int32)
+        return np.where(inside, values[np.where(inside, cells, 0)], 0)
 
 
 def prepare(
@@ -158,7 +176,10 @@ def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequenc
     places = log.ids(ITEM).to_frame(ITEM).with_columns(pl.col(ITEM).cast(pl.String))
     known = places.join(index, on=ITEM, how="left", maintain_order="left")["item_index"].fill_null(0).to_numpy()
     user_ids = log.ids(USER).gather(users).rename(USER)
-    return Sequences(known.astype(np.int32)[log.codes(ITEM)], offsets, parts, catalogue.item_ids, user_ids)
+    items = known.astype(np.int32)[log.codes(ITEM)]
+    times = log.frame[TIME].to_numpy()
+    seconds = times if times.max() < SECONDS_BELOW else times // 1000
+    return Sequences(items, offsets, parts, catalogue.item_ids, user_ids, seconds)
 
 
 def _write(sequences: Sequences, log: Interactions, catalogue: Catalogue, cold: pl.Series, out: Path) -> None:
@@ -166,7 +187,7 @@ def _write(sequences: Sequences, log: Interactions, catalogue: Catalogue, cold: 
     Interactions(log.frame.select(USER, ITEM, TIME)).write(out / "interactions.parquet")
     catalogue.write(out / "catalogue.parquet")
     cold.to_frame(ITEM).write_parquet(out / "cold.parquet")
-    for name in ("items", "offsets", "parts"):
+    for name in ARRAYS:
         np.save(out / FOLDER / f"{name}.npy", getattr(sequences, name))
     sequences.user_ids.to_frame(USER).write_parquet(out / FOLDER / "users.parquet")
 

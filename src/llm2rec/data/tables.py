@@ -171,6 +171,20 @@ class Catalogue:
         """Titles, (N,)."""
         return self.frame[TITLE].to_list()
 
+    def labels(self, column: str) -> list[list[str]]:
+        """The labels of each item, (N,) lists: a column of lists, or of text joined by "|" or ",".
+
+        Raises:
+            DataError: there is no such column.
+        """
+        require_columns(self.frame.columns, [column], "items")
+        values = self.frame[column]
+        if isinstance(values.dtype, pl.List):
+            return [[str(label) for label in row or []] for row in values.to_list()]
+        separator = "|" if values.cast(pl.String).str.contains("|", literal=True).any() else ","
+        rows = [str(value or "").split(separator) for value in values.to_list()]
+        return [[label.strip() for label in row if label.strip()] for row in rows]
+
     def __len__(self) -> int:
         return self.frame.height
 

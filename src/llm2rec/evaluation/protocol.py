@@ -100,7 +100,10 @@ def evaluate(
         for start in starts if description is None else track(starts, description, len(starts)):
             batch = slice(start, start + batch_size)
             histories = sequences.histories(positions[batch], history_length)
-            scores = scorer.score(torch.from_numpy(histories.astype(np.int64)))
+            seen = [torch.from_numpy(histories.astype(np.int64))]
+            if getattr(scorer, "needs_times", False):
+                seen.append(torch.from_numpy(sequences.history_times(positions[batch], history_length)))
+            scores = scorer.score(*seen)
             if scores.shape[1] != sequences.n_items:
                 raise ValueError(f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item")
             known = _known_items(sequences, positions[batch]) if mask_history else None

@@ -7,18 +7,13 @@ the same shape, `score(histories, times)`; the categories are given once, when t
 
 from __future__ import annotations
 
-import numpy as np
-import polars as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2rec.data.sequences import Sequences
-from llm2rec.evaluation.ranking import ranks
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.items import ItemTable, learned
 from llm2rec.rec.sasrec import SASRec
-from llm2rec.rec.sequential import SequentialRecommender
 
 # 0 = no event before, 1 = the same second, then a bucket each doubling: 1, 2..3, 4..7, ... 68 years and over.
 LARGEST_POWER = 31
@@ -49,40 +44,3 @@ def gap_buckets(times: Tensor) -> Tensor:
     edges = 2 ** torch.arange(LARGEST_POWER + 1, device=times.device)
     buckets = 1 + torch.bucketize(times.diff(dim=1), edges, right=True)
     return F.pad(buckets, (1, 0))
-
-
-def history_times(sequences: Sequences, times: np.ndarray, positions: np.ndarray, length: int) -> np.ndarray:
-    """The times of the events of `sequences.histories(positions, length)`, (M, length) int64, 0 at padding.
-
-    Args:
-        times: (E,) int64, of each event of `sequences.items`.
-    """
-    starts = np.maximum(np.asarray(sequences.offsets)[sequences.users_of(positions)], positions - length)
-    cells = starts[:, None] + np.arange(length)[None, :]
-    inside = cells < positions[:, None]
-    return np.where(inside, times[np.where(inside, cells, 0)], 0)
-
-
-def evaluate_with_times(
-    recommender: SequentialRecommender,
-    sequences: Sequences,
-    times: np.ndarray,
-    part: int,
-    history_length: int,
-    batch_size: int = 512,
-) -> pl.DataFrame:
-    """What `evaluation.protocol.evaluate` returns, by a recommender that needs the times of the events.
-
-    Args:
-        times: (E,) int64, of each event of `sequences.items`.
-    """
-    positions = sequences.held_out(part)
-    targets = np.asarray(sequences.items[positions]).astype(np.int64)
-    found = np.empty(len(positions), dtype=np.int64)
-    for start in range(0, len(positions), batch_size):
-        batch = slice(start, start + batch_size)
-        histories = sequences.histories(positions[batch], history_length).astype(np.int64)
-        when = history_times(sequences, times, positions[batch], history_length)
-        scores = recommender.score(torch.from_numpy(histories), torch.from_numpy(when))
-        found[batch] = ranks(scores, torch.from_numpy(targets[batch])).cpu().numpy()
-    return pl.DataFrame({"user_index": sequences.users_of(positions), "item_index": targets, "rank": found})

@@ -15,7 +15,6 @@ from llm2rec.evaluation import protocol
 from llm2rec.rec import losses
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture, require_one_of
-from llm2rec.rec.context import evaluate_with_times
 from llm2rec.rec.items import Categories
 from llm2rec.rec.losses import NegativeSampler
 from llm2rec.rec.model import Recommender
@@ -80,60 +79,12 @@ class FitSummary:
 
 def fit(
     sequences: Sequences,
-    vectors: np.ndarray | None,
-    *,
-    architecture: str,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    dropout: float,
-    learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
-    max_epochs: int,
-    patience: int,
-    history_length: int,
-    seed: int,
-    out: Path,
-    description: str = "fit",
-) -> FitSummary:
-    """`fit_recommender` in the flat form of a recipe's row: learned ids, or `vectors` under a linear adapter.
-
-    Args, errors: see `fit_recommender`.
-    """
-    return fit_recommender(
-        sequences,
-        Architecture(
-            name=architecture,
-            items="id" if vectors is None else "text",
-            hidden_size=hidden_size,
-            layers=layers,
-            heads=heads,
-            dropout=dropout,
-            history_length=history_length,
-        ),
-        Optimisation(
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-            max_epochs=max_epochs,
-            patience=patience,
-        ),
-        vectors=vectors,
-        seed=seed,
-        out=out,
-        description=description,
-    )
-
-
-def fit_recommender(
-    sequences: Sequences,
     architecture: Architecture,
     optimisation: Optimisation,
     *,
     vectors: np.ndarray | None = None,
     categories: Categories | None = None,
-    times: np.ndarray | None = None,
+    trainable: np.ndarray | None = None,
     seed: int,
     out: Path,
     description: str = "fit",
@@ -146,13 +97,14 @@ def fit_recommender(
     Args:
         vectors: (N, D) raw item vectors in the order of the catalogue, frozen; None for learned ids.
         categories: of the N items, beside learned ids.
-        times: (E,) int64 epoch seconds of each event of `sequences.items`; for `sasrec-context`, and only there.
+        trainable: (N,) bool, False for held-out items, which must not stand in the softmax even as wrong answers;
+            None trains against all.
         seed: initial weights, order of the windows, negatives and dropout derive from it.
 
     Raises:
-        ConfigError: parts that do not fit each other, times missing or superfluous, too many negatives.
+        ConfigError: parts that do not fit each other, too many negatives.
         ArtifactError: vectors that do not fit the catalogue or are not finite; a non-finite loss.
-        DataError: times or categories that do not fit the events or the items.
+        DataError: categories that do not fit the items, or times that fall.
     """
     recommender = models.build(
         architecture,
@@ -161,20 +113,21 @@ def fit_recommender(
         vectors=vectors,
         categories=categories,
     )
-    _check_times(recommender, sequences, times)
+    if recommender.needs_times:
+        _check_times(sequences)
     batches = WindowBatches(
         sequences,
         architecture.history_length,
         optimisation.batch_size,
         stage_seed(seed, "recommender windows"),
         targets=optimisation.targets,
-        times=times,
-        sampler=_sampler(sequences, optimisation),
+        with_times=recommender.needs_times,
+        sampler=_sampler(sequences, optimisation, trainable),
     )
     summary = train(
         recommender,
         batches,
-        NextItemObjective(recommender, optimisation),
+        NextItemObjective(recommender, optimisation, trainable),
         out=out,
         settings=TrainSettings(
             max_steps=optimisation.max_epochs * len(batches),
@@ -185,7 +138,7 @@ def fit_recommender(
             metric=METRIC,
             seed=stage_seed(seed, "recommender dropout"),
         ),
-        evaluate=lambda: validate(recommender, sequences, architecture.history_length, times),
+        evaluate=lambda: validate(recommender, sequences, architecture.history_length),
         description=description,
     )
     models.save(recommender, out, sequences.item_ids)
@@ -197,14 +150,9 @@ def fit_recommender(
     )
 
 
-def validate(
-    recommender: Recommender, sequences: Sequences, history_length: int, times: np.ndarray | None = None
-) -> dict[str, float]:
+def validate(scorer: protocol.Scorer, sequences: Sequences, history_length: int) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
-    if times is None:
-        ranked = protocol.evaluate(recommender, sequences, VALIDATION, history_length, description=None)
-    else:
-        ranked = evaluate_with_times(recommender, sequences, times, VALIDATION, history_length)
+    ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None)
     return {METRIC: protocol.mean_metric(ranked, METRIC)}
 
 
@@ -225,12 +173,12 @@ class WindowBatches(Batches):
         seed: int,
         *,
         targets: str = ALL,
-        times: np.ndarray | None = None,
+        with_times: bool = False,
         sampler: NegativeSampler | None = None,
     ) -> None:
         items, offsets = sequences.training()
         self._items = np.asarray(items, dtype=np.int64)
-        self._times = None if times is None else times[np.asarray(sequences.parts) == TRAIN]
+        self._times = sequences.times[np.asarray(sequences.parts) == TRAIN] if with_times else None
         self._every_place = targets == ALL
         if self._every_place:
             self._starts, self._ends = sequences.windows(history_length)
@@ -271,9 +219,18 @@ class WindowBatches(Batches):
 class NextItemObjective:
     """Summed loss of the next item at every labelled position of a batch."""
 
-    def __init__(self, recommender: Recommender, optimisation: Optimisation | None = None) -> None:
+    def __init__(
+        self,
+        recommender: Recommender,
+        optimisation: Optimisation | None = None,
+        trainable: np.ndarray | None = None,
+    ) -> None:
         """Takes the recommender whose items are scored; without an optimisation the loss is the full softmax."""
         self._recommender = recommender
+        self._columns = self._places = None
+        if trainable is not None and not trainable.all():
+            self._columns = torch.from_numpy(np.flatnonzero(trainable))
+            self._places = torch.from_numpy(np.cumsum(trainable) - 1)  # item -> column among the trainable
         self._loss = losses.FULL if optimisation is None else optimisation.loss
         self._calibration = 0.0 if optimisation is None else optimisation.calibration
 
@@ -286,6 +243,8 @@ class NextItemObjective:
         queries, candidates = self._recommender.comparable(labelled, vectors)
         targets = batch["targets"]
         if self._loss == losses.FULL:
+            if self._columns is not None and self._places is not None:
+                candidates, targets = candidates.index_select(0, self._columns), self._places[targets]
             return linear_cross_entropy(queries, candidates, targets)
         negatives = batch["negatives"]
         if self._loss == losses.SAMPLED_SOFTMAX:
@@ -302,7 +261,9 @@ def _prefixes(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]
     return np.maximum(first, places - length), places + 1
 
 
-def _sampler(sequences: Sequences, optimisation: Optimisation) -> NegativeSampler | None:
+def _sampler(
+    sequences: Sequences, optimisation: Optimisation, trainable: np.ndarray | None
+) -> NegativeSampler | None:
     if optimisation.loss == losses.FULL:
         return None
     if optimisation.negatives >= sequences.n_items:
@@ -312,20 +273,10 @@ def _sampler(sequences: Sequences, optimisation: Optimisation) -> NegativeSample
         )
     items, _ = sequences.training()
     counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
-    return NegativeSampler(counts, optimisation.negatives, optimisation.sampling)
+    return NegativeSampler(counts, optimisation.negatives, optimisation.sampling, trainable)
 
 
-def _check_times(recommender: Recommender, sequences: Sequences, times: np.ndarray | None) -> None:
-    name = recommender.architecture.name
-    if recommender.needs_times != (times is not None):
-        needed = "needs the times of the events" if recommender.needs_times else "does not look at times"
-        raise ConfigError(f"a recommender {name!r} {needed}; {'give them' if times is None else 'leave them out'}")
-    if times is None:
-        return
-    if times.shape != sequences.items.shape or times.dtype != np.int64:
-        raise DataError(
-            f"times are {times.shape} {times.dtype}; expected {sequences.items.shape} int64, one an event"
-        )
-    falling = np.flatnonzero(np.diff(times) < 0) + 1
+def _check_times(sequences: Sequences) -> None:
+    falling = np.flatnonzero(np.diff(sequences.times) < 0) + 1
     if np.setdiff1d(falling, np.asarray(sequences.offsets)).size:
         raise DataError("times fall within a user's events, which must be in order of time; run `prepare` again")

@@ -74,18 +74,24 @@ def gbce_beta(negatives: int, n_items: int, calibration: float) -> float:
 class NegativeSampler:
     """Draws items with replacement, uniformly or by training popularity."""
 
-    def __init__(self, counts: np.ndarray, negatives: int, sampling: str) -> None:
+    def __init__(
+        self, counts: np.ndarray, negatives: int, sampling: str, trainable: np.ndarray | None = None
+    ) -> None:
         """Takes the training events of every item.
 
         Args:
             counts: (N,) int64; one is added to each, as an item without events must be drawn too.
             negatives: K, items a draw.
             sampling: UNIFORM (`counts` are not looked at) or POPULARITY.
+            trainable: (N,) bool, False for items that are never drawn; None draws from all.
         """
         weights = np.ones(len(counts)) if sampling == UNIFORM else counts + 1.0
+        if trainable is not None:
+            weights = np.where(trainable, weights, 0.0)
         shares = weights / weights.sum()
         self._cumulative = np.cumsum(shares)
-        self._log_expected = np.log(negatives * shares).astype(np.float32)
+        with np.errstate(divide="ignore"):  # -inf where the share is 0: never drawn
+            self._log_expected = np.log(negatives * shares).astype(np.float32)
         self._negatives = negatives
 
     def draw(self, generator: np.random.Generator) -> tuple[Tensor, Tensor]:

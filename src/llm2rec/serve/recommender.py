@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llm2rec import artifacts
-from llm2rec.config import FLOORS
+from llm2rec.config import FLOORS, Row
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue
@@ -18,6 +18,7 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
+from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Domain, Run, open_run, require_row
 
 SIMILARITY_SET = "llm2rec"
@@ -63,7 +64,10 @@ def recommend(
     catalogue = _catalogue(place)
     indices = [index_of(catalogue, item_id) for item_id in history]
     seen = torch.tensor([indices])
-    scores = load_scorer(place, row, 0).score(seen[:, -place.config.history_length :])
+    scorer = load_scorer(place, row, 0)
+    if getattr(scorer, "needs_times", False):
+        raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
+    scores = scorer.score(seen[:, -place.config.history_length :])
     items, values = top_k(scores, k, exclude=seen if exclude_history else None)
     return _listed(catalogue, items[0].numpy(), values[0].numpy())
 
@@ -101,13 +105,21 @@ def load_scorer(domain: Domain, row: str, seed: int) -> Scorer:
     Raises:
         ArtifactError: the row is not trained, or its vectors are gone or changed.
     """
-    sequences = Sequences.load(domain.data)
     if row in FLOORS:
-        return baselines.FLOORS[row](sequences)
+        return baselines.FLOORS[row](Sequences.load(domain.data))
+    parents = Row.parse(row).parents
+    if parents:
+        first, second = (_load_trained(domain, parent, seed) for parent in parents)
+        return ScoreAverage(first, second)
+    return _load_trained(domain, row, seed)
+
+
+def _load_trained(domain: Domain, row: str, seed: int) -> model.Recommender:
     folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
-    vectors = load_vectors(domain, name, _catalogue(domain)) if name else None
-    return model.load(folder, vectors)
+    catalogue = _catalogue(domain)
+    vectors = load_vectors(domain, name, catalogue) if name else None
+    return model.load(folder, vectors, item_ids=catalogue.item_ids)
 
 
 def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
