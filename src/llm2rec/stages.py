@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
-from llm2rec.config import FLOORS
+from llm2rec.config import FLOORS, OptimizerConfig
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.runs import Run, row_parts
@@ -210,7 +210,7 @@ def _csft_stage(run: Run) -> Stage:
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,
             out=run.csft,
-            **dict(run.recipe.csft),
+            **_arguments(run.recipe.csft),
         )
 
     return Stage("csft", run.csft, inputs, execute)
@@ -233,7 +233,7 @@ def _mntp_stage(run: Run) -> Stage:
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,
             out=run.mntp,
-            **dict(run.recipe.iem.mntp),
+            **_arguments(run.recipe.iem.mntp),
         )
 
     return Stage("iem", run.mntp, inputs, execute)
@@ -259,7 +259,7 @@ def _contrastive_stage(run: Run) -> Stage:
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,
             out=run.iem,
-            **dict(run.recipe.iem.contrastive),
+            **_arguments(run.recipe.iem.contrastive),
         )
 
     return Stage("iem", run.iem, inputs, execute)
@@ -296,6 +296,15 @@ def _encode_stage(run: Run, name: str) -> Stage:
         )
 
     return Stage("encode", run.embeddings(name), inputs, execute)
+
+
+def _arguments(section: OptimizerConfig) -> dict[str, Any]:
+    """The values of a language stage's section, those of its optimizer as one `Optimizer`."""
+    from llm2rec.training import Optimizer
+
+    values = dict(section)
+    optimizer = Optimizer(**{name: values.pop(name) for name in OptimizerConfig.model_fields})
+    return values | {"optimizer": optimizer}
 
 
 _NOT_OF_A_TRAINING = ("rows", "seeds")
