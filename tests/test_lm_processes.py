@@ -134,6 +134,13 @@ def test_two_processes_give_the_loss_curve_of_one(folders, stage):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.parametrize("stage", ["csft", "mntp", "iem"])
+def test_two_processes_take_the_gradients_of_one(folders, stage):
+    one, two = (logged(folder / stage, "grad_norm") for folder in folders)
+    assert min(one) > 1e-2  # premise
+    assert two == pytest.approx(one, rel=1e-3)
+
+
 @pytest.mark.parametrize(("stage", "measure"), [("csft", "eval_perplexity"), ("iem", "eval_auc")])
 def test_two_processes_measure_what_one_measures(folders, stage, measure):
     one, two = (logged(folder / stage, measure) for folder in folders)

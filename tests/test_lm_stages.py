@@ -119,6 +119,21 @@ def test_csft_moves_every_weight(world, tiny_folder, tmp_path):
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
+def test_recomputing_activations_changes_no_weight(world, tiny_folder, tmp_path):
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        run_csft(world, tiny_folder, tmp_path / name, max_tokens=1000, gradient_checkpointing=recompute)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "recomputed")]
+    assert weights[0] == weights[1]
+
+
+def test_windows_longer_than_the_models_context_are_refused(world, tiny_folder, tmp_path):
+    short = backbones.load(tiny_folder, torch.float32)
+    short.model.config.max_position_embeddings = 20
+    backbones.save(short, tmp_path / "short")
+    with pytest.raises(ConfigError, match="reads at most 20; lower data.history_length"):
+        run_csft(world, tmp_path / "short", tmp_path / "out")
+
+
 def masked(tiny, share=0.2):
     texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=False)
     return MaskedBatches(texts, tiny.tokenizer("_")["input_ids"][0], 5, 8, share, seed=0), texts

@@ -133,9 +133,8 @@ def contrastive(
         ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
     """
     pooling.exported()  # refused before it is trained for
-    lm = backbones.load_for_training(
-        model, dtype, causal=False, head=False, gradient_checkpointing=gradient_checkpointing
-    )
+    recompute = gradient_checkpointing
+    lm = backbones.load_for_training(model, dtype, causal=False, head=False, gradient_checkpointing=recompute)
     merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
     seed = stage_seed(seed, "contrastive")
     pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed, pooling)
@@ -144,17 +143,14 @@ def contrastive(
         batches = contrastive_batches(
             lm, sequences, titles, max_title_tokens, positives, steps, batch_size, micro_batch_tokens, seed
         )
-        course: dict[str, Any] = {"max_steps": steps, "accumulation": processes().count, "seed": seed}
-        course |= {"evaluate_every": math.ceil(steps / evaluations), "patience": patience, "metric": "auc"}
+        course: dict[str, Any] = {"max_steps": steps, "evaluate_every": math.ceil(steps / evaluations)}
+        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": seed}
         settings = TrainSettings(**asdict(optimizer), **course)
-        summary |= _train(
-            lm, batches, ContrastiveObjective(lm, temperature, pooling), pairs, dropout, settings, out
-        )
+        objective = ContrastiveObjective(lm, temperature, pooling)
+        summary |= _train(lm, batches, objective, pairs, dropout, settings, out)
     if merge:
         merge()
-    if processes().is_main:
-        export(lm, titles, max_title_tokens, out, pooling)
-    processes().wait()
+    export(lm, titles, max_title_tokens, out, pooling)
     return summary
 
 
@@ -387,10 +383,20 @@ class ValidationPairs:
 def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling = MEAN) -> None:
     """Writes a SentenceTransformer folder and checks that it gives the encoder's vectors.
 
+    Of several processes the main one does so, and the others wait for it.
+
     Raises:
         ArtifactError: the folder cannot express the pooling, or its vectors differ by more than rounding.
     """
     mode = pooling.exported()
+    if processes().is_main:
+        _export(lm, titles, max_title_tokens, out, pooling, mode)
+    processes().wait()
+
+
+def _export(
+    lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling, mode: str
+) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
     from sentence_transformers.sentence_transformer.modules import Transformer

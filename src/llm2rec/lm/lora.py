@@ -62,7 +62,7 @@ def attach(lm: Backbone, lora: Lora, seed: int) -> Callable[[], None]:
 
     def merge() -> None:
         adapted.merge_and_unload()
-        del lm.model.peft_config
+        vars(lm.model).pop("peft_config", None)
         lm.model.requires_grad_(True)
 
     return merge
