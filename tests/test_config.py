@@ -5,8 +5,8 @@ import pytest
 import yaml
 
 from llm2rec import config
-from llm2rec.config import load_recipe, recipe_names
 from llm2rec.errors import ConfigError
+from llm2rec.loading import load_recipe, recipe_names
 
 SOURCE = Path(config.__file__).parent
 

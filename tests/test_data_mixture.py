@@ -41,5 +41,5 @@ def test_shares_are_relative_to_the_largest_weight(tmp_path):
 
 def test_cold_items_give_no_training_text(tmp_path):
     mixture = mix([part(tmp_path, "a", cold=["i01", "i03"], users=5, items=7)])
-    assert np.flatnonzero(~mixture.trainable).tolist() == [1, 3]
+    assert np.flatnonzero(mixture.item_shares == 0).tolist() == [1, 3]
     assert len(mixture.training_texts) == 5 and mixture.texts[1] not in mixture.training_texts

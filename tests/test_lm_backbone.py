@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -9,9 +10,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import TITLES
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
+from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, tokenise
 
 FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
 
@@ -34,10 +37,6 @@ def test_every_family_attends_as_told(config_class, causal):
 @pytest.mark.parametrize("config_class", FAMILIES)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_attention_equals_plain_attention_in_every_family(config_class, causal):
-    import numpy as np
-
-    from llm2rec.lm.packing import pack
-
     lm = Backbone(random_model(config_class).eval(), None)
     lm.set_causal(causal)
     rows = [np.array([5, 6, 7, 8, 9]), np.array([10, 11]), np.array([12, 13, 14])]
@@ -91,3 +90,49 @@ def test_the_same_seed_gives_the_same_tiny_model(tmp_path):
         backbones.make_tiny_random(["a b", "c d"], tmp_path / name, seed=3)
     one, two = (backbones.load(tmp_path / name, torch.float32).model for name in ("one", "two"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def hidden_gradients(lm, packed, checkpointed):
+    """Gradients of the packed row's states, and how often a layer's attention ran."""
+    calls = []
+    lm.body.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    if checkpointed:
+        lm.checkpoint_gradients()
+    lm.model.train()
+    lm.model.zero_grad()
+    lm.hidden_states(packed).square().sum().backward()
+    return [p.grad.clone() for p in lm.body.parameters()], len(calls)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_checkpointed_gradients_are_the_plain_ones(tiny_folder, causal):
+    texts = tokenise(backbones.load(tiny_folder, torch.float32).tokenizer, TITLES, 64, special_tokens=False)
+    packed = pack(*gather_texts(texts, np.arange(6)))
+    results = []
+    for checkpointed in (False, True):
+        lm = backbones.load(tiny_folder, torch.float32)
+        lm.set_causal(causal)
+        results.append(hidden_gradients(lm, packed, checkpointed))
+    (plain, once), (recomputed, twice) = results
+    assert (once, twice) == (1, 2)  # premise: the layer really ran again
+    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+
+
+def test_a_sequence_longer_than_the_context_is_refused(tiny):
+    texts = tokenise(tiny.tokenizer, TITLES, 64, special_tokens=False)
+    tiny.check_readable(texts, 4096)
+    with pytest.raises(ConfigError, match="4,097 tokens, the model reads at most 4,096"):
+        tiny.check_readable(texts, 4097)
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(tiny):
+    texts = TokenisedTexts(np.array([3, len(tiny.tokenizer)]), np.array([0, 2]))
+    with pytest.raises(ArtifactError, match=f"gives token {len(tiny.tokenizer)}"):
+        tiny.check_readable(texts, 2)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tiny, tmp_path):
+    tiny.tokenizer.pad_token = tiny.tokenizer.eos_token = None
+    backbones.save(tiny, tmp_path)
+    with pytest.raises(ArtifactError, match="pad token None"):
+        backbones.load(tmp_path, torch.float32)

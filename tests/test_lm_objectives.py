@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, pool_mean, token_loss
+from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, token_loss
 
 
 def test_token_loss_reads_the_next_token_at_supervised_positions_only():
@@ -60,8 +60,3 @@ def test_cached_gradients_equal_the_plain_ones_with_dropout():
     assert max(gradient.abs().max() for gradient in plain) > 1e-3  # premise: there is something to compare
     for one, other in zip(plain, cached, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-
-
-def test_pool_mean_averages_each_sequence():
-    hidden = torch.tensor([[[1.0], [3.0], [10.0]]])
-    assert pool_mean(hidden, torch.tensor([0, 0, 1]), 2).tolist() == [[2.0], [10.0]]

@@ -26,10 +26,13 @@ from llm2rec.lm.iem import (
     distinct_texts,
     export,
     mntp,
+    shuffled_batches,
 )
 from llm2rec.lm.objectives import contrastive_loss
+from llm2rec.lm.pooling import embed
+from llm2rec.training import Optimizer
 
-OPTIMIZER = {"weight_decay": 0.0, "warmup_share": 0.0, "schedule": "constant", "max_grad_norm": 1.0}
+OPTIMIZER = Optimizer(learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,11 @@ def run_csft(world, model, out, **changes):
     options |= {
         "history_length": 4,
         "max_title_tokens": 16,
-        "learning_rate": 1e-2,
+        "optimizer": OPTIMIZER,
         "checkpoints": 0,
         "seed": 0,
     }
-    return csft(sequences, titles, model=model, dtype=torch.float32, out=out, **(OPTIMIZER | options | changes))
+    return csft(sequences, titles, model=model, dtype=torch.float32, out=out, **(options | changes))
 
 
 def test_labels_are_the_titles_after_the_first_and_their_separators(tiny):
@@ -117,6 +120,21 @@ def test_csft_moves_every_weight(world, tiny_folder, tmp_path):
     assert [name for name in before if torch.equal(before[name], after[name])] == []
 
 
+def test_recomputing_activations_changes_no_weight(world, tiny_folder, tmp_path):
+    for name, recompute in (("kept", False), ("recomputed", True)):
+        run_csft(world, tiny_folder, tmp_path / name, max_tokens=1000, gradient_checkpointing=recompute)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "recomputed")]
+    assert weights[0] == weights[1]
+
+
+def test_windows_longer_than_the_models_context_are_refused(world, tiny_folder, tmp_path):
+    short = backbones.load(tiny_folder, torch.float32)
+    short.model.config.max_position_embeddings = 20
+    backbones.save(short, tmp_path / "short")
+    with pytest.raises(ConfigError, match="reads at most 20; lower data.history_length"):
+        run_csft(world, tmp_path / "short", tmp_path / "out")
+
+
 def masked(tiny, share=0.2):
     texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=False)
     return MaskedBatches(texts, tiny.tokenizer("_")["input_ids"][0], 5, 8, share, seed=0), texts
@@ -150,19 +168,24 @@ def test_the_unmasked_tokens_are_the_title(tiny):
     assert set(texts) <= set(TITLES)
 
 
+def title_batches(texts, steps, batch_size, micro_batch_tokens):
+    """Two views of each title, as the contrastive stage makes them."""
+    chosen = shuffled_batches(np.ones(len(texts)), steps, batch_size, seed=0)
+    return TitleBatches(texts, [np.stack([rows, rows], axis=1) for rows in chosen], micro_batch_tokens)
+
+
 def test_no_title_stands_twice_in_a_contrastive_batch(tiny):
     texts = distinct_texts(tiny.tokenizer, TITLES + TITLES, 64, special_tokens=True)
     assert len(texts) == len(TITLES)
-    batches = TitleBatches(texts, 6, 9, 10_000, seed=0)
-    for index in range(len(batches)):
-        assert len(np.unique(batches._chosen[index])) == 9
+    chosen = shuffled_batches(np.ones(len(texts)), 6, 9, seed=0)
+    assert [len(np.unique(rows)) for rows in chosen] == [9] * 6
 
 
 def contrastive_gradients(tiny, micro_batch_tokens):
     texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=True)
     tiny.model.zero_grad()
     tiny.model.eval()  # without dropout, chunked and whole batches see the same vectors
-    batch = TitleBatches(texts, 1, 12, micro_batch_tokens, seed=0)[0]
+    batch = title_batches(texts, 1, 12, micro_batch_tokens)[0]
     loss = ContrastiveObjective(tiny, 0.1)(tiny.model, batch)
     loss.backward()
     gradients = [p.grad.clone() for p in tiny.body.parameters() if p.grad is not None]
@@ -183,11 +206,9 @@ def test_a_chunked_contrastive_batch_gives_the_gradients_of_the_whole(tiny):
 def test_dropout_makes_two_different_views(tiny):
     tiny.set_causal(False)
     texts = distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=True)
-    batch = TitleBatches(texts, 1, 8, 100_000, seed=0)[0]
+    batch = title_batches(texts, 1, 8, 100_000)[0]
 
     tiny.model.train()
-    from llm2rec.lm.encode import embed
-
     with backbones.dropout(tiny.model, 0.5):
         views = embed(tiny, batch["chunks"]["chunk0"]).chunk(2)
     assert not torch.allclose(views[0], views[1])
@@ -211,7 +232,7 @@ def encoder(world, tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     run_csft(world, tiny_folder, root / "csft")
     sequences, titles = world
-    shared = OPTIMIZER | {"dtype": torch.float32, "max_title_tokens": 16, "learning_rate": 1e-2, "seed": 0}
+    shared = {"dtype": torch.float32, "max_title_tokens": 16, "optimizer": OPTIMIZER, "seed": 0}
     mntp(
         titles,
         model=root / "csft",

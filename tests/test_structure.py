@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "llm2rec"
 LEVELS = [
     {"version", "errors"},
     {"progress", "artifacts", "config"},
+    {"loading"},
     {"runs"},
     {"data"},
     {"evaluation"},

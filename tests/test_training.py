@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llm2rec.errors import ArtifactError
-from llm2rec.training import Batches, TrainSettings, stage_seed, train
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.training import Batches, Optimizer, TrainSettings, stage_seed, train
 
 
 class Numbers(Batches):
@@ -97,6 +97,70 @@ def test_training_stops_when_validation_no_longer_gains(tmp_path):
     assert summary.steps == 3
 
 
+def test_of_a_measure_that_should_fall_the_lowest_wins(tmp_path):
+    model, values, seen = network(), iter([0.5, 0.2, 0.3, 0.4]), []
+
+    def evaluate():
+        seen.append(weights(model))
+        return {"perplexity": next(values)}
+
+    options = settings(max_steps=9, evaluate_every=1, patience=2, metric="perplexity", greater_is_better=False)
+    summary = train(
+        model, Numbers(), squared_error, out=tmp_path, settings=options, evaluate=evaluate, description="x"
+    )
+    assert (summary.steps, summary.best_step, summary.best_metric) == (4, 2, 0.2)
+    assert torch.equal(weights(model), seen[1])
+
+
+def learning_rates(folder, **changes):
+    """The learning rate of each of ten steps, as shares of the peak."""
+    train(
+        network(),
+        Numbers(),
+        squared_error,
+        out=folder,
+        settings=settings(max_steps=10, **changes),
+        description="x",
+    )
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [round(line["learning_rate"] / 0.01, 3) for line in lines if "learning_rate" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [1] * 10),
+        ({"warmup_share": 0.3}, [0, 0.333, 0.667, *[1] * 7]),
+        ({"schedule": "linear", "warmup_share": 0.2}, [0, 0.5, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"schedule": "cosine"}, [1, 0.976, 0.905, 0.794, 0.655, 0.5, 0.345, 0.206, 0.095, 0.024]),
+        (
+            {"schedule": "wsd", "warmup_share": 0.2, "decay_share": 0.4, "decay": "linear"},
+            [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
+        ),
+        ({"schedule": "wsd", "decay_share": 0.4}, [1, 1, 1, 1, 1, 1, 1, 0.5, 0.293, 0.134]),
+    ],
+    ids=["constant", "constant after warm-up", "linear", "cosine", "wsd linear", "wsd 1-sqrt"],
+)
+def test_the_learning_rate_takes_its_course(tmp_path, changes, expected):
+    assert learning_rates(tmp_path, **changes) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "step"}, "constant, linear, cosine, wsd"),
+        ({"decay": "exponential"}, "1-sqrt, linear"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm"),
+        ({"warmup_share": 1.0}, "warmup_share"),
+        ({"schedule": "wsd", "warmup_share": 0.6, "decay_share": 0.5}, "at most 1"),
+    ],
+)
+def test_an_impossible_course_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Optimizer(**({"learning_rate": 0.1} | changes))
+
+
 class Killed(Exception):
     pass
 
@@ -142,16 +206,31 @@ def test_a_finished_training_is_not_trained_further(tmp_path):
     assert torch.equal(weights(first), weights(second))
 
 
-def test_a_non_finite_loss_stops_and_names_the_step(tmp_path):
-    with pytest.raises(ArtifactError, match="loss is nan at step 1"):
-        train(
-            network(),
-            Numbers(),
-            lambda model, batch: squared_error(model, batch) * float("nan"),
-            out=tmp_path,
-            settings=settings(),
-            description="x",
-        )
+def test_a_non_finite_loss_stops_keeps_the_checkpoint_and_names_the_batch(tmp_path):
+    calls = iter(range(100))
+
+    def broken(model, batch):
+        return squared_error(model, batch) * (float("nan") if next(calls) == 4 else 1)
+
+    options = settings(checkpoint_every=2)
+    with pytest.raises(ArtifactError, match=r"loss is nan at step 5 \(batch 4 with 6 targets\)"):
+        train(network(), Numbers(), broken, out=tmp_path, settings=options, description="x")
+    assert (tmp_path / "checkpoints" / "checkpoint-4" / "complete").exists()
+
+
+def test_a_non_finite_gradient_stops_before_the_weights_move(tmp_path):
+    model, seen = network(), []
+
+    def broken(model, batch):
+        seen.append(weights(model))
+        loss = squared_error(model, batch)
+        if len(seen) == 3:
+            loss = loss + model[0].weight.sub(model[0].weight.detach()).abs().sum().sqrt()  # finite, slope is not
+        return loss
+
+    with pytest.raises(ArtifactError, match="gradient is nan at step 3"):
+        train(model, Numbers(), broken, out=tmp_path, settings=settings(), description="x")
+    assert torch.equal(weights(model), seen[2])
 
 
 def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):

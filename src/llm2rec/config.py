@@ -5,17 +5,14 @@ Configuration never enters a module: stage functions unpack these classes into p
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llm2rec.errors import ConfigError
 
-RECIPES = Path(__file__).parent / "recipes"
 FLOORS = ("popularity", "markov", "item-knn", "ease")
 ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
 CONTEXT = "sasrec-context"
@@ -203,19 +200,44 @@ class OptimizerConfig(Section):
     learning_rate: Rate = Field(1e-4, description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="of the learning rate; wsd: warm-up, stable, decay"
+    )
+    decay_share: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="last share of the steps, under wsd")
+    decay: Literal["1-sqrt", "linear"] = Field("1-sqrt", description="shape of that decay")
     max_grad_norm: Rate = 1.0
 
 
-class CsftConfig(OptimizerConfig):
+class LoraConfig(Section):
+    """Low-rank adapters, trained in the place of the weights and merged (extra `lora`)."""
+
+    rank: Positive = 16
+    alpha: Rate = 32.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LanguageConfig(OptimizerConfig):
+    """What every language stage may set besides."""
+
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the weights")
+
+
+class CsftConfig(LanguageConfig):
     """Collaborative supervised fine-tuning (paper section 3.2)."""
 
     learning_rate: Rate = 2e-4
     max_tokens: Positive | None = Field(None, description="budget in tokens; give this or epochs")
     epochs: Rate | None = Field(None, description="budget in passes over the training windows")
+    mode: Literal["packed", "paper", "tree"] = Field(
+        "packed", description="one pass a window; the authors' samples; the same, shared starts computed once"
+    )
+    paper_separator: bool = Field(False, description="separate history and target, which the authors do not")
     batch_tokens: Positive = Field(4096, description="tokens of one optimizer step")
     micro_batch_tokens: Positive = Field(2048, description="tokens in one forward pass; bounds the memory")
     checkpoints: Count = Field(4, description="checkpoints in the course of the stage (0: none)")
+    evaluations: Count = Field(0, description="held-out perplexities on the way; the best weights win (0: none)")
+    patience: Positive | None = Field(None, description="evaluations without a gain before the stage stops")
 
     @model_validator(mode="after")
     def _one_budget(self) -> CsftConfig:
@@ -229,7 +251,7 @@ class CsftConfig(OptimizerConfig):
         return self
 
 
-class MntpConfig(OptimizerConfig):
+class MntpConfig(LanguageConfig):
     """Masked next-token prediction on titles (paper section 3.3)."""
 
     steps: Count = Field(..., description="optimizer steps; 0 leaves the stage out")
@@ -238,7 +260,7 @@ class MntpConfig(OptimizerConfig):
     checkpoints: Count = Field(4, description="checkpoints in the course of the stage (0: none)")
 
 
-class ContrastiveConfig(OptimizerConfig):
+class ContrastiveConfig(LanguageConfig):
     """Contrastive learning on two dropout views of each title (paper section 3.3)."""
 
     learning_rate: Rate = 5e-5
@@ -246,6 +268,9 @@ class ContrastiveConfig(OptimizerConfig):
     batch_size: Annotated[int, Field(ge=2)] = Field(256, description="titles a step (paper: 256)")
     temperature: Rate = Field(0.1, description="divides the cosine (paper: 0.2, authors' code: 0.1)")
     micro_batch_tokens: Positive = Field(2048, description="tokens in one forward pass; bounds the memory")
+    positives: Literal["dropout", "consumed-next"] = Field(
+        "dropout", description="two dropout views of a title, or titles consumed one after the other"
+    )
     dropout: Share = Field(0.2, description="attention dropout that makes the two views (paper: 0.2)")
     evaluations: Positive = Field(8, description="validations in the course of the stage")
     patience: Positive = Field(3, description="validations without a gain before the stage stops")
@@ -262,6 +287,11 @@ class EncodeConfig(Section):
     """Turning titles into vectors."""
 
     batch_tokens: Positive = Field(8192, description="tokens in one forward pass")
+    pooling: Literal["mean", "last", "weighted-mean"] = Field("mean", description="of a title's hidden states")
+    layer: Annotated[int, Field(ge=-1)] = Field(
+        -1, description="whose states, -1: the last; llm2rec vectors are always of the last"
+    )
+    shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
 
 
 class RecommenderConfig(Section):
@@ -374,167 +404,3 @@ class Recipe(Section):
                 f"evaluation.reference {reference!r} is not a row of the run: {', '.join(self.recommender.rows)}"
             )
         return self
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def recipe_path(recipe: str | Path) -> Path:
-    """The file behind a shipped name or a path.
-
-    Raises:
-        ConfigError: there is neither.
-    """
-    shipped = RECIPES / f"{recipe}.yaml"
-    if shipped.is_file():
-        return shipped
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    raise ConfigError(f"recipe {str(recipe)!r} is neither a file nor one of: {', '.join(recipe_names())}")
-
-
-def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
-    """The validated recipe of a shipped name or a path, with `KEY=VALUE` overrides applied.
-
-    Paths inside a recipe file are relative to its folder, paths in overrides to the working directory;
-    environment variables (`${NAME}`) are filled in.
-
-    Raises:
-        ConfigError: unknown recipe, key or row; a value of the wrong type; an undefined variable.
-    """
-    path = recipe_path(recipe)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    _anchor_paths(content, path.parent)
-    for override in overrides:
-        apply_override(content, override)
-    return parse_recipe(content, str(path))
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Plain YAML whose mappings name no key twice: the first value would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
-    """Validates a nested mapping; `origin` names it in the error.
-
-    Raises:
-        ConfigError: naming each offending key, the value got and what is allowed.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from error
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: no such key; allowed here: {', '.join(_siblings(problem['loc']))}"
-    if problem["type"] == "missing":
-        return f"{key}: required, but missing"
-    if problem["type"] == "model_type":
-        return f"{key}: a section with keys of its own (got {problem['input']!r})"
-    if problem["type"] == "tuple_type":
-        return f"{key}: a list, for example [{problem['input']}] (got {problem['input']!r})"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    return f"{key}: {message}" + ("" if problem["type"] == "value_error" else f" (got {problem['input']!r})")
-
-
-def _siblings(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
-    for part in location[:-1]:
-        field = section.model_fields.get(part)
-        if part == "domains" or field is None:  # `domains`, then the name of one
-            section = DomainConfig
-        else:
-            classes = get_args(field.annotation) or (field.annotation,)
-            section = next(one for one in classes if isinstance(one, type) and issubclass(one, Section))
-    return list(section.model_fields)
-
-
-def apply_override(content: dict[str, Any], override: str) -> None:
-    """Sets one `dotted.key=value` in a nested mapping; the value is read as YAML.
-
-    Raises:
-        ConfigError: no `=`, or the key goes through something that is not a section.
-    """
-    key, equals, value = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set takes KEY=VALUE, for example csft.max_tokens=140000; got {override!r}")
-    section = content
-    for part in parts[:-1]:
-        section = section.setdefault(part, {})
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
-    section[parts[-1]] = _number(parsed)
-    if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
-        for other in CSFT_BUDGETS - {parts[-1]}:
-            section.pop(other, None)
-    if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
-        _replace_origin(section, parts[-1], parsed)
-
-
-def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
-    """Another origin of the data takes the place of the one that the recipe names."""
-    together = {"interactions", "items"} if key in ("interactions", "items") else {key}
-    for other in set(ORIGINS) - together:
-        section.pop(other, None)
-    if key != "source":
-        section[key] = _expand(str(value), Path.cwd())
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _anchor_paths(content: dict[str, Any], base: Path) -> None:
-    _convert_numbers(content)
-    domains = content.get("domains")
-    sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
-    for section in sections:
-        for key in set(ORIGINS) - {"source"}:
-            if isinstance(section, dict) and isinstance(section.get(key), str):
-                section[key] = _expand(section[key], base)
-
-
-def _convert_numbers(section: dict[str, Any]) -> None:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            _convert_numbers(value)
-        elif key not in ORIGINS:
-            section[key] = _number(value)
-
-
-def _expand(text: str, base: Path) -> str:
-    expanded = os.path.expandvars(os.path.expanduser(text))
-    if "$" in expanded:
-        raise ConfigError(f"{text}: the environment variable is not set; set it to the folder of your data")
-    return str((base / expanded).resolve())

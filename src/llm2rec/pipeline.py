@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llm2rec import artifacts, progress, stages
-from llm2rec.config import DataConfig, load_recipe
+from llm2rec.config import DataConfig
 from llm2rec.data import sources
+from llm2rec.loading import load_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
 

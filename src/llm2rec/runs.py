@@ -13,8 +13,9 @@ from platform import platform, python_version
 from typing import Any
 
 from llm2rec import artifacts
-from llm2rec.config import DomainConfig, Recipe, load_recipe, parse_recipe, recipe_path
+from llm2rec.config import DomainConfig, Recipe
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.loading import load_recipe, parse_recipe, recipe_path
 from llm2rec.version import __version__
 
 RECIPE, RESOLVED, LOG, LOCK = "recipe.yaml", "resolved.json", "log.jsonl", ".lock"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -27,10 +32,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from llm2rec import artifacts, progress
-from llm2rec.errors import ArtifactError
+from llm2rec.errors import ArtifactError, ConfigError
 
 COMPLETE = "complete"
 STATE = "trainer_state.json"
+# Our name of a schedule -> transformers'; its plain `constant` would leave the warm-up out.
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+SCHEDULES |= {"wsd": "warmup_stable_decay"}
+DECAYS = ("1-sqrt", "linear")
 Batch = dict[str, Any]
 Objective = Callable[[nn.Module, Batch], Tensor]
 
@@ -54,22 +63,72 @@ class Batches(Dataset):
         """Reshuffles for `epoch`; called by the engine before each pass."""
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Plain numbers of one training; steps are optimizer steps, of `accumulation` micro-batches each."""
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """How AdamW steps: size, decay, clipping and the course of the learning rate.
+
+    learning_rate: the peak, reached after a linear warm-up over `warmup_share` of the steps.
+    schedule: what follows. `constant`; `linear` or `cosine`, down to 0 at the end; or `wsd`
+        (warm-up, stable, decay): constant, then down to 0 over the last `decay_share` of the steps.
+    decay: the shape of that last part, with p running from 0 to 1 in it: `1-sqrt` (1 - sqrt(p), which
+        Haegele et al. 2024, arXiv 2405.18392, find best) or `linear` (1 - p). Read by `wsd` alone, as is
+        `decay_share`.
+
+    Raises:
+        ConfigError: a value out of its range, or shares of `wsd` that sum to more than 1.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup_share: float = 0.0
+    schedule: str = "constant"
+    decay_share: float = 0.2
+    decay: str = "1-sqrt"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("schedule", self.schedule, SCHEDULES), ("decay", self.decay, DECAYS)):
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
+        shares = self.warmup_share, self.decay_share
+        if not 0 <= shares[0] < 1 or not 0 < shares[1] <= 1 or (self.schedule == "wsd" and sum(shares) > 1):
+            raise ConfigError(
+                "warmup_share must be in [0, 1), decay_share in (0, 1], with wsd their sum at most 1; got "
+                f"{shares[0]} and {shares[1]}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(Optimizer):
+    """Plain numbers of one training; steps are optimizer steps, of `accumulation` micro-batches each.
+
+    With several processes the micro-batches of a step are shared out evenly among them.
+
+    metric: what validation is judged by, greater being better unless `greater_is_better` is False.
+    patience: validations without a gain before the training stops; None never stops it.
+    """
 
     max_steps: int
-    learning_rate: float
     seed: int
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    max_grad_norm: float = 1.0
     accumulation: int = 1
     checkpoint_every: int = 0
     evaluate_every: int = 0
     patience: int | None = None
     metric: str = "ndcg@10"
+    greater_is_better: bool = True
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up, rounded up."""
+        return math.ceil(self.warmup_share * self.max_steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the last part of `wsd`; with the warm-up never more than all steps."""
+        return min(math.ceil(self.decay_share * self.max_steps), self.max_steps - self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -88,8 +147,36 @@ def stage_seed(seed: int, name: str) -> int:
 
 
 def default_device() -> torch.device:
-    """The device that training and encoding use: the first accelerator, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that training and encoding use: an accelerator, each process its own, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this one is; the main one (rank 0) alone writes results."""
+
+    rank: int
+    count: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def processes() -> Processes:
+    """The processes that torchrun started; one, without any setting up, where it did not."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(0, 1)
+    state = PartialState(cpu=default_device().type == "cpu")
+    return Processes(state.process_index, state.num_processes)
 
 
 def train(
@@ -108,18 +195,25 @@ def train(
         model: any module; parameters that require no gradient stay as they are.
         batches: micro-batches with `n_targets`; see `Batches`.
         objective: the loss of one micro-batch, *summed* over its targets. The engine divides by the targets
-            of the whole optimizer step, across micro-batches and processes.
+            of the whole optimizer step, across micro-batches and processes. It is given the bare model,
+            never a wrapper, and may call any part of it: gradients are averaged by the engine.
         out: stage folder; checkpoints go to `out/checkpoints`, the logged values to `out/metrics.jsonl`.
         settings: plain numbers.
-        evaluate: validation measure, greater is better under `settings.metric`; called every
-            `evaluate_every` steps. With it the best weights win, without it the last.
+        evaluate: validation measure under `settings.metric`; called every `evaluate_every` steps, by the
+            main process alone. With it the best weights win, without it the last.
         description: what the progress bar says.
 
     Raises:
-        ArtifactError: a non-finite loss, or too little disk for a checkpoint.
+        ArtifactError: a non-finite loss or gradient, or too little disk for a checkpoint.
+        ConfigError: micro-batches that cannot be shared out evenly among the processes.
     """
     if len(batches) == 0:
         raise ArtifactError(f"{description}: there is not one training batch; check the data of this stage")
+    if settings.accumulation % processes().count:
+        raise ConfigError(
+            f"{description}: {settings.accumulation} micro-batches a step cannot be shared by {processes().count} "
+            "processes; make their number a multiple of the processes, or start one process"
+        )
     checkpoints = out / artifacts.CHECKPOINTS
     with _own_randomness(), progress.bar(description, settings.max_steps) as running:
         trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, running)
@@ -132,13 +226,14 @@ def train(
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             state = trainer.state
     model.eval()
-    _write_metrics(out / "metrics.jsonl", state.log_history)
-    metric = f"eval_{settings.metric}"
-    best = max((log for log in state.log_history if metric in log), key=lambda log: log[metric], default=None)
+    if processes().is_main:
+        _write_metrics(out / "metrics.jsonl", state.log_history)
+    validations = [log for log in state.log_history if f"eval_{settings.metric}" in log]
+    best = validations[_best(state, settings)] if validations else None
     return TrainSummary(
         steps=state.global_step,
         best_step=None if best is None else int(best["step"]),
-        best_metric=None if best is None else float(best[metric]),
+        best_metric=None if best is None else float(best[f"eval_{settings.metric}"]),
         history=state.log_history,
     )
 
@@ -171,7 +266,7 @@ class _StageTrainer(Trainer):
         self._objective, self._measure = objective, evaluate
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=_only)
+        loader = DataLoader(_Numbered(self.train_dataset), batch_size=1, shuffle=False, collate_fn=_only)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(
@@ -184,14 +279,28 @@ class _StageTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        loss = self._objective(model, inputs)
+        loss = self._objective(self.model, inputs)
         if not torch.isfinite(loss):
             raise ArtifactError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}, in a "
-                f"batch of {inputs['n_targets']} targets; the last checkpoint is kept: lower the learning rate "
-                f"(now {self.args.learning_rate:g}) and run again"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (batch {inputs['index']} with "
+                f"{inputs['n_targets']} targets); the last checkpoint is kept: lower the learning rate, run again"
             )
         return loss * self.accelerator.num_processes / num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            _average_gradients(self.model)  # the parent's wrapper never sees the objective's forward passes
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):
+            raise ArtifactError(
+                f"the gradient is {float(norm)} at step {self.state.global_step + 1}; the last checkpoint is "
+                "kept: lower the learning rate and run again"
+            )
+        return norm
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -201,8 +310,12 @@ class _StageTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._measure is not None
         self.model.eval()
+        measured: list[dict[str, float]] = [{}]
         with torch.no_grad():
-            metrics = {f"eval_{name}": value for name, value in self._measure().items()}
+            if self.accelerator.is_main_process:
+                measured = [self._measure()]
+            measured = broadcast_object_list(measured)  # all stop, or none
+        metrics = {f"eval_{name}": value for name, value in measured[0].items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -237,21 +350,24 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        processes().wait()  # each process writes a file of its own
         if state.is_world_process_zero:
             artifacts.write_json(folder / COMPLETE, {"step": state.global_step})
 
 
 def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     every = settings.evaluate_every if evaluates else settings.checkpoint_every
+    decay = {"num_decay_steps": settings.decay_steps, "decay_type": settings.decay}
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=settings.max_steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=settings.accumulation,
+        gradient_accumulation_steps=settings.accumulation // processes().count,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        lr_scheduler_kwargs=decay if settings.schedule == "wsd" else None,
         max_grad_norm=settings.max_grad_norm,
         save_strategy="steps" if every else "no",
         save_steps=every or 1,
@@ -260,7 +376,7 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         eval_steps=every or 1,
         load_best_model_at_end=evaluates,
         metric_for_best_model=settings.metric if evaluates else None,
-        greater_is_better=True if evaluates else None,
+        greater_is_better=settings.greater_is_better if evaluates else None,
         logging_steps=max(1, settings.max_steps // 100),
         logging_nan_inf_filter=False,
         seed=settings.seed,
@@ -287,13 +403,44 @@ def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) ->
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
+class _Numbered(Dataset):
+    """Batches that know their number, `index`, so that an error can name one."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {**self._batches[index], "index": index}
+
+    def set_epoch(self, epoch: int) -> None:
+        self._batches.set_epoch(epoch)
+
+
 def _only(batches: Sequence[Batch]) -> Batch:
     return batches[0]
 
 
-def _evaluations_without_gain(state: TrainerState, settings: TrainSettings) -> int:
+def _average_gradients(model: nn.Module) -> None:
+    """Replaces every gradient by its mean over the processes, summed in float32."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            total = parameter.grad.float()
+            torch.distributed.all_reduce(total)
+            parameter.grad.copy_(total / torch.distributed.get_world_size())
+
+
+def _best(state: TrainerState, settings: TrainSettings) -> int:
+    """Which validation was the best, counted from 0; the first among equals."""
     values = [log[f"eval_{settings.metric}"] for log in state.log_history if f"eval_{settings.metric}" in log]
-    return len(values) - 1 - int(np.argmax(values)) if values else 0
+    return int(np.argmax(values) if settings.greater_is_better else np.argmin(values))
+
+
+def _evaluations_without_gain(state: TrainerState, settings: TrainSettings) -> int:
+    count = sum(f"eval_{settings.metric}" in log for log in state.log_history)
+    return count - 1 - _best(state, settings) if count else 0
 
 
 def _is_over(state: TrainerState, settings: TrainSettings, evaluates: bool) -> bool:
@@ -308,7 +455,7 @@ def _last_complete_checkpoint(checkpoints: Path) -> Path | None:
     for folder in checkpoints.glob("checkpoint-*"):
         if (folder / COMPLETE).exists():
             complete.append(folder)
-        else:
+        elif processes().is_main:
             shutil.rmtree(folder)
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from llm2rec.config import DataConfig, load_recipe, recipe_names
+from llm2rec.config import DataConfig
 from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION
@@ -19,6 +19,7 @@ from llm2rec.data.splits import SECONDS_BELOW, Split, check_parts, split_events,
 from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError, DataError, first_few
+from llm2rec.loading import load_recipe, recipe_names
 
 POINTS = 60  # of a curve
 Points = list[tuple[float, float]]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from llm2rec import artifacts
 from llm2rec.errors import ArtifactError, first_few
 
 MATRIX, ITEMS, PROVENANCE = "embeddings.safetensors", "items.parquet", "provenance.json"
+KEY = "embeddings"
+CHECKED_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -34,30 +38,29 @@ class ItemEmbeddings:
             raise ArtifactError(f"vectors of shape {self.vectors.shape} do not fit {len(self.item_ids)} items")
         if len(set(self.item_ids)) != len(self.item_ids):
             raise ArtifactError("the vectors name an item twice; encode the catalogue again")
-        broken = np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))
+        finite = np.empty(len(self.vectors), dtype=bool)
+        for row in range(0, len(finite), CHECKED_ROWS):
+            finite[row : row + CHECKED_ROWS] = np.isfinite(self.vectors[row : row + CHECKED_ROWS]).all(axis=1)
+        broken = np.flatnonzero(~finite)
         if len(broken):
             names = first_few([self.item_ids[row] for row in broken])
             raise ArtifactError(f"the vectors of {len(broken)} items are not finite: {names}; encode again")
 
     def save(self, folder: Path) -> None:
         """Writes `embeddings.safetensors`, `items.parquet` and `provenance.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": np.ascontiguousarray(self.vectors, dtype=np.float32)}, folder / MATRIX)
-        rows = np.arange(len(self.item_ids), dtype=np.int64)
-        pl.DataFrame({"row": rows, "item_id": self.item_ids}).write_parquet(folder / ITEMS)
-        artifacts.write_json(folder / PROVENANCE, self.provenance)
+        write_embeddings(folder, [self.vectors], self.vectors.shape[1], self.item_ids, self.provenance)
 
     @classmethod
     def load(cls, folder: Path) -> ItemEmbeddings:
-        """The vectors that `save` wrote.
+        """The vectors that `save` wrote, memory-mapped and read-only: rows are read when they are used.
 
         Raises:
             ArtifactError: a file is missing or damaged.
         """
         try:
-            vectors = load_file(folder / MATRIX)["embeddings"]
+            vectors = _mapped(folder / MATRIX)
             item_ids = pl.read_parquet(folder / ITEMS).sort("row")["item_id"].to_list()
-        except (OSError, SafetensorError, KeyError, pl.exceptions.PolarsError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, pl.exceptions.PolarsError) as error:
             raise ArtifactError(
                 f"no readable vectors in {folder} ({error}); run the encode stage again"
             ) from error
@@ -76,4 +79,44 @@ class ItemEmbeddings:
                 f"embeddings cover {len(rows):,} items, {len(missing):,} of the catalogue's {len(item_ids):,} "
                 f"are missing: {first_few(missing)}; run the encode stage again"
             )
-        return self.vectors[[rows[item_id] for item_id in item_ids]]
+        return np.asarray(self.vectors[[rows[item_id] for item_id in item_ids]])
+
+
+def write_embeddings(
+    folder: Path, blocks: Iterable[np.ndarray], dimensions: int, item_ids: list[str], provenance: dict[str, Any]
+) -> None:
+    """Writes `embeddings.safetensors`, `items.parquet` and `provenance.json`, the matrix block by block.
+
+    Args:
+        blocks: runs of rows (b, D), together one row an item, in the order of `item_ids`.
+        dimensions: D.
+
+    Raises:
+        ArtifactError: the blocks do not hold one row of D values an item.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    size = len(item_ids) * dimensions * 4
+    layout = {KEY: {"dtype": "F32", "shape": [len(item_ids), dimensions], "data_offsets": [0, size]}}
+    header = json.dumps(layout, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    partial = folder / f".{MATRIX}.tmp"  # the matrix that it replaces may be mapped
+    with partial.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        written = sum(stream.write(np.ascontiguousarray(block, dtype="<f4").data.cast("B")) for block in blocks)
+    if written != size:
+        raise ArtifactError(
+            f"{written:,} bytes of vectors do not fit {len(item_ids):,} items of {dimensions} values"
+        )
+    os.replace(partial, folder / MATRIX)
+    rows = np.arange(len(item_ids), dtype=np.int64)
+    pl.DataFrame({"row": rows, "item_id": item_ids}).write_parquet(folder / ITEMS)
+    artifacts.write_json(folder / PROVENANCE, provenance)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The matrix of a safetensors file that `write_embeddings` wrote, memory-mapped."""
+    with safe_open(path, framework="numpy") as opened:  # checks the header against the file's size
+        shape = opened.get_slice(KEY).get_shape()
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return np.memmap(path, dtype="<f4", mode="r", offset=8 + header, shape=tuple(shape))

@@ -18,26 +18,20 @@ class Mixture:
     Attributes:
         sequences: item indices of the second domain follow those of the first, ids are `domain/id`.
         texts: (N,) text of item_index i + 1.
-        trainable: (N,) bool, False for held-out (cold) items, whose text no language stage may see.
-        item_shares: (N,) in (0, 1], how often an item's text is trained on: weight over the largest weight.
-        user_shares: (U,) the same for a user's windows.
+        item_shares: (N,) in [0, 1], how often an item's text is trained on: the weight of its domain over the
+            largest weight; 0 for held-out (cold) items, whose text no language stage may see.
+        user_shares: (U,) in (0, 1], the same for a user's windows.
     """
 
     sequences: Sequences
     texts: list[str]
-    trainable: np.ndarray
     item_shares: np.ndarray
     user_shares: np.ndarray
 
     @property
     def training_texts(self) -> list[str]:
         """The texts that language stages may learn from."""
-        return [text for text, allowed in zip(self.texts, self.trainable, strict=True) if allowed]
-
-    @property
-    def training_shares(self) -> np.ndarray:
-        """`item_shares` of `training_texts`."""
-        return self.item_shares[self.trainable]
+        return [text for text, share in zip(self.texts, self.item_shares, strict=True) if share]
 
 
 @dataclass(frozen=True)
@@ -58,8 +52,7 @@ def mix(parts: Sequence[Part]) -> Mixture:
     return Mixture(
         sequences=parts[0].sequences if len(parts) == 1 else _merged(parts),
         texts=[text for part in parts for text in part.texts],
-        trainable=np.concatenate([part.trainable for part in parts]),
-        item_shares=np.repeat(shares, [part.sequences.n_items for part in parts]),
+        item_shares=np.concatenate([share * part.trainable for share, part in zip(shares, parts, strict=True)]),
         user_shares=np.repeat(shares, [part.sequences.n_users for part in parts]),
     )
 

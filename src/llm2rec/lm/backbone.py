@@ -9,14 +9,16 @@ from __future__ import annotations
 import shutil
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AutoModel,
@@ -31,7 +33,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.packing import Packed
+from llm2rec.lm.packing import Packed, TokenisedTexts
+from llm2rec.training import default_device, processes
 
 PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
@@ -59,15 +62,21 @@ class Backbone:
         """Whether a position sees only the positions before it."""
         return getattr(self.body.config, "is_causal", True) is not False
 
-    def hidden_states(self, packed: Packed) -> Tensor:
-        """Last hidden states of a packed row, (1, T, H); its sequences do not see each other."""
+    def hidden_states(self, packed: Packed, layer: int = -1) -> Tensor:
+        """Hidden states of a packed row, (1, T, H); its sequences do not see each other.
+
+        Args:
+            layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
+        """
         with _packed_attention(self.body):
-            return self.body(
+            output = self.body(
                 input_ids=packed["input_ids"],
                 position_ids=packed["position_ids"],
                 segments=packed["segments"],
                 use_cache=False,
-            ).last_hidden_state
+                output_hidden_states=layer != -1,
+            )
+        return output.last_hidden_state if layer == -1 else output.hidden_states[layer]
 
     def set_causal(self, causal: bool) -> None:
         """Makes the model causal or bidirectional, in its configuration, so that saving keeps it.
@@ -78,6 +87,68 @@ class Backbone:
         for config in {id(module.config): module.config for module in (self.model, self.body)}.values():
             config.is_causal = causal
         probe(self, causal)
+
+    def checkpoint_gradients(self) -> None:
+        """Keeps only the input of each layer for the backward pass, which computes the rest once more.
+
+        Less memory, about a third more time, the same gradients.
+
+        Raises:
+            ConfigError: this model cannot.
+        """
+        if not self.model.supports_gradient_checkpointing:
+            raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing; turn it off")
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), _packed_attention(self.body)  # the second pass runs outside `hidden_states`
+
+        self.model._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        )
+
+    def check_readable(self, texts: TokenisedTexts, longest: int) -> None:
+        """Checks, before anything is computed, that the model can read sequences made of `texts`.
+
+        Args:
+            longest: tokens of the longest sequence that they will make.
+
+        Raises:
+            ConfigError: a sequence longer than the model's context.
+            ArtifactError: a token that the model has no embedding for.
+        """
+        context = getattr(self.body.config, "max_position_embeddings", None)
+        if context is not None and longest > context:
+            raise ConfigError(
+                f"the longest sequence has {longest:,} tokens, the model reads at most {context:,}; "
+                "lower data.history_length or model.max_title_tokens"
+            )
+        vocabulary = self.body.get_input_embeddings().weight.shape[0]
+        if len(texts.tokens) and texts.tokens.max() >= vocabulary:
+            raise ArtifactError(
+                f"the tokenizer gives token {texts.tokens.max()}, the model knows 0 to {vocabulary - 1}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+
+def load_for_training(
+    source: str | Path,
+    dtype: torch.dtype,
+    *,
+    causal: bool,
+    head: bool = True,
+    gradient_checkpointing: bool = False,
+) -> Backbone:
+    """`load`, attending as told, on the device that trains.
+
+    Raises:
+        ConfigError, ArtifactError: as `load`, `Backbone.set_causal` and `Backbone.checkpoint_gradients`.
+    """
+    lm = load(source, dtype, head=head)
+    lm.set_causal(causal)
+    lm.model.to(default_device())
+    if gradient_checkpointing:
+        lm.checkpoint_gradients()
+    return lm
 
 
 def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbone:
@@ -216,7 +287,11 @@ def _packed_attention_forward(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out."""
+    """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out.
+
+    `segments` is what `packing.pack` gives; its `visible` (S, L, L), where it has one, says which cell sees
+    which and replaces the causal or the bidirectional rule.
+    """
     gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
     sequences, longest = gather.shape
     if softcap is not None or (sliding_window is not None and longest > sliding_window):
@@ -229,12 +304,13 @@ def _packed_attention_forward(
         rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
         return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
 
-    causal = getattr(module.config, "is_causal", True) is not False
+    causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
+    mask = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
     mixed = F.scaled_dot_product_attention(
         pad(query),
         pad(key),
         pad(value),
-        attn_mask=None if causal else valid[:, None, None, :],
+        attn_mask=None if causal else mask,
         dropout_p=dropout,
         is_causal=causal,
         scale=scaling,
@@ -277,6 +353,13 @@ def save(backbone: Backbone, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
+
+
+def save_once(backbone: Backbone, folder: Path) -> None:
+    """`save` by the main process; the others wait for it."""
+    if processes().is_main:
+        save(backbone, folder)
+    processes().wait()
 
 
 def make_tiny_random(texts: list[str], folder: Path, seed: int) -> None:

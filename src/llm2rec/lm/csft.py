@@ -1,14 +1,17 @@
 """Stage `csft`: the language model learns to write the next item's title from the titles before it.
 
-Packed mode: a window of up to `history_length + 1` items is one sequence, its titles each ended by a line
-break, and one causal pass supervises every title after the first. The authors train one sample a prefix
-instead, with 4.8 times as many tokens on amazon-games. Source: LLM2Rec section 3.2; packing is ours.
+Mode `packed`: a window of up to `history_length + 1` items is one sequence, its titles each ended by a line
+break, and one causal pass supervises every title after the first. Mode `paper`: the authors' samples, one a
+target, with 4.8 times as many tokens on amazon-games. Mode `tree`: the same samples, what they share computed
+once. Source: LLM2Rec section 3.2; packing and trees are ours.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,25 @@ from torch import nn
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
+from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
+from llm2rec.lm.lora import Lora, attach
 from llm2rec.lm.objectives import token_loss
-from llm2rec.lm.packing import Packed, TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
+from llm2rec.lm.packing import (
+    Packed,
+    TokenisedTexts,
+    gather_texts,
+    pack,
+    shuffled_pass,
+    token_budget_batches,
+    tokenise,
+)
+from llm2rec.lm.samples import Samples
 from llm2rec.lm.text import SEPARATOR, item_texts
-from llm2rec.training import Batch, Batches, TrainSettings, default_device, stage_seed, train
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
 
 EVALUATED_USERS = 128
+MODES = ("packed", "paper", "tree")
 
 
 def csft(
@@ -40,69 +55,75 @@ def csft(
     epochs: float | None,
     batch_tokens: int,
     micro_batch_tokens: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_share: float,
-    schedule: str,
-    max_grad_norm: float,
+    optimizer: Optimizer,
     checkpoints: int,
     seed: int,
     out: Path,
+    mode: str = "packed",
+    paper_separator: bool = False,
+    evaluations: int = 0,
+    patience: int | None = None,
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
+    user_shares: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes a causal language model on the training windows and writes it to `out`.
+    """Fine-tunes a causal language model on the training events and writes it to `out`.
 
     Args:
         sequences: only training events are read for training, validation events for the perplexity.
         titles: (N,) title of item_index i + 1.
         max_tokens, epochs: the budget, exactly one of them.
+        paper_separator: modes `paper` and `tree` only; see `samples.make_samples`.
+        evaluations: held-out perplexities in the course of the stage; with any, the weights with the lowest
+            one win, and checkpoints are written then instead of `checkpoints` times.
+        patience: evaluations without a gain before the stage stops.
+        lora: trains adapters instead of the model's weights and merges them before saving.
+        user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
 
     Returns:
         Summary: tokens and targets trained on, tokens per second, held-out perplexity before and after.
 
     Raises:
-        ConfigError: the budget is smaller than one optimizer step.
+        ConfigError: the budget is smaller than one optimizer step; arguments that exclude each other.
     """
     began = time.perf_counter()
-    lm = backbones.load(model, dtype)
-    lm.set_causal(True)
-    lm.model.to(default_device())
-    texts = csft_texts(lm.tokenizer, titles, max_title_tokens)
+    _check_arguments(mode, paper_separator, evaluations, patience)
+    lm = backbones.load_for_training(model, dtype, causal=True, gradient_checkpointing=gradient_checkpointing)
+    merge = attach(lm, lora, stage_seed(seed, "csft adapters")) if lora else None
     seed = stage_seed(seed, "csft")
-    micro = min(micro_batch_tokens, batch_tokens)
-    batches = WindowBatches(
-        texts, sequences, history_length, micro, max_tokens=max_tokens, epochs=epochs, seed=seed
-    )
-    accumulation = max(1, round(batch_tokens / micro))
-    steps = len(batches) // accumulation
-    if steps == 0:
-        raise ConfigError(
-            f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, under one step of "
-            f"{batch_tokens:,} tokens; raise csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
-        )
-    held_out = held_out_batches(texts, sequences, history_length, micro, seed)
+    budget = Budget(min(micro_batch_tokens, batch_tokens), max_tokens, epochs)
+    form = Form(mode, history_length, max_title_tokens, paper_separator)
+    batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
+    settings = _settings(optimizer, batches, budget, batch_tokens, checkpoints, evaluations, patience, seed)
+    summary = _train(lm, batches, held_out, settings, merge, out)
+    return summary | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def _train(
+    lm: Backbone,
+    batches: BudgetBatches,
+    held_out: list[Batch],
+    settings: TrainSettings,
+    merge: Callable[[], None] | None,
+    out: Path,
+) -> dict[str, Any]:
+    """Trains, merges and saves; the summary of `csft` without its total time."""
     before = perplexity(lm, held_out)
-    trained = time.perf_counter()
+    began = time.perf_counter()
     summary = train(
         lm.model,
         batches,
         TokenObjective(lm),
         out=out,
-        settings=TrainSettings(
-            max_steps=steps,
-            accumulation=accumulation,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup_steps=math.ceil(warmup_share * steps),
-            schedule=schedule,
-            max_grad_norm=max_grad_norm,
-            checkpoint_every=math.ceil(steps / checkpoints) if checkpoints else 0,
-            seed=seed,
-        ),
+        settings=settings,
+        evaluate=(lambda: {"perplexity": perplexity(lm, held_out)}) if settings.evaluate_every else None,
         description="csft",
     )
-    seconds = time.perf_counter() - trained
+    seconds = time.perf_counter() - began
+    if merge:
+        merge()
     after = perplexity(lm, held_out)
-    backbones.save(lm, out)
+    backbones.save_once(lm, out)
     return {
         "steps": summary.steps,
         "tokens": batches.tokens,
@@ -111,8 +132,108 @@ def csft(
         "tokens_per_second": round(batches.tokens / seconds, 1),
         "perplexity_before": round(before, 3),
         "perplexity_after": round(after, 3),
-        "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patience: int | None) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"csft.mode must be one of {', '.join(MODES)}; got {mode!r}")
+    if paper_separator and mode == "packed":
+        raise ConfigError(
+            "csft.paper_separator belongs to the modes paper and tree; packed titles are always separated"
+        )
+    if patience is not None and not evaluations:
+        raise ConfigError("csft.patience counts evaluations: set csft.evaluations as well, or leave it out")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How histories become sequences of tokens."""
+
+    mode: str
+    history_length: int
+    max_title_tokens: int
+    paper_separator: bool
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is trained on: `max_tokens` tokens or `epochs` passes, in micro-batches of `micro_batch_tokens`."""
+
+    micro_batch_tokens: int
+    max_tokens: int | None
+    epochs: float | None
+
+
+def _settings(
+    optimizer: Optimizer,
+    batches: BudgetBatches,
+    budget: Budget,
+    batch_tokens: int,
+    checkpoints: int,
+    evaluations: int,
+    patience: int | None,
+    seed: int,
+) -> TrainSettings:
+    sharing = processes().count
+    accumulation = sharing * max(1, round(batch_tokens / (sharing * budget.micro_batch_tokens)))
+    steps = len(batches) // accumulation
+    if steps == 0:
+        raise ConfigError(
+            f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, under one step of "
+            f"{batch_tokens:,} tokens; raise csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
+        )
+    return TrainSettings(
+        **asdict(optimizer),
+        max_steps=steps,
+        accumulation=accumulation,
+        checkpoint_every=math.ceil(steps / checkpoints) if checkpoints else 0,
+        evaluate_every=math.ceil(steps / evaluations) if evaluations else 0,
+        patience=patience,
+        metric="perplexity",
+        greater_is_better=False,
+        seed=seed,
+    )
+
+
+def training_data(
+    lm: Backbone,
+    sequences: Sequences,
+    titles: list[str],
+    form: Form,
+    budget: Budget,
+    seed: int,
+    user_shares: np.ndarray | None = None,
+) -> tuple[BudgetBatches, list[Batch]]:
+    """The training's micro-batches, and the held-out ones that its perplexity is measured on.
+
+    Raises:
+        ConfigError, ArtifactError: the model cannot read them (`Backbone.check_readable`).
+    """
+    shares = np.ones(sequences.n_users) if user_shares is None else user_shares
+    spent: dict[str, Any] = {"max_tokens": budget.max_tokens, "epochs": budget.epochs, "seed": seed}
+    offsets = sequences.training()[1]
+    micro = budget.micro_batch_tokens
+    batches: BudgetBatches
+    if form.mode == "packed":
+        texts = csft_texts(lm.tokenizer, titles, form.max_title_tokens)
+        owners = np.searchsorted(offsets, sequences.windows(form.history_length)[0], side="right") - 1
+        batches = WindowBatches(texts, sequences, form.history_length, micro, shares=shares[owners], **spent)
+        held_out = held_out_batches(texts, sequences, form.history_length, micro, seed)
+    else:
+        options: dict[str, Any] = {"max_title_tokens": form.max_title_tokens, "separator": form.paper_separator}
+        items, trees = sampling.training_items(sequences, form.history_length)
+        samples = sampling.make_samples(lm.tokenizer, titles, items, trees, **options)
+        texts = samples.texts
+        owned = np.repeat(shares, np.maximum(np.diff(offsets) - 1, 0))  # a target each event but the first
+        batches = SampleBatches(samples, micro, shared=form.mode == "tree", shares=owned, **spent)
+        items = _held_out_items(sequences, form.history_length, seed)
+        apart = sampling.make_samples(lm.tokenizer, titles, items, np.arange(len(items)), **options)
+        chosen = token_budget_batches(apart.texts.lengths, micro)
+        held_out = [sampling.supervise_samples(apart, rows) for rows in chosen]
+    evaluated = max(batch["segments"]["gather"].shape[1] for batch in held_out)
+    lm.check_readable(texts, max(batches.longest, evaluated))
+    return batches, held_out
 
 
 def csft_texts(tokenizer: Any, titles: list[str], max_title_tokens: int) -> TokenisedTexts:
@@ -151,8 +272,40 @@ def supervise(texts: TokenisedTexts, item_sequences: list[np.ndarray], first_tar
     }
 
 
-class WindowBatches(Batches):
-    """The whole training as micro-batches: shuffled passes over the windows until the budget is spent."""
+class BudgetBatches(Batches):
+    """The whole training as micro-batches: shuffled passes over its sequences until the budget is spent.
+
+    tokens: that go through the model. targets: items whose title is written. longest: tokens of a sequence.
+    """
+
+    tokens: int
+    targets: int
+    longest: int
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        micro_batch_tokens: int,
+        *,
+        max_tokens: int | None,
+        epochs: float | None,
+        seed: int,
+        shares: np.ndarray | None,
+    ) -> None:
+        shares = np.ones(len(lengths)) if shares is None else shares
+        a_pass = float((lengths * shares).sum())
+        budget = max_tokens if max_tokens is not None else int(round((epochs or 0) * a_pass))
+        self._order = _passes(lengths, shares, budget, np.random.default_rng(seed))
+        chosen = lengths[self._order]
+        self._batches = [self._order[rows] for rows in token_budget_batches(chosen, micro_batch_tokens)]
+        self.tokens = int(chosen.sum())
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+class WindowBatches(BudgetBatches):
+    """Packed rows of windows; every item of a window but its first is a target."""
 
     def __init__(
         self,
@@ -164,23 +317,17 @@ class WindowBatches(Batches):
         max_tokens: int | None,
         epochs: float | None,
         seed: int,
+        shares: np.ndarray | None = None,
     ) -> None:
         self._texts = texts
         self._items, _ = sequences.training()
         self._starts, self._ends = sequences.windows(history_length)
         running = np.concatenate([[0], np.cumsum(texts.lengths[np.asarray(self._items) - 1])])
         lengths = running[self._ends] - running[self._starts]
-        budget = max_tokens if max_tokens is not None else int(round((epochs or 0) * lengths.sum()))
-        order = _passes(lengths, budget, np.random.default_rng(seed))
-        chosen = lengths[order]
-        self._batches = [order[rows] for rows in token_budget_batches(chosen, micro_batch_tokens)]
-        self.tokens = int(chosen.sum())
-        first = texts.lengths[np.asarray(self._items)[self._starts[order]] - 1]
-        self.targets = int((self._ends - self._starts)[order].sum() - len(order))
-        self.target_tokens = int(self.tokens - first.sum())
-
-    def __len__(self) -> int:
-        return len(self._batches)
+        spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
+        super().__init__(lengths, micro_batch_tokens, shares=shares, **spent)
+        self.targets = int((self._ends - self._starts)[self._order].sum() - len(self._order))
+        self.longest = int(lengths.max(initial=0))
 
     def __getitem__(self, index: int) -> Batch:
         windows = [
@@ -189,11 +336,49 @@ class WindowBatches(Batches):
         return supervise(self._texts, windows, [1] * len(windows))
 
 
-def _passes(lengths: np.ndarray, budget: int, generator: np.random.Generator) -> np.ndarray:
-    """Window numbers in the order of training: shuffled passes, cut where `budget` tokens are reached."""
-    total = int(lengths.sum())
-    passes = max(1, math.ceil(budget / total))
-    order = np.concatenate([generator.permutation(len(lengths)) for _ in range(passes)])
+class SampleBatches(BudgetBatches):
+    """Packed rows of the authors' samples: each by itself, or `shared`, as the trees that they form."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        micro_batch_tokens: int,
+        *,
+        shared: bool,
+        max_tokens: int | None,
+        epochs: float | None,
+        seed: int,
+        shares: np.ndarray | None = None,
+    ) -> None:
+        self._samples, self._shared = samples, shared
+        numbers = np.arange(len(samples))
+        starts = np.flatnonzero(np.diff(samples.trees)) + 1 if shared else numbers[1:]
+        self._groups = np.split(numbers, starts)
+        lengths = samples.texts.lengths
+        if shared:
+            sizes = [sampling.tree_size([samples.texts[row] for row in group]) for group in self._groups]
+            lengths = np.array(sizes, dtype=np.int64)
+        of_groups = None if shares is None else shares[[group[0] for group in self._groups]]
+        spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
+        super().__init__(lengths, micro_batch_tokens, shares=of_groups, **spent)
+        self.targets = sum(len(self._groups[group]) for group in self._order)
+        self.longest = int(samples.texts.lengths.max(initial=0))
+
+    def __getitem__(self, index: int) -> Batch:
+        groups = [self._groups[group] for group in self._batches[index]]
+        if self._shared:
+            return sampling.supervise_trees(self._samples, groups)
+        return sampling.supervise_samples(self._samples, np.concatenate(groups))
+
+
+def _passes(lengths: np.ndarray, shares: np.ndarray, budget: int, generator: np.random.Generator) -> np.ndarray:
+    """Numbers in the order of training: shuffled passes, cut where `budget` tokens are reached."""
+    chosen = [shuffled_pass(shares, generator)]
+    tokens = int(lengths[chosen[0]].sum())
+    while 0 < tokens < budget:
+        chosen.append(shuffled_pass(shares, generator))
+        tokens += int(lengths[chosen[-1]].sum())
+    order = np.concatenate(chosen)
     return order[: int(np.searchsorted(np.cumsum(lengths[order]), budget, side="right"))]
 
 
@@ -212,6 +397,17 @@ def held_out_batches(
     texts: TokenisedTexts, sequences: Sequences, history_length: int, micro_batch_tokens: int, seed: int
 ) -> list[Batch]:
     """Validation events of a sample of users, each after its history; only the event's title is labelled."""
+    whole = _held_out_items(sequences, history_length, seed)
+    lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
+    batches = []
+    for rows in token_budget_batches(lengths, micro_batch_tokens):
+        members = [whole[row] for row in rows]
+        batches.append(supervise(texts, members, [len(items) - 1 for items in members]))
+    return batches
+
+
+def _held_out_items(sequences: Sequences, history_length: int, seed: int) -> list[np.ndarray]:
+    """Item indices of the history and then the event, for validation events of a sample of users."""
     positions = sequences.held_out(VALIDATION)
     generator = np.random.default_rng(seed)
     chosen = np.sort(generator.choice(positions, min(EVALUATED_USERS, len(positions)), replace=False))
@@ -220,13 +416,7 @@ def held_out_batches(
         np.append(history[history > 0], target)
         for history, target in zip(histories, np.asarray(sequences.items)[chosen], strict=True)
     ]
-    whole = [items for items in whole if len(items) > 1]
-    lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
-    batches = []
-    for rows in token_budget_batches(lengths, micro_batch_tokens):
-        members = [whole[row] for row in rows]
-        batches.append(supervise(texts, members, [len(items) - 1 for items in members]))
-    return batches
+    return [items for items in whole if len(items) > 1]
 
 
 def perplexity(lm: Backbone, batches: list[Batch]) -> float:

@@ -1,23 +1,36 @@
-"""Stage `encode`: titles to vectors, each distinct title once, sorted by tokens, by token budget."""
+"""Stage `encode`: titles to vectors, each distinct title once, by token budget, in shards on disk.
+
+A shard is a run of distinct titles in sorted order; its vectors are written whole to `checkpoints/` before the
+next one begins. So the memory is that of one shard, a killed encoding goes on with the first missing shard,
+and several processes share the shards out.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llm2rec import progress
-from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec import artifacts, progress
+from llm2rec.data.embeddings import write_embeddings
+from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import to_device
-from llm2rec.lm.objectives import pool_mean
-from llm2rec.lm.packing import Packed, TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
+from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
+from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.text import item_texts, template_hash
-from llm2rec.training import default_device
+from llm2rec.training import default_device, processes
+
+SHARD_TEXTS = 65_536
+ROWS_AT_ONCE = 16_384
+WHAT = "encoding.json"
 
 
 def encode(
@@ -31,49 +44,151 @@ def encode(
     batch_tokens: int,
     name: str,
     out: Path,
+    pooling: Pooling = MEAN,
+    shard_texts: int = SHARD_TEXTS,
 ) -> dict[str, Any]:
-    """Writes the mean-pooled vectors of a whole catalogue to `out`, raw, one row an item.
+    """Writes the pooled vectors of a whole catalogue to `out`, raw, one row an item.
 
     Args:
         item_ids, titles: (N,) in the order of the catalogue.
         model: a decoder or an item encoder (their folders have the same layout).
         causal: whether a title's token may see only the tokens before it.
         name: what the vector set is called.
+        shard_texts: distinct titles of a shard; what is in memory, and what a killed encoding loses.
 
     Returns:
-        Summary: vectors, dimensions, distinct titles, titles per second.
+        Summary: vectors, dimensions, distinct titles, titles per second (of the shards made by this call).
+
+    Raises:
+        ConfigError: a title longer than the model's context, or a layer that the model does not have.
+        ArtifactError: too little disk, or a vector that is not finite.
     """
     lm = backbones.load(model, dtype, head=False)
     lm.set_causal(causal)
     lm.model.to(default_device())
-    began = time.perf_counter()
-    vectors, distinct = encode_titles(lm, titles, max_title_tokens, batch_tokens, name)
-    seconds = time.perf_counter() - began
-    provenance = {"name": name, "model": str(model), "causal": causal, "pooling": "mean"}
+    pooling.check_layer(lm)
+    provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
-    ItemEmbeddings(vectors, item_ids, provenance).save(out)
+    texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
+    _require_disk(out, (len(texts) + len(item_ids)) * lm.body.config.hidden_size * 4)
+    shards = out / artifacts.CHECKPOINTS
+    if processes().is_main:
+        what = provenance | {"max_title_tokens": max_title_tokens, "shard_texts": shard_texts}
+        what |= {"texts": artifacts.hash_json(texts.tolist()), "weights": _sum_of_weights(lm)}
+        _start(shards, what)
+    processes().wait()
+    began = time.perf_counter()
+    encoded = _encode_shards(lm, texts, shards, shard_texts, max_title_tokens, batch_tokens, name, pooling)
+    seconds = time.perf_counter() - began
+    processes().wait()
+    if processes().is_main:
+        rows = _rows(shards, len(texts), shard_texts, first)
+        write_embeddings(out, rows, lm.body.config.hidden_size, item_ids, provenance)
+        shutil.rmtree(shards)
+    processes().wait()
     return {
         "items": len(item_ids),
-        "dimensions": vectors.shape[1],
-        "distinct_titles": distinct,
-        "titles_per_second": round(distinct / seconds, 1),
+        "dimensions": lm.body.config.hidden_size,
+        "distinct_titles": len(texts),
+        "titles_per_second": round(encoded / seconds, 1),
     }
 
 
+def _require_disk(out: Path, needed: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise ArtifactError(
+            f"{out} has {free / 1e9:.1f} GB free, its vectors need up to {needed / 1e9:.1f} GB while made; "
+            "free some space or choose another --out"
+        )
+
+
+def _sum_of_weights(lm: Backbone) -> float:
+    """A number that another training of the same model hardly shares."""
+    return float(sum(parameter.detach().double().sum() for parameter in lm.body.parameters()))
+
+
+def _start(shards: Path, what: dict[str, Any]) -> None:
+    """Keeps shards that a killed encoding of the same thing left, and removes others."""
+    if not (shards / WHAT).exists() or artifacts.read_json(shards / WHAT) != what:
+        shutil.rmtree(shards, ignore_errors=True)
+        artifacts.write_json(shards / WHAT, what)
+
+
+def _encode_shards(
+    lm: Backbone,
+    texts: np.ndarray,
+    shards: Path,
+    shard_texts: int,
+    max_title_tokens: int,
+    batch_tokens: int,
+    name: str,
+    pooling: Pooling,
+) -> int:
+    """Writes the missing shards among this process's share of them; how many texts they hold."""
+    encoded, own = 0, processes()
+    for number, begin in enumerate(range(0, len(texts), shard_texts)):
+        path = _shard(shards, number)
+        if number % own.count != own.rank or path.exists():
+            continue
+        chosen = texts[begin : begin + shard_texts].tolist()
+        tokens = tokenise(lm.tokenizer, chosen, max_title_tokens, special_tokens=True)
+        vectors = encode_tokens(lm, tokens, batch_tokens, name, pooling)
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise ArtifactError(
+                f"the vector of {chosen[broken[0]]!r} is not finite; check the model, or use float32"
+            )
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, vectors)
+        os.replace(partial, path)
+        encoded += len(chosen)
+    return encoded
+
+
+def _shard(shards: Path, number: int) -> Path:
+    return shards / f"shard-{number:05d}.npy"
+
+
+def _rows(shards: Path, texts: int, shard_texts: int, first: np.ndarray) -> Iterator[np.ndarray]:
+    """The vectors of the items, (b, D) at a time; item i has that of distinct text `first[i]`."""
+    parts = [np.load(_shard(shards, number), mmap_mode="r") for number in range(-(-texts // shard_texts))]
+    for begin in range(0, len(first), ROWS_AT_ONCE):
+        chosen = first[begin : begin + ROWS_AT_ONCE]
+        block = np.empty((len(chosen), parts[0].shape[1]), dtype=np.float32)
+        for number in np.unique(chosen // shard_texts):
+            own = chosen // shard_texts == number
+            block[own] = parts[number][chosen[own] % shard_texts]
+        yield block
+
+
 def encode_titles(
-    lm: Backbone, titles: list[str], max_title_tokens: int, batch_tokens: int, description: str = "titles"
+    lm: Backbone,
+    titles: list[str],
+    max_title_tokens: int,
+    batch_tokens: int,
+    description: str = "titles",
+    pooling: Pooling = MEAN,
 ) -> tuple[np.ndarray, int]:
-    """Vectors (N, D) float32 of `titles`, and how many distinct texts there were.
+    """Vectors (N, D) float32 of `titles`, in memory, and how many distinct texts there were.
 
     Equal to `SentenceTransformer.encode` of the exported folder up to rounding.
     """
     texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
     tokens = tokenise(lm.tokenizer, texts.tolist(), max_title_tokens, special_tokens=True)
-    return encode_tokens(lm, tokens, batch_tokens, description)[first], len(texts)
+    return encode_tokens(lm, tokens, batch_tokens, description, pooling)[first], len(texts)
 
 
-def encode_tokens(lm: Backbone, texts: TokenisedTexts, batch_tokens: int, description: str) -> np.ndarray:
-    """Mean-pooled vectors of tokenised texts, (N, D) float32, in their order."""
+def encode_tokens(
+    lm: Backbone, texts: TokenisedTexts, batch_tokens: int, description: str, pooling: Pooling = MEAN
+) -> np.ndarray:
+    """Pooled vectors of tokenised texts, (N, D) float32, in their order.
+
+    Raises:
+        ConfigError, ArtifactError: the model cannot read them (`Backbone.check_readable`).
+    """
+    lm.check_readable(texts, int(texts.lengths.max()))
     order = np.argsort(-texts.lengths, kind="stable")  # longest first: memory peaks at once
     vectors = np.empty((len(texts), lm.body.config.hidden_size), dtype=np.float32)
     batches = list(token_budget_batches(texts.lengths[order], batch_tokens))
@@ -82,12 +197,6 @@ def encode_tokens(lm: Backbone, texts: TokenisedTexts, batch_tokens: int, descri
         for rows in batches:
             chosen = order[rows]
             packed = to_device(pack(*gather_texts(texts, chosen)), lm.body.device)
-            vectors[chosen] = embed(lm, packed).cpu().numpy()
+            vectors[chosen] = embed(lm, packed, pooling).cpu().numpy()
             running.advance(len(chosen))
     return vectors
-
-
-def embed(lm: Backbone, packed: Packed) -> torch.Tensor:
-    """Mean-pooled vectors of the sequences of a packed row, (S, D) float32."""
-    segments = packed["segments"]
-    return pool_mean(lm.hidden_states(packed), segments["sequence"], len(segments["gather"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,27 @@ import torch
 from torch import nn
 
 from llm2rec.data.sequences import VALIDATION, Sequences
-from llm2rec.errors import ArtifactError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import TokenObjective
-from llm2rec.lm.encode import embed, encode_tokens
-from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss
+from llm2rec.lm.encode import encode_tokens
+from llm2rec.lm.lora import Lora, attach
+from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, gather_rows
 from llm2rec.lm.packing import (
     Packed,
     TokenisedTexts,
     gather_texts,
     pack,
     positions_within,
+    shuffled_pass,
     token_budget_batches,
     tokenise,
 )
+from llm2rec.lm.pooling import MEAN, Pooling, embed
+from llm2rec.lm.positives import consumed_next, distinct_batches
 from llm2rec.lm.text import item_texts
-from llm2rec.training import Batch, Batches, TrainSettings, default_device, stage_seed, train
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
 
 MASK_TEXT = "_"  # the authors' mask token: decoders have none of their own
 EVALUATED_PAIRS = 512
@@ -49,46 +54,40 @@ def mntp(
     steps: int,
     batch_size: int,
     mask_share: float,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_share: float,
-    schedule: str,
-    max_grad_norm: float,
+    optimizer: Optimizer,
     checkpoints: int,
     seed: int,
     out: Path,
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
+    shares: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Trains a bidirectional model to fill in masked title tokens and writes it, with its head, to `out`.
+
+    Args:
+        lora: trains adapters instead of the model's weights and merges them before saving.
+        shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
 
     Returns:
         Summary: steps, tokens, tokens per second, loss of the first and last logged steps.
     """
-    lm = backbones.load(model, dtype)
-    lm.set_causal(False)
-    lm.model.to(default_device())
+    lm = backbones.load_for_training(model, dtype, causal=False, gradient_checkpointing=gradient_checkpointing)
+    merge = attach(lm, lora, stage_seed(seed, "mntp adapters")) if lora else None
     seed = stage_seed(seed, "mntp")
-    texts = distinct_texts(lm.tokenizer, titles, max_title_tokens, special_tokens=False)
-    batches = MaskedBatches(texts, _mask_token(lm.tokenizer), steps, batch_size, mask_share, seed)
+    plain, of_texts = trained_texts(titles, shares)
+    texts = tokenise(lm.tokenizer, plain, max_title_tokens, special_tokens=False)
+    lm.check_readable(texts, int(texts.lengths.max()))
+    parts = processes().count
+    batches = MaskedBatches(texts, _mask_token(lm.tokenizer), steps, batch_size, mask_share, seed, parts, of_texts)
+    every = math.ceil(steps / checkpoints) if checkpoints else 0
+    course: dict[str, Any] = {"max_steps": steps, "accumulation": parts, "checkpoint_every": every, "seed": seed}
+    settings = TrainSettings(**asdict(optimizer), **course)
     began = time.perf_counter()
-    summary = train(
-        lm.model,
-        batches,
-        TokenObjective(lm),
-        out=out,
-        settings=TrainSettings(
-            max_steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup_steps=math.ceil(warmup_share * steps),
-            schedule=schedule,
-            max_grad_norm=max_grad_norm,
-            checkpoint_every=math.ceil(steps / checkpoints) if checkpoints else 0,
-            seed=seed,
-        ),
-        description="mntp",
-    )
+    summary = train(lm.model, batches, TokenObjective(lm), out=out, settings=settings, description="mntp")
     seconds = time.perf_counter() - began
-    backbones.save(lm, out)
+    if merge:
+        merge()
+    backbones.save_once(lm, out)
     losses = [log["loss"] for log in summary.history if "loss" in log]
     return {
         "steps": summary.steps,
@@ -113,61 +112,78 @@ def contrastive(
     evaluations: int,
     patience: int,
     micro_batch_tokens: int,
-    learning_rate: float,
-    weight_decay: float,
-    warmup_share: float,
-    schedule: str,
-    max_grad_norm: float,
+    optimizer: Optimizer,
     seed: int,
     out: Path,
+    positives: str = "dropout",
+    pooling: Pooling = MEAN,
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
+    shares: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Trains the item encoder and writes it to `out` as a SentenceTransformer folder.
 
     Validation is the AUC of held-out co-consumption: how often the item a user consumed next is nearer to
     the item before it than what another user consumed next. The best state wins.
 
+    Args:
+        positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
+            two items consumed one after the other in the training events. `dropout` then merely regularises.
+        lora: trains adapters instead of the model's weights and merges them before saving.
+        shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
+
     Returns:
         Summary: steps, tokens, AUC before and after, the step of the best state.
 
     Raises:
-        ArtifactError: the exported folder does not give the encoder's vectors.
+        ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
     """
-    lm = backbones.load(model, dtype, head=False)
-    lm.set_causal(False)
-    lm.model.to(default_device())
+    pooling.exported()  # refused before it is trained for
+    recompute = gradient_checkpointing
+    lm = backbones.load_for_training(model, dtype, causal=False, head=False, gradient_checkpointing=recompute)
+    merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
     seed = stage_seed(seed, "contrastive")
-    texts = distinct_texts(lm.tokenizer, titles, max_title_tokens, special_tokens=True)
-    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed)
+    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed, pooling)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
     if steps:
-        batches = TitleBatches(texts, steps, min(batch_size, len(texts)), micro_batch_tokens, seed)
-        began = time.perf_counter()
-        with backbones.dropout(lm.model, dropout):
-            trained = train(
-                lm.model,
-                batches,
-                ContrastiveObjective(lm, temperature),
-                out=out,
-                settings=TrainSettings(
-                    max_steps=steps,
-                    learning_rate=learning_rate,
-                    weight_decay=weight_decay,
-                    warmup_steps=math.ceil(warmup_share * steps),
-                    schedule=schedule,
-                    max_grad_norm=max_grad_norm,
-                    evaluate_every=math.ceil(steps / evaluations),
-                    patience=patience,
-                    metric="auc",
-                    seed=seed,
-                ),
-                evaluate=lambda: {"auc": pairs.auc(lm)},
-                description="contrastive",
-            )
-        seconds = time.perf_counter() - began
-        summary |= {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
-        summary |= {"train_seconds": round(seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
-    export(lm, titles, max_title_tokens, out)
+        batches = contrastive_batches(
+            lm, sequences, titles, max_title_tokens, positives, steps, batch_size, micro_batch_tokens, seed, shares
+        )
+        course: dict[str, Any] = {"max_steps": steps, "evaluate_every": math.ceil(steps / evaluations)}
+        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": seed}
+        settings = TrainSettings(**asdict(optimizer), **course)
+        objective = ContrastiveObjective(lm, temperature, pooling)
+        summary |= _train(lm, batches, objective, pairs, dropout, settings, out)
+    if merge:
+        merge()
+    export(lm, titles, max_title_tokens, out, pooling)
     return summary
+
+
+def _train(
+    lm: Backbone,
+    batches: TitleBatches,
+    objective: ContrastiveObjective,
+    pairs: ValidationPairs,
+    dropout: float,
+    settings: TrainSettings,
+    out: Path,
+) -> dict[str, Any]:
+    """The contrastive training itself; its part of the summary."""
+    began = time.perf_counter()
+    with backbones.dropout(lm.model, dropout):
+        trained = train(
+            lm.model,
+            batches,
+            objective,
+            out=out,
+            settings=settings,
+            evaluate=lambda: {"auc": pairs.auc(lm)},
+            description="contrastive",
+        )
+    seconds = time.perf_counter() - began
+    summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
+    return summary | {"train_seconds": round(seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
 
 
 def distinct_texts(
@@ -193,6 +209,40 @@ def check_titles(titles: list[str], model: str | Path, max_title_tokens: int) ->
         )
 
 
+def contrastive_batches(
+    lm: Backbone,
+    sequences: Sequences,
+    titles: list[str],
+    max_title_tokens: int,
+    positives: str,
+    steps: int,
+    batch_size: int,
+    micro_batch_tokens: int,
+    seed: int,
+    shares: np.ndarray | None = None,
+) -> TitleBatches:
+    """Batches of pairs of titles, as `positives` says; see `contrastive`.
+
+    Raises:
+        ConfigError: unknown positives, fewer than two titles, or a batch that cannot be filled or shared out.
+        ArtifactError: the model cannot read the titles.
+    """
+    distinct, of_texts = trained_texts(titles, shares)
+    if len(distinct) < 2:
+        raise ConfigError("contrastive learning needs at least two different titles")
+    texts = tokenise(lm.tokenizer, distinct, max_title_tokens, special_tokens=True)
+    lm.check_readable(texts, int(texts.lengths.max()))
+    if positives == "dropout":
+        pairs = [np.stack([rows, rows], axis=1) for rows in shuffled_batches(of_texts, steps, batch_size, seed)]
+    elif positives == "consumed-next":
+        number = {text: place for place, text in enumerate(distinct)}
+        text_of_item = np.array([number.get(text, -1) for text in item_texts(titles)])  # held-out: never consumed
+        pairs = distinct_batches(consumed_next(sequences, text_of_item), steps, batch_size, seed, of_texts)
+    else:
+        raise ConfigError(f"positives must be dropout or consumed-next; got {positives!r}")
+    return TitleBatches(texts, pairs, micro_batch_tokens, processes().count)
+
+
 def _mask_token(tokenizer: Any) -> int:
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
@@ -202,94 +252,134 @@ def _mask_token(tokenizer: Any) -> int:
     return int(ids[0])
 
 
-class _ShuffledTexts(Batches):
-    """Texts in shuffled passes, cut into `steps` batches of `batch_size`, none with the same text twice."""
-
-    def __init__(self, texts: TokenisedTexts, steps: int, batch_size: int, seed: int) -> None:
-        self._texts, self._seed = texts, seed
-        self.batch_size = min(batch_size, len(texts))
-        generator = np.random.default_rng(seed)
-        each_pass = len(texts) // self.batch_size
-        passes = [generator.permutation(len(texts)) for _ in range(math.ceil(steps / each_pass))]
-        self._chosen = [
-            order[number * self.batch_size : (number + 1) * self.batch_size]
-            for order in passes
-            for number in range(each_pass)
-        ][:steps]
-
-    def __len__(self) -> int:
-        return len(self._chosen)
+def trained_texts(titles: list[str], shares: np.ndarray | None) -> tuple[list[str], np.ndarray]:
+    """The distinct texts of the titles with a share above 0, and the largest share of each text."""
+    shares = np.ones(len(titles)) if shares is None else shares
+    plain = np.array(item_texts(titles), dtype=object)[shares > 0]
+    distinct, place = np.unique(plain, return_inverse=True)
+    of_texts = np.zeros(len(distinct))
+    np.maximum.at(of_texts, place, shares[shares > 0])
+    return distinct.tolist(), of_texts
 
 
-class MaskedBatches(_ShuffledTexts):
+def shuffled_batches(shares: np.ndarray, steps: int, batch_size: int, seed: int) -> list[np.ndarray]:
+    """`steps` batches of text numbers from shuffled passes, none with the same text twice.
+
+    Args:
+        shares: (texts,) the probability that a pass has each text; a batch is no larger than a pass can be.
+    """
+    size = min(batch_size, int((shares == 1).sum()))
+    generator = np.random.default_rng(seed)
+    batches: list[np.ndarray] = []
+    while len(batches) < steps:
+        order = shuffled_pass(shares, generator)
+        batches += [order[first : first + size] for first in range(0, len(order) - size + 1, size)]
+    return batches[:steps]
+
+
+class MaskedBatches(Batches):
     """Packed titles with a share of their tokens masked; the masked tokens are the labels.
 
     Position 0 is never masked: no position before it could predict it. A title of one token is left whole;
-    any other has at least one masked token.
+    any other has at least one masked token. A step's titles come in `parts` micro-batches, one a process,
+    masked as they would be in one.
     """
 
     def __init__(
-        self, texts: TokenisedTexts, mask_token: int, steps: int, batch_size: int, share: float, seed: int
+        self,
+        texts: TokenisedTexts,
+        mask_token: int,
+        steps: int,
+        batch_size: int,
+        share: float,
+        seed: int,
+        parts: int = 1,
+        shares: np.ndarray | None = None,
     ) -> None:
         usable = np.flatnonzero(texts.lengths > 1)  # some are: see check_titles
         tokens, lengths = gather_texts(texts, usable)
-        super().__init__(
-            TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)])), steps, batch_size, seed
-        )
-        self._mask_token, self._share = mask_token, share
+        self._texts = TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+        of_usable = np.ones(len(usable)) if shares is None else shares[usable]
+        self._chosen = shuffled_batches(of_usable, steps, batch_size, seed)
+        self._mask_token, self._share, self._seed, self._parts = mask_token, share, seed, parts
         self.tokens = int(sum(self._texts.lengths[chosen].sum() for chosen in self._chosen))
+        if len(self._chosen[0]) < parts:
+            raise ConfigError(f"{len(self._chosen[0])} titles a step cannot be shared by {parts} processes")
+
+    def __len__(self) -> int:
+        return len(self._chosen) * self._parts
 
     def __getitem__(self, index: int) -> Batch:
-        tokens, lengths = gather_texts(self._texts, self._chosen[index])
-        generator = np.random.default_rng([self._seed, index])
+        step, part = divmod(index, self._parts)
+        tokens, lengths = gather_texts(self._texts, self._chosen[step])
+        generator = np.random.default_rng([self._seed, step])
         positions = positions_within(lengths)
         noise = np.where(positions == 0, np.inf, generator.random(len(tokens)))
         starts = np.cumsum(lengths) - lengths
         lowest = np.repeat(np.minimum.reduceat(noise, starts), lengths)
-        masked = np.flatnonzero((noise < self._share) | (noise == lowest))
+        hidden = (noise < self._share) | (noise == lowest)
+        rows = np.array_split(np.arange(len(lengths)), self._parts)[part]
+        own = slice(starts[rows[0]], starts[rows[-1]] + lengths[rows[-1]])
+        masked = np.flatnonzero(hidden[own])
         return {
-            **pack(np.where(np.isin(np.arange(len(tokens)), masked), self._mask_token, tokens), lengths),
+            **pack(np.where(hidden[own], self._mask_token, tokens[own]), lengths[rows]),
             "rows": torch.from_numpy(masked - 1),
-            "labels": torch.from_numpy(tokens[masked]),
+            "labels": torch.from_numpy(tokens[own][masked]),
             "n_targets": len(masked),
         }
 
 
-class TitleBatches(_ShuffledTexts):
-    """Batches of different titles in chunks of `micro_batch_tokens`, every chunk holding its titles twice."""
+class TitleBatches(Batches):
+    """Pairs of titles in chunks of `micro_batch_tokens`, in a chunk all first ones, then all second ones.
+
+    Args:
+        pairs: of each step, text numbers (B, 2); a view of a title pairs it with itself.
+        parts: micro-batches that a step's pairs come in, one a process.
+    """
 
     def __init__(
-        self, texts: TokenisedTexts, steps: int, batch_size: int, micro_batch_tokens: int, seed: int
+        self, texts: TokenisedTexts, pairs: list[np.ndarray], micro_batch_tokens: int, parts: int = 1
     ) -> None:
-        super().__init__(texts, steps, batch_size, seed)
+        self._texts, self._pairs, self._parts = texts, pairs, parts
         self._micro_batch_tokens = micro_batch_tokens
+        self.batch_size = len(pairs[0])
+        if self.batch_size % parts:
+            raise ConfigError(
+                f"{self.batch_size} pairs of titles a step cannot be shared evenly by {parts} processes; make "
+                "iem.contrastive.batch_size a multiple"
+            )
+
+    def __len__(self) -> int:
+        return len(self._pairs) * self._parts
 
     def __getitem__(self, index: int) -> Batch:
-        chosen = self._chosen[index]
-        chosen = chosen[np.argsort(-self._texts.lengths[chosen], kind="stable")]
+        step, part = divmod(index, self._parts)
+        pairs = np.split(self._pairs[step], self._parts)[part]
+        lengths = self._texts.lengths[pairs].sum(axis=1)
+        order = np.argsort(-lengths, kind="stable")
         chunks: dict[str, Packed] = {}
-        for rows in token_budget_batches(2 * self._texts.lengths[chosen], self._micro_batch_tokens):
-            twice = np.concatenate([chosen[rows], chosen[rows]])
-            chunks[f"chunk{len(chunks)}"] = pack(*gather_texts(self._texts, twice))
-        return {"chunks": chunks, "n_targets": len(chosen)}
+        for rows in token_budget_batches(lengths[order], self._micro_batch_tokens):
+            both = pairs[order[rows]].T.ravel()
+            chunks[f"chunk{len(chunks)}"] = pack(*gather_texts(self._texts, both))
+        return {"chunks": chunks, "n_targets": len(pairs)}
 
 
 class ContrastiveObjective:
     """The summed InfoNCE of a batch from `TitleBatches`, over all its chunks at once."""
 
-    def __init__(self, lm: Backbone, temperature: float) -> None:
-        self._lm, self._temperature = lm, temperature
+    def __init__(self, lm: Backbone, temperature: float, pooling: Pooling = MEAN) -> None:
+        self._lm, self._temperature, self._pooling = lm, temperature, pooling
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss of one micro-batch, summed over its targets."""
+        """The loss of one micro-batch, summed over its targets, among the titles of all processes."""
         chunks = list(batch["chunks"].values())
 
         def encode(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            first, second = embed(self._lm, chunks[number]).chunk(2)
+            first, second = embed(self._lm, chunks[number], self._pooling).chunk(2)
             return first, second
 
         def loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-            return contrastive_loss(first, second, self._temperature) * len(first)
+            return contrastive_loss(gather_rows(first), gather_rows(second), self._temperature) * len(first)
 
         return cached_gradient_loss(encode, len(chunks), loss)
 
@@ -298,7 +388,13 @@ class ValidationPairs:
     """Held-out co-consumption: (last training item, validation item) of a sample of users."""
 
     def __init__(
-        self, sequences: Sequences, texts: list[str], tokenizer: Any, max_title_tokens: int, seed: int
+        self,
+        sequences: Sequences,
+        texts: list[str],
+        tokenizer: Any,
+        max_title_tokens: int,
+        seed: int,
+        pooling: Pooling = MEAN,
     ) -> None:
         positions = sequences.held_out(VALIDATION)
         last = sequences.histories(positions, 1)[:, 0]
@@ -309,10 +405,11 @@ class ValidationPairs:
         items, self._pairs = np.unique(pairs, return_inverse=True)
         self._pairs = self._pairs.reshape(pairs.shape)
         self._texts = tokenise(tokenizer, [texts[item] for item in items], max_title_tokens, True)
+        self._pooling = pooling
 
     def auc(self, lm: Backbone, batch_tokens: int = 4096) -> float:
         """Share of (pair, other user's target) whose own target is nearer; 0.5 is chance. In [0, 1]."""
-        vectors = encode_tokens(lm, self._texts, batch_tokens, "validation titles")
+        vectors = encode_tokens(lm, self._texts, batch_tokens, "validation titles", self._pooling)
         vectors = vectors - vectors.mean(axis=0)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         sources, targets = self._pairs
@@ -323,27 +420,39 @@ class ValidationPairs:
         return float(wins.sum() / max(other.sum(), 1))
 
 
-def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path) -> None:
+def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling = MEAN) -> None:
     """Writes a SentenceTransformer folder and checks that it gives the encoder's vectors.
 
+    Of several processes the main one does so, and the others wait for it.
+
     Raises:
-        ArtifactError: the reloaded folder's vectors differ by more than rounding.
+        ArtifactError: the folder cannot express the pooling, or its vectors differ by more than rounding.
     """
+    mode = pooling.exported()
+    if processes().is_main:
+        _export(lm, titles, max_title_tokens, out, pooling, mode)
+    processes().wait()
+
+
+def _export(
+    lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling, mode: str
+) -> None:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
+    from sentence_transformers.sentence_transformer.modules import Transformer
 
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         backbones.save(lm, Path(folder))
         transformer = Transformer(folder, max_seq_length=max_title_tokens)
         encoder = SentenceTransformer(
-            modules=[transformer, Pooling(lm.body.config.hidden_size, pooling_mode="mean")], device="cpu"
+            modules=[transformer, STPooling(lm.body.config.hidden_size, pooling_mode=mode)], device="cpu"
         )
         encoder.save(str(out))
     sample = item_texts(titles)[:16]
     reloaded = SentenceTransformer(str(out), device="cpu")
     theirs = torch.from_numpy(reloaded.encode(sample, convert_to_numpy=True, show_progress_bar=False)).float()
     tokens = tokenise(lm.tokenizer, sample, max_title_tokens, special_tokens=True)
-    ours = torch.from_numpy(encode_tokens(lm, tokens, 4096, "check"))
+    ours = torch.from_numpy(encode_tokens(lm, tokens, 4096, "check", pooling))
     similarity = torch.nn.functional.cosine_similarity(ours, theirs).min().item()
     if similarity < 0.999:
         raise ArtifactError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
 from llm2rec.softmax import linear_cross_entropy
+from llm2rec.training import processes
 
 
 def token_loss(hidden: Tensor, head: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
@@ -48,6 +51,29 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
         raise ValueError(f"temperature must be above 0, got {temperature}")
     cosine = F.normalize(first.float(), dim=-1) @ F.normalize(second.float(), dim=-1).T  # (B, B)
     return F.cross_entropy(cosine / temperature, torch.arange(len(first), device=first.device))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, (processes * B, D), in the order of their ranks; gradients find their way back.
+
+    Each process must give as many rows. What every process makes of the result counts: the gradient of
+    `rows` is the sum over the processes. Of a single process, `rows` themselves.
+    """
+    return _GatheredRows.apply(rows) if processes().count > 1 else rows
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(processes().count)]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total.chunk(processes().count)[processes().rank]
 
 
 def cached_gradient_loss(
@@ -92,21 +118,6 @@ def cached_gradient_loss(
     result = value.detach().requires_grad_()
     result.register_hook(replay)
     return result
-
-
-def pool_mean(hidden: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Mean of each sequence's hidden states in a packed row, (S, H) float32.
-
-    Args:
-        hidden: (1, T, H).
-        sequence: (T,) the sequence of each position.
-        sequences: S.
-    Source: LLM2Rec section 3.3 (mean of the last hidden states over the title).
-    """
-    flat = hidden[0].float()
-    total = flat.new_zeros(sequences, flat.shape[1]).index_add(0, sequence, flat)
-    counts = torch.bincount(sequence, minlength=sequences).to(flat.dtype)
-    return total / counts[:, None]
 
 
 def _random_state() -> Sequence[Tensor]:

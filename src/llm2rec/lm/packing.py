@@ -36,8 +36,8 @@ class TokenisedTexts:
         return np.diff(self.offsets)
 
 
-def tokenise(tokenizer: Any, texts: list[str], max_tokens: int, special_tokens: bool) -> TokenisedTexts:
-    """Token ids of each text, truncated to `max_tokens`, in one batched call.
+def tokenise(tokenizer: Any, texts: list[str], max_tokens: int | None, special_tokens: bool) -> TokenisedTexts:
+    """Token ids of each text, truncated to `max_tokens` (None: whole), in one batched call.
 
     Args:
         special_tokens: whether the tokenizer adds what it adds to a text on its own (a BOS, say):
@@ -46,13 +46,29 @@ def tokenise(tokenizer: Any, texts: list[str], max_tokens: int, special_tokens: 
     Raises:
         ValueError: a text gives no token at all.
     """
-    encoded = tokenizer(texts, add_special_tokens=special_tokens, truncation=True, max_length=max_tokens)
+    truncation = max_tokens is not None
+    encoded = tokenizer(texts, add_special_tokens=special_tokens, truncation=truncation, max_length=max_tokens)
     ids = encoded["input_ids"]
     lengths = np.fromiter((len(row) for row in ids), dtype=np.int64, count=len(ids))
     if (lengths == 0).any():
         raise ValueError(f"text {texts[int(np.argmin(lengths))]!r} has no tokens")
     tokens = np.fromiter((token for row in ids for token in row), dtype=np.int64, count=int(lengths.sum()))
     return TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def shorten(tokenizer: Any, texts: list[str], max_tokens: int) -> list[str]:
+    """Texts of more than `max_tokens` tokens cut behind the last character that those tokens reach."""
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=True,
+        max_length=max_tokens,
+        return_offsets_mapping=True,
+    )
+    return [
+        text if len(spans) < max_tokens else text[: spans[-1][1]]
+        for text, spans in zip(texts, encoded["offset_mapping"], strict=True)
+    ]
 
 
 def gather_texts(texts: TokenisedTexts, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +94,8 @@ def pack(tokens: np.ndarray, lengths: np.ndarray) -> Packed:
     Returns:
         `input_ids` and `position_ids` (1, T) int64, and `segments`, what the packed attention needs:
         `gather` (S, L) row position of each padded cell, `valid` (S, L) bool, `scatter` (T,) padded cell of
-        each row position, `sequence` (T,) the sequence of each row position.
+        each row position, `sequence` (T,) the sequence of each row position. A caller may add `visible`
+        (S, L, L) bool: which cell (rows) sees which, at least one each.
     """
     positions = positions_within(lengths)
     longest = int(lengths.max())
@@ -96,6 +113,12 @@ def pack(tokens: np.ndarray, lengths: np.ndarray) -> Packed:
             "sequence": torch.from_numpy(sequence),
         },
     }
+
+
+def shuffled_pass(shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """One pass over the numbers 0..n - 1 in random order, number i with probability `shares[i]`."""
+    order = generator.permutation(len(shares))
+    return order if (shares == 1).all() else order[generator.random(len(shares)) < shares[order]]
 
 
 def token_budget_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,179 @@
+"""Recipe files and `--set` overrides -> a validated `Recipe`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from llm2rec.config import CSFT_BUDGETS, ORIGINS, DomainConfig, Recipe, Section
+from llm2rec.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The file behind a shipped name or a path.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    shipped = RECIPES / f"{recipe}.yaml"
+    if shipped.is_file():
+        return shipped
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    raise ConfigError(f"recipe {str(recipe)!r} is neither a file nor one of: {', '.join(recipe_names())}")
+
+
+def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """The validated recipe of a shipped name or a path, with `KEY=VALUE` overrides applied.
+
+    Paths inside a recipe file are relative to its folder, paths in overrides to the working directory;
+    environment variables (`${NAME}`) are filled in.
+
+    Raises:
+        ConfigError: unknown recipe, key or row; a value of the wrong type; an undefined variable.
+    """
+    path = recipe_path(recipe)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+    _anchor_paths(content, path.parent)
+    for override in overrides:
+        apply_override(content, override)
+    return parse_recipe(content, str(path))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML whose mappings name no key twice: the first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
+    """Validates a nested mapping; `origin` names it in the error.
+
+    Raises:
+        ConfigError: naming each offending key, the value got and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{origin}:\n  " + "\n  ".join(lines)) from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: no such key; allowed here: {', '.join(_siblings(problem['loc']))}"
+    if problem["type"] == "missing":
+        return f"{key}: required, but missing"
+    if problem["type"] == "model_type":
+        return f"{key}: a section with keys of its own (got {problem['input']!r})"
+    if problem["type"] == "tuple_type":
+        return f"{key}: a list, for example [{problem['input']}] (got {problem['input']!r})"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
+    return f"{key}: {message}" + ("" if problem["type"] == "value_error" else f" (got {problem['input']!r})")
+
+
+def _siblings(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location[:-1]:
+        field = section.model_fields.get(part)
+        if part == "domains" or field is None:  # `domains`, then the name of one
+            section = DomainConfig
+        else:
+            classes = get_args(field.annotation) or (field.annotation,)
+            section = next(one for one in classes if isinstance(one, type) and issubclass(one, Section))
+    return list(section.model_fields)
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Sets one `dotted.key=value` in a nested mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: no `=`, or the key goes through something that is not a section.
+    """
+    key, equals, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set takes KEY=VALUE, for example csft.max_tokens=140000; got {override!r}")
+    section = content
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
+    section[parts[-1]] = _number(parsed)
+    if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
+        for other in CSFT_BUDGETS - {parts[-1]}:
+            section.pop(other, None)
+    if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
+        _replace_origin(section, parts[-1], parsed)
+
+
+def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
+    """Another origin of the data takes the place of the one that the recipe names."""
+    together = {"interactions", "items"} if key in ("interactions", "items") else {key}
+    for other in set(ORIGINS) - together:
+        section.pop(other, None)
+    if key != "source":
+        section[key] = _expand(str(value), Path.cwd())
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _anchor_paths(content: dict[str, Any], base: Path) -> None:
+    _convert_numbers(content)
+    domains = content.get("domains")
+    sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
+    for section in sections:
+        for key in set(ORIGINS) - {"source"}:
+            if isinstance(section, dict) and isinstance(section.get(key), str):
+                section[key] = _expand(section[key], base)
+
+
+def _convert_numbers(section: dict[str, Any]) -> None:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _convert_numbers(value)
+        elif key not in ORIGINS:
+            section[key] = _number(value)
+
+
+def _expand(text: str, base: Path) -> str:
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    if "$" in expanded:
+        raise ConfigError(f"{text}: the environment variable is not set; set it to the folder of your data")
+    return str((base / expanded).resolve())

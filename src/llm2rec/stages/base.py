@@ -1,0 +1,206 @@
+"""What a stage is, and what every stage is described with: rows, vector sets, data, hashes of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm2rec import artifacts
+from llm2rec.artifacts import Inputs
+from llm2rec.config import DataConfig, Row
+from llm2rec.data import sources
+from llm2rec.errors import ArtifactError
+from llm2rec.runs import Domain, Run
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llm2rec.data.mixture import Mixture
+    from llm2rec.data.sequences import Sequences
+    from llm2rec.data.splits import Split
+
+TINY_RANDOM = "tiny-random"
+# The untrained and the CSFT model are encoded both ways; validation decides which one is the row.
+VARIANTS = {"backbone": ("backbone", "backbone-causal"), "csft": ("csft", "csft-causal")}
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One artifact: its folder, the inputs that determine it, and how to make it."""
+
+    verb: str
+    folder: Path
+    inputs: Callable[[], Inputs]
+    execute: Callable[[Summary], None]
+
+
+def trained_rows(run: Run) -> list[Row]:
+    """The rows that are trained: neither counted nor made of other rows."""
+    rows = [Row.parse(name) for name in run.recipe.recommender.rows]
+    return [row for row in rows if row.architecture and not row.parents]
+
+
+def vector_sets(run: Run) -> list[str]:
+    """Names of the vector sets that the rows of the recipe need."""
+    wanted = [row.vectors for row in trained_rows(run) if row.vectors]
+    return list(dict.fromkeys(name for kind in wanted for name in VARIANTS.get(kind, (kind,))))
+
+
+def row_variants(row: Row) -> dict[str, str | None]:
+    """Trained row -> its vector set; rows of the untrained and the CSFT model come in two variants."""
+    if row.vectors not in VARIANTS:
+        return {row.name: row.vectors}
+    bidirectional, causal = VARIANTS[str(row.vectors)]
+    return {f"{row.name}-bidirectional": bidirectional, f"{row.name}-causal": causal}
+
+
+def model_path(run: Run) -> str | Path:
+    """Where the language model is loaded from; a named one is fetched first.
+
+    Raises:
+        DataError: no mirror of a named model can be reached.
+    """
+    source = run.recipe.model.source
+    if source == TINY_RANDOM:
+        return run.backbone
+    return sources.fetch_model(source) if source in sources.MODELS else source
+
+
+def split_of(config: DataConfig, seed: int) -> Split:
+    """The split that a recipe asks for."""
+    from llm2rec.data.splits import Split
+
+    return Split(**dict(config.split), seed=seed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A prepared domain in memory: sequences, and the id and text of each item (N,).
+
+    `trainable` (N,) is False for held-out items, whose text and id no training may use.
+    """
+
+    sequences: Sequences
+    item_ids: list[str]
+    texts: list[str]
+    trainable: np.ndarray
+
+
+def load_domain(run: Run, domain: Domain) -> Loaded:
+    """The checked data of a prepared domain.
+
+    Raises:
+        DataError: a training event is later than a held-out one, or another leak.
+        ConfigError: the text template names a column that the items lack.
+    """
+    from llm2rec.data.sequences import Sequences, check_leakage, cold_items
+    from llm2rec.data.tables import Catalogue, Interactions
+    from llm2rec.data.texts import item_texts
+
+    artifacts.require(domain.data, "prepare")
+    sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
+    check_leakage(
+        sequences,
+        Interactions.read(domain.data / "interactions.parquet"),
+        split=split_of(domain.config, run.recipe.seed),
+        cold=cold,
+        history_length=domain.config.history_length,
+    )
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    trainable = ~catalogue.frame["item_id"].is_in(cold.implode()).to_numpy()
+    return Loaded(sequences, catalogue.item_ids, item_texts(catalogue, domain.config.text), trainable)
+
+
+def load_mixture(run: Run) -> Mixture:
+    """What the language model is trained on: the domains of the run whose role is `in`, as one.
+
+    Raises:
+        DataError, ConfigError: see `load_domain`.
+    """
+    from llm2rec.data.mixture import Part, mix
+
+    parts = []
+    for domain in trained_domains(run):
+        loaded = load_domain(run, domain)
+        weight = domain.config.weight
+        parts.append(Part(domain.name, loaded.sequences, loaded.texts, loaded.trainable, weight))
+    return mix(parts)
+
+
+def trained_domains(run: Run) -> list[Domain]:
+    """The domains that the language model is trained on."""
+    return [domain for domain in run.domains if domain.config.role == "in"]
+
+
+def trained_history_length(run: Run) -> int:
+    """The history length of the domains that the language model is trained on."""
+    return trained_domains(run)[0].config.history_length  # one for all: see Recipe
+
+
+def of_each(run: Run, inputs: Callable[[Domain], Inputs]) -> Inputs:
+    """Inputs of every trained domain; where there are several, under the name of the domain."""
+    domains = trained_domains(run)
+    if len(domains) == 1:
+        return inputs(domains[0])
+    weights = {f"{domain.name}.weight": domain.config.weight for domain in domains}
+    return weights | {f"{one.name}.{key}": value for one in domains for key, value in inputs(one).items()}
+
+
+def parent_hash(folder: Path, verb: str) -> str:
+    """The fingerprint of a finished stage.
+
+    Raises:
+        ArtifactError: it is not finished, or was changed.
+    """
+    return artifacts.require(folder, verb).fingerprint
+
+
+def catalogue_hash(domain: Domain) -> str:
+    """Hash of the items and their text columns."""
+    outputs = artifacts.require(domain.data, "prepare").outputs
+    return str(outputs["catalogue.parquet"]["sha256"])
+
+
+def sequence_inputs(domain: Domain) -> Inputs:
+    """Who consumed what; a corrected title leaves it as it is."""
+    prepared = artifacts.require(domain.data, "prepare")
+    files = {path: file["sha256"] for path, file in prepared.outputs.items() if path != "catalogue.parquet"}
+    return {"sequences": artifacts.hash_json(files), "item_ids": prepared.summary["item_ids"]}
+
+
+def text_inputs(run: Run, domain: Domain) -> Inputs:
+    """What items become tokens with; a change of interactions alone leaves it as it is."""
+    return {
+        "catalogue": catalogue_hash(domain),
+        "data.text": domain.config.text,
+        "model.dtype": run.recipe.model.dtype,
+        "model.max_title_tokens": run.recipe.model.max_title_tokens,
+        "seed": run.recipe.seed,
+    }
+
+
+def model_inputs(run: Run) -> Inputs:
+    """What the language model is that everything starts from."""
+    return {"model.source": model_hash(run)}
+
+
+def model_hash(run: Run) -> str:
+    """What the language model is: the registered hash, the content of a file or folder, or a hub id."""
+    source = run.recipe.model.source
+    path = Path(source)
+    if source == TINY_RANDOM:
+        return parent_hash(run.backbone, "csft")
+    if source in sources.MODELS:
+        return str(sources.MODELS[source].content_hash)
+    if path.is_file():
+        return artifacts.hash_file(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.json")) + sorted(path.glob("*.safetensors"))
+        if not files:
+            raise ArtifactError(f"model.source: {path} holds no model (no *.json, no *.safetensors)")
+        return artifacts.hash_json({file.name: artifacts.hash_file(file) for file in files})
+    return source

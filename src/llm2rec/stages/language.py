@@ -1,0 +1,203 @@
+"""Stages `csft`, `iem` and `encode`: what goes in, and how they are executed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llm2rec.artifacts import Inputs, flatten
+from llm2rec.config import LanguageConfig, OptimizerConfig
+from llm2rec.runs import Domain, Run
+from llm2rec.stages.base import (
+    TINY_RANDOM,
+    VARIANTS,
+    Stage,
+    Summary,
+    load_domain,
+    load_mixture,
+    model_inputs,
+    model_path,
+    of_each,
+    parent_hash,
+    sequence_inputs,
+    text_inputs,
+    trained_history_length,
+    vector_sets,
+)
+
+if TYPE_CHECKING:
+    from llm2rec.lm.pooling import Pooling
+
+
+def language_stages(run: Run) -> list[Stage]:
+    """The stages that train the language model, as far as the rows of the recipe need them."""
+    wanted = vector_sets(run)
+    stages = []
+    if wanted and run.recipe.model.source == TINY_RANDOM:
+        stages.append(_tiny_random_stage(run))
+    if any(name not in VARIANTS["backbone"] for name in wanted):
+        stages.append(_csft_stage(run))
+    if "mntp" in wanted or "llm2rec" in wanted:
+        stages += iem_stages(run)
+    return stages
+
+
+def iem_stages(run: Run) -> list[Stage]:
+    """MNTP (unless it has 0 steps) and contrastive learning."""
+    stages = [_mntp_stage(run)] if run.recipe.iem.mntp.steps else []
+    return [*stages, _contrastive_stage(run)]
+
+
+def _tiny_random_stage(run: Run) -> Stage:
+    def execute(summary: Summary) -> None:
+        from llm2rec.lm.backbone import make_tiny_random
+        from llm2rec.training import stage_seed
+
+        make_tiny_random(load_mixture(run).training_texts, run.backbone, stage_seed(run.recipe.seed, "backbone"))
+
+    def inputs() -> Inputs:
+        return {"seed": run.recipe.seed, **of_each(run, lambda one: text_inputs(run, one))}
+
+    return Stage("csft", run.backbone, inputs, execute)
+
+
+def _csft_stage(run: Run) -> Stage:
+    def inputs() -> Inputs:
+        settings = flatten("csft", run.recipe.csft.model_dump(mode="json"))
+        window = {"data.history_length": trained_history_length(run)}
+        data = of_each(run, lambda one: {**sequence_inputs(one), **text_inputs(run, one)})
+        return {**data, **model_inputs(run), **settings, **window}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.lm.backbone import resolve_dtype
+        from llm2rec.lm.csft import csft
+        from llm2rec.lm.iem import check_titles
+
+        mixture = load_mixture(run)
+        check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
+        summary |= csft(
+            mixture.sequences,
+            mixture.texts,
+            model=model_path(run),
+            dtype=resolve_dtype(run.recipe.model.dtype),
+            history_length=trained_history_length(run),
+            max_title_tokens=run.recipe.model.max_title_tokens,
+            seed=run.recipe.seed,
+            out=run.csft,
+            user_shares=mixture.user_shares,
+            **_arguments(run.recipe.csft),
+        )
+
+    return Stage("csft", run.csft, inputs, execute)
+
+
+def _mntp_stage(run: Run) -> Stage:
+    def inputs() -> Inputs:
+        settings = flatten("iem.mntp", run.recipe.iem.mntp.model_dump(mode="json"))
+        data = of_each(run, lambda one: text_inputs(run, one))
+        return {"csft": parent_hash(run.csft, "csft"), **data, **settings}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.lm.backbone import resolve_dtype
+        from llm2rec.lm.iem import mntp
+
+        mixture = load_mixture(run)
+        summary |= mntp(
+            mixture.texts,
+            model=run.csft,
+            dtype=resolve_dtype(run.recipe.model.dtype),
+            max_title_tokens=run.recipe.model.max_title_tokens,
+            seed=run.recipe.seed,
+            out=run.mntp,
+            shares=mixture.item_shares,
+            **_arguments(run.recipe.iem.mntp),
+        )
+
+    return Stage("iem", run.mntp, inputs, execute)
+
+
+def _contrastive_stage(run: Run) -> Stage:
+    start = run.mntp if run.recipe.iem.mntp.steps else run.csft
+
+    def inputs() -> Inputs:
+        settings = flatten("iem.contrastive", run.recipe.iem.contrastive.model_dump(mode="json"))
+        settings["encode.pooling"] = run.recipe.encode.pooling
+        data = of_each(run, lambda one: {**sequence_inputs(one), **text_inputs(run, one)})
+        return {start.name: parent_hash(start, "iem"), **data, **settings}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.lm.backbone import resolve_dtype
+        from llm2rec.lm.iem import contrastive
+
+        mixture = load_mixture(run)
+        summary |= contrastive(
+            mixture.sequences,
+            mixture.texts,
+            model=start,
+            dtype=resolve_dtype(run.recipe.model.dtype),
+            max_title_tokens=run.recipe.model.max_title_tokens,
+            seed=run.recipe.seed,
+            out=run.iem,
+            pooling=_pooling(run, "llm2rec"),
+            shares=mixture.item_shares,
+            **_arguments(run.recipe.iem.contrastive),
+        )
+
+    return Stage("iem", run.iem, inputs, execute)
+
+
+def _arguments(section: LanguageConfig) -> dict[str, Any]:
+    """The values of a language stage's section: its optimizer as one `Optimizer`, its adapters as one `Lora`."""
+    from llm2rec.lm.lora import Lora
+    from llm2rec.training import Optimizer
+
+    values = dict(section)
+    values["optimizer"] = Optimizer(**{name: values.pop(name) for name in OptimizerConfig.model_fields})
+    values["lora"] = Lora(**dict(section.lora)) if section.lora else None
+    return values
+
+
+def _pooling(run: Run, name: str) -> Pooling:
+    """How vectors are pooled; those of the trained encoder are what its folder gives, so of the last layer."""
+    from llm2rec.lm.pooling import Pooling
+
+    return Pooling(run.recipe.encode.pooling, -1 if name == "llm2rec" else run.recipe.encode.layer)
+
+
+def encode_stages(run: Run) -> list[Stage]:
+    """One stage a domain and vector set that the rows of the recipe need."""
+    return [_encode_stage(run, domain, name) for domain in run.domains for name in vector_sets(run)]
+
+
+def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
+    trained = {"csft": run.csft, "csft-causal": run.csft, "mntp": run.mntp, "llm2rec": run.iem}
+
+    def inputs() -> Inputs:
+        parent = {trained[name].name: parent_hash(trained[name], "iem")} if name in trained else {}
+        settings = flatten("encode", run.recipe.encode.model_dump(mode="json"))
+        return {
+            **parent,
+            **text_inputs(run, domain),
+            **(model_inputs(run) if name not in trained else {}),
+            **settings,
+        }
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.lm.backbone import resolve_dtype
+        from llm2rec.lm.encode import encode
+
+        loaded = load_domain(run, domain)
+        summary |= encode(
+            loaded.item_ids,
+            loaded.texts,
+            model=trained[name] if name in trained else model_path(run),
+            causal=name.endswith("-causal"),
+            dtype=resolve_dtype(run.recipe.model.dtype),
+            max_title_tokens=run.recipe.model.max_title_tokens,
+            batch_tokens=run.recipe.encode.batch_tokens,
+            shard_texts=run.recipe.encode.shard_texts,
+            pooling=_pooling(run, name),
+            name=name,
+            out=domain.embeddings(name),
+        )
+
+    return Stage("encode", domain.embeddings(name), inputs, execute)

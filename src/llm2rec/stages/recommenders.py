@@ -1,0 +1,159 @@
+"""Stages `fit` and `evaluate`: what goes in, and how they are executed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from llm2rec import artifacts
+from llm2rec.artifacts import Inputs, flatten
+from llm2rec.config import CONTEXT, RecommenderConfig, Row
+from llm2rec.runs import Domain, Run
+from llm2rec.stages.base import (
+    Stage,
+    Summary,
+    catalogue_hash,
+    load_domain,
+    parent_hash,
+    row_variants,
+    sequence_inputs,
+    trained_rows,
+    vector_sets,
+)
+
+if TYPE_CHECKING:
+    from llm2rec.rec.items import Categories
+
+
+def fit_stages(run: Run) -> list[Stage]:
+    """The trainings of every domain."""
+    return [stage for domain in run.domains for stage in fit_stages_of(run, domain)]
+
+
+def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
+    """One stage a trained row and seed; for rows with variants, each variant and then the choice."""
+    stages = []
+    seeds = range(run.recipe.recommender.seeds)
+    for row in trained_rows(run):
+        variants = row_variants(row)
+        stages += [
+            _fit_stage(run, domain, row, name, kind, seed) for name, kind in variants.items() for seed in seeds
+        ]
+        if len(variants) > 1:
+            stages += [_choice_stage(run, domain, row.name, list(variants), seed) for seed in seeds]
+    return stages
+
+
+def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | None, seed: int) -> Stage:
+    folder = domain.recommender(name, seed)
+    config = run.recipe.recommender
+
+    def inputs() -> Inputs:
+        parent = {"vectors": parent_hash(domain.embeddings(vectors), "encode")} if vectors else {}
+        settings = flatten("recommender", config.model_dump(mode="json", exclude={"rows", "seeds"}))
+        window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
+        if row.name == CONTEXT:
+            window |= {"catalogue": catalogue_hash(domain), "data.categories": domain.config.categories}
+        return {**sequence_inputs(domain), **parent, **window, **settings}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.data.embeddings import ItemEmbeddings
+        from llm2rec.rec.architecture import Architecture
+        from llm2rec.rec.fit import Optimisation, fit
+
+        loaded = load_domain(run, domain)
+        table = ItemEmbeddings.load(domain.embeddings(vectors)).aligned_to(loaded.item_ids) if vectors else None
+        result = fit(
+            loaded.sequences,
+            Architecture(
+                name=str(row.architecture),
+                items=row.fusion or ("text" if vectors else "id"),
+                history_length=domain.config.history_length,
+                **_values_of(Architecture, config),
+            ),
+            Optimisation(**_values_of(Optimisation, config)),
+            vectors=table,
+            categories=_categories(domain) if row.name == CONTEXT else None,
+            trainable=loaded.trainable,
+            seed=seed,
+            out=folder,
+            description=f"fit {name}",
+        )
+        summary |= {"epochs": result.epochs, "best_epoch": result.best_epoch}
+        summary |= {"vectors": vectors, "validation_ndcg@10": result.best_metric}
+
+    return Stage("fit", folder, inputs, execute)
+
+
+def _values_of(kind: type, config: RecommenderConfig) -> dict[str, Any]:
+    """The recipe's values for the fields of a plain dataclass of the same names."""
+    return {field.name: getattr(config, field.name) for field in fields(kind) if hasattr(config, field.name)}
+
+
+def _categories(domain: Domain) -> Categories | None:
+    """The categories of the items, where the recipe names a column of them."""
+    from llm2rec.data.tables import Catalogue
+    from llm2rec.rec.items import Categories
+
+    if domain.config.categories is None:
+        return None
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    return Categories.of(catalogue.labels(domain.config.categories))
+
+
+def _choice_stage(run: Run, domain: Domain, row: str, variants: list[str], seed: int) -> Stage:
+    """The variant with the better validation NDCG@10, averaged over seeds, becomes the row."""
+    folder = domain.recommender(row, seed)
+    seeds = range(run.recipe.recommender.seeds)
+
+    def inputs() -> Inputs:
+        return {
+            f"{variant}/seed-{one}": parent_hash(domain.recommender(variant, one), "fit")
+            for variant in variants
+            for one in seeds
+        }
+
+    def execute(summary: Summary) -> None:
+        validation = {
+            variant: sum(fitted(domain, variant, one)["validation_ndcg@10"] for one in seeds) / len(seeds)
+            for variant in variants
+        }
+        chosen = max(variants, key=lambda variant: validation[variant])
+        for path in domain.recommender(chosen, seed).iterdir():
+            if path.name != artifacts.MANIFEST:
+                shutil.copyfile(path, folder / path.name)
+        summary |= fitted(domain, chosen, seed) | {"chosen": chosen, "validation": validation}
+
+    return Stage("fit", folder, inputs, execute)
+
+
+def fitted(domain: Domain, row: str, seed: int) -> Summary:
+    """The summary of a finished training: epochs, vectors, validation NDCG@10."""
+    summary = dict(artifacts.require(domain.recommender(row, seed), "fit").summary)
+    return {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory_gb")}
+
+
+def evaluate_stages(run: Run) -> list[Stage]:
+    """One stage a domain: every row of the recipe on its test events."""
+    return [_evaluate_stage(run, domain) for domain in run.domains]
+
+
+def _evaluate_stage(run: Run, domain: Domain) -> Stage:
+    def inputs() -> Inputs:
+        trained = [stage.folder for stage in fit_stages_of(run, domain)]
+        parents = {
+            f"recommender {folder.parent.name}/{folder.name}": parent_hash(folder, "fit") for folder in trained
+        }
+        vectors = {f"vectors {name}": parent_hash(domain.embeddings(name), "encode") for name in vector_sets(run)}
+        evaluation = flatten("evaluation", run.recipe.evaluation.model_dump(mode="json"))
+        rows = {"recommender.rows": list(run.recipe.recommender.rows)}
+        window = {"data.history_length": domain.config.history_length}
+        return {"data": parent_hash(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.judging import judge
+
+        summary |= judge(run, domain)
+
+    return Stage("evaluate", domain.evaluation, inputs, execute)

@@ -1,0 +1,113 @@
+"""Every model family through every stage, with tiny random weights."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from conftest import cyclic_log
+from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.errors import ArtifactError
+from llm2rec.lm import backbone as backbones
+from llm2rec.lm.backbone import Backbone
+from llm2rec.lm.csft import csft
+from llm2rec.lm.encode import encode_titles
+from llm2rec.lm.iem import contrastive, mntp
+from llm2rec.training import Optimizer
+
+FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Sequences and titles of a small cyclic log."""
+    folder = tmp_path_factory.mktemp("world")
+    log, items = cyclic_log(users=12)
+    catalogue = Catalogue.from_frame(items, "items")
+    prepare(Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder)
+    return Sequences.load(folder), catalogue.titles
+
+
+def save_random(config_class, tokenizer, folder, **changes):
+    """A random two-layer model of a family, saved with the tokenizer of the tiny one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    vocabulary = len(tokenizer) + 8  # transformers adds special tokens for some families
+    tokens = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 0, "vocab_size": vocabulary}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config_class(**sizes, **heads, **tokens, **changes))
+    backbones.save(Backbone(model, tokenizer), folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__.removesuffix("Config"))
+def trained(request, world, tiny_folder, tmp_path_factory):
+    """Three steps of csft, then of mntp, then of contrastive learning; the folders and the summaries."""
+    root = tmp_path_factory.mktemp("family")
+    tokenizer = backbones.load(tiny_folder, torch.float32).tokenizer
+    save_random(request.param, tokenizer, root / "model")
+    sequences, titles = world
+    shared = {
+        "dtype": torch.float32,
+        "max_title_tokens": 16,
+        "seed": 0,
+        "optimizer": Optimizer(learning_rate=1e-2),
+    }
+    once = {"checkpoints": 0, "model": root / "model"}
+    budget = {"max_tokens": 600, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 256}
+    summaries = [csft(sequences, titles, history_length=4, out=root / "csft", **budget, **once, **shared)]
+    once["model"] = root / "csft"
+    options = {"steps": 3, "batch_size": 6}
+    summaries.append(mntp(titles, mask_share=0.2, out=root / "mntp", **options, **once, **shared))
+    options |= {"temperature": 0.1, "dropout": 0.2, "evaluations": 1, "patience": 1, "micro_batch_tokens": 64}
+    summaries.append(contrastive(sequences, titles, model=root / "mntp", out=root / "iem", **options, **shared))
+    return root, summaries
+
+
+def test_every_stage_trains_for_three_steps(trained):
+    assert [summary["steps"] for summary in trained[1]] == [3, 3, 3]
+
+
+def test_every_stage_moves_the_weights(trained):
+    root, _ = trained
+    folders = [root / name for name in ("model", "csft", "mntp", "iem")]
+    bodies = [
+        dict(backbones.load(folder, torch.float32, head=False).model.named_parameters()) for folder in folders
+    ]
+    for before, after in zip(bodies, bodies[1:], strict=False):
+        assert all(not torch.equal(before[name], after[name]) for name in before if "embed" not in name)
+
+
+def test_csft_stays_causal_and_the_others_see_the_future(trained):
+    root, _ = trained
+    for name, causal in (("csft", True), ("mntp", False), ("iem", False)):
+        backbones.probe(backbones.load(root / name, torch.float32, head=False), causal)
+
+
+def test_the_exported_encoder_gives_the_vectors_that_encode_gives(trained, world):
+    from sentence_transformers import SentenceTransformer
+
+    root, _ = trained
+    titles = sorted(set(world[1]))
+    lm = backbones.load(root / "iem", torch.float32, head=False)
+    ours, _ = encode_titles(lm, titles, 16, 64)
+    theirs = SentenceTransformer(str(root / "iem"), device="cpu").encode(titles, show_progress_bar=False)
+    assert np.abs(ours).max() > 0.1  # premise
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_a_family_that_cannot_see_the_future_is_refused():
+    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+    lm = Backbone(AutoModelForCausalLM.from_config(config).eval(), None)
+    lm.set_causal(True)
+    with pytest.raises(ArtifactError, match="MambaModel should be bidirectional"):
+        lm.set_causal(False)
