@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm2rec import config
+from llm2rec import config, loading
 from llm2rec.errors import ConfigError
 from llm2rec.loading import load_recipe, recipe_names
 
@@ -14,7 +14,7 @@ SOURCE = Path(config.__file__).parent
 @pytest.fixture
 def write(tmp_path):
     def write_recipe(**changes):
-        content = yaml.safe_load((config.RECIPES / "demo.yaml").read_text())
+        content = yaml.safe_load((loading.RECIPES / "demo.yaml").read_text())
         content.update(changes)
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(content))

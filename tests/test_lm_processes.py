@@ -14,6 +14,7 @@ import torch
 from conftest import TITLES, cyclic_log
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
@@ -92,7 +93,7 @@ def folders(tiny_folder, tmp_path_factory):
     prepare(
         Interactions.from_frame(log, "log"),
         Catalogue.from_frame(items, "items"),
-        holdout=1,
+        split=Split(),
         short_histories="error",
         out=root / "data",
     )

@@ -8,6 +8,7 @@ import torch
 
 from conftest import TITLES, cyclic_log
 from llm2rec.data.sequences import Sequences, prepare
+from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
@@ -23,7 +24,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     log, items = cyclic_log(users=12)
     catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, holdout=1, short_histories="error", out=folder)
+    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
     return Sequences.load(folder), catalogue.titles
 
 

@@ -310,6 +310,11 @@ class RecommenderConfig(Section):
     patience: Positive = Field(10, description="epochs without a gain in validation NDCG@10 before stopping")
     batch_size: Positive = Field(128, description="windows a step; each supervises up to history_length items")
     learning_rate: Rate = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="of the learning rate over max_epochs; a falling one wants few epochs and no patience",
+    )
+    warmup_share: Share = Field(0.0, description="share of the steps with linearly rising learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     loss: Literal["full", "sampled_softmax", "gbce"] = Field("full", description="of the next item")
     targets: Literal["all", "last"] = Field("all", description="positions of a window that are supervised")

@@ -33,7 +33,8 @@ class Optimisation:
     loss: one of `losses.LOSSES`. targets: ALL positions of a window of up to history_length targets, or LAST: one
     window a target, supervised at its end, which is the authors' way and costs history_length times as much.
     negatives: K, sampled anew for each step and shared in it; sampling: one of `losses.SAMPLINGS`; calibration: t
-    of gBCE. The full softmax looks at none of the three, the sampled softmax not at `calibration`.
+    of gBCE. The full softmax looks at none of the three, the sampled softmax not at `calibration`. schedule,
+    warmup_share: of the learning rate over `max_epochs`, as in `training.Optimizer`.
 
     Raises:
         ConfigError: an unknown name, a value out of range, or gBCE with popularity sampling.
@@ -49,6 +50,8 @@ class Optimisation:
     negatives: int = 256
     sampling: str = losses.UNIFORM
     calibration: float = 0.75
+    schedule: str = "constant"
+    warmup_share: float = 0.0
 
     def __post_init__(self) -> None:
         require_one_of("loss", self.loss, losses.LOSSES)
@@ -133,6 +136,8 @@ def fit(
             max_steps=optimisation.max_epochs * len(batches),
             learning_rate=optimisation.learning_rate,
             weight_decay=optimisation.weight_decay,
+            schedule=optimisation.schedule,
+            warmup_share=optimisation.warmup_share,
             evaluate_every=len(batches),
             patience=optimisation.patience,
             metric=METRIC,
