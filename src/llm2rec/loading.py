@@ -52,7 +52,7 @@ def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ())
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     _anchor_paths(content, path.parent)
-    for override in overrides:
+    for override in sorted(overrides, key=_names_no_origin):  # first what would put columns aside
         apply_override(content, override)
     return parse_recipe(content, str(path))
 
@@ -135,10 +135,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         _replace_origin(section, parts[-1], parsed)
 
 
+def _names_no_origin(override: str) -> bool:
+    return override.partition("=")[0].strip().rpartition(".")[2] not in ORIGINS
+
+
 def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
-    """Another origin of the data takes the place of the one that the recipe names."""
+    """Another origin takes the place of the recipe's, and of what the recipe says of its columns."""
     together = {"interactions", "items"} if key in ("interactions", "items") else {key}
-    for other in set(ORIGINS) - together:
+    for other in {*ORIGINS, "columns", "categories", "text"} - together:
         section.pop(other, None)
     if key != "source":
         section[key] = _expand(str(value), Path.cwd())

@@ -30,8 +30,12 @@ def _prepare_stage(run: Run, domain: Domain) -> Stage:
 
     def execute(summary: Summary) -> None:
         from llm2rec.data import filters, origins, sequences
+        from llm2rec.data.texts import item_texts
 
         log, catalogue, left_out = origins.read(config)
+        item_texts(catalogue, config.text)  # what later stages read is refused here, before anything is trained
+        if config.categories:
+            catalogue.labels(config.categories)
         log, filtered_out = filters.filtered(log, **dict(config.filters), seed=run.recipe.seed)
         prepared = sequences.prepare(
             log,
