@@ -22,6 +22,7 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.judging import distinct_names
 from llm2rec.serve.recommender import load_scorer
+from llm2rec.stages.base import load_mixture
 
 SMALL = (
     "model.source=tiny-random",
@@ -102,7 +103,7 @@ def test_popularity_does_not(finished):
 
 def test_shuffling_the_vectors_after_training_breaks_the_text_row(finished):
     sequences = Sequences.load(finished.data)
-    scorer = load_scorer(finished, "sasrec-llm2rec", 0)
+    scorer = load_scorer(finished.domain(), "sasrec-llm2rec", 0)
     scorer.items.frozen = scorer.items.frozen[torch.randperm(sequences.n_items)]
     ranked = protocol.evaluate(scorer, sequences, TEST, 4, description=None)
     assert protocol.mean_metric(ranked, "recall@1") < 0.5
@@ -331,3 +332,65 @@ def test_a_second_live_run_in_the_folder_is_refused(world, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_probes_see_what_the_toy_world_teaches(copied):
+    found = lr.probe(copied)
+    models = found["language_model"]
+    assert models["csft"]["future_sensitivity"] == 0 < models["llm2rec"]["future_sensitivity"]
+    gain = {name: models[name]["random"] / models[name]["true"] for name in ("backbone", "csft")}
+    assert gain["csft"] > gain["backbone"]  # the next title is certain here
+    values = found["order"]["ndcg@10"]
+    assert values["as it was"] > values["shuffled"] and values["as it was"] > values["reversed"]
+    assert found["vectors"].keys() >= {"data", "backbone", "csft", "llm2rec"}
+    assert (copied / "evaluation" / "probes.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def three_domains(tmp_path_factory):
+    """A run over three domains that share a language model, one of them never trained on."""
+    folder = tmp_path_factory.mktemp("domains")
+    sections = {}
+    for name, options in (("films", "weight: 2"), ("books", "weight: 1"), ("songs", "role: out")):
+        interactions, items = cyclic_log(users=12, items=8, events=6)
+        interactions.write_csv(folder / f"{name}-log.csv")
+        items.with_columns(pl.format(f"{name} {{}}", "title").alias("title")).write_csv(
+            folder / f"{name}-items.csv"
+        )
+        sections[name] = f"{{interactions: {name}-log.csv, items: {name}-items.csv, history_length: 4, {options}}}"
+    (folder / "recipe.yaml").write_text(
+        "domains:\n"
+        + "".join(f"  {name}: {section}\n" for name, section in sections.items())
+        + "model: {source: tiny-random, dtype: float32}\n"
+        "csft: {max_tokens: 2000, batch_tokens: 256}\n"
+        "iem: {mntp: {steps: 2}, contrastive: {steps: 2, batch_size: 4}}\n"
+        "recommender: {rows: [markov, sasrec-llm2rec], max_epochs: 2}\n"
+        "evaluation: {k: [1], reference: markov, bootstrap_samples: 50}\n"
+    )
+    return lr.run(folder / "recipe.yaml", folder / "run")
+
+
+def test_each_domain_has_its_own_recommender_and_evaluation(three_domains):
+    for name in ("films", "books", "songs"):
+        domain = three_domains.domain(name)
+        assert (domain.recommender("sasrec-llm2rec", 0) / "model.safetensors").is_file()
+        assert three_domains.metrics(name)["rows"]["markov"]["recall@1"]["mean"] == 1.0
+        assert lr.recommend(three_domains, ["i03"], row="markov", domain=name)[0].item_id == "i04"
+
+
+def test_metrics_of_several_domains_are_keyed_by_domain(three_domains):
+    metrics = artifacts.read_json(three_domains.folder / "evaluation" / "metrics.json")
+    assert list(metrics) == ["films", "books", "songs"]
+
+
+def test_of_a_domain_with_role_out_no_title_is_trained_on(three_domains):
+    mixture = load_mixture(three_domains)
+    assert not [text for text in mixture.texts if text.startswith("songs")]
+    assert len(mixture.training_texts) == 16
+    assert set(artifacts.require(three_domains.csft, "csft").inputs) >= {"films.catalogue", "books.weight"}
+    assert not [key for key in artifacts.require(three_domains.csft, "csft").inputs if key.startswith("songs")]
+
+
+def test_several_domains_must_be_named(three_domains):
+    with pytest.raises(ConfigError, match="name one: films, books, songs"):
+        lr.recommend(three_domains, ["i03"], row="markov")

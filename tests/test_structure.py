@@ -22,7 +22,7 @@ LEVELS = [
     {"models"},
     {"serve"},
     {"stages", "judging", "display"},
-    {"pipeline", "comparison"},
+    {"pipeline", "comparison", "additions", "probing"},
     {"cli"},
 ]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -16,22 +16,26 @@ from llm2rec.version import __version__
 
 if TYPE_CHECKING:
     from llm2rec import data, models
+    from llm2rec.additions import add_items
     from llm2rec.comparison import compare
     from llm2rec.data.embeddings import ItemEmbeddings
     from llm2rec.data.sequences import Sequences
     from llm2rec.data.tables import Catalogue, Interactions
     from llm2rec.errors import ArtifactError, ConfigError, DataError, Llm2RecError
     from llm2rec.pipeline import csft, demo, encode, evaluate, fit, iem, prepare, run
+    from llm2rec.probing import probe
     from llm2rec.runs import Run, open_run
     from llm2rec.serve.recommender import ScoredItem, recommend, similar
 
 _HOMES = {
+    "add_items": "llm2rec.additions",
     "compare": "llm2rec.comparison",
     "ItemEmbeddings": "llm2rec.data.embeddings",
     "Sequences": "llm2rec.data.sequences",
     **dict.fromkeys(("Catalogue", "Interactions"), "llm2rec.data.tables"),
     **dict.fromkeys(("ArtifactError", "ConfigError", "DataError", "Llm2RecError"), "llm2rec.errors"),
     **dict.fromkeys(("csft", "demo", "encode", "evaluate", "fit", "iem", "prepare", "run"), "llm2rec.pipeline"),
+    "probe": "llm2rec.probing",
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
     **dict.fromkeys(("ScoredItem", "recommend", "similar"), "llm2rec.serve.recommender"),
 }
@@ -49,6 +53,7 @@ __all__ = [
     "ScoredItem",
     "Sequences",
     "__version__",
+    "add_items",
     "compare",
     "csft",
     "data",
@@ -60,6 +65,7 @@ __all__ = [
     "models",
     "open_run",
     "prepare",
+    "probe",
     "recommend",
     "run",
     "similar",

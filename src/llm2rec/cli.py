@@ -35,6 +35,7 @@ Overrides = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
+DomainName = Annotated[str | None, typer.Option("--domain", help="which log, of a run with several")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -120,24 +121,53 @@ def recommend(
     ],
     k: Count = 10,
     row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
+    domain: DomainName = None,
 ) -> None:
     """The next items for any history of catalogue items, also of a user never seen."""
     ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
-    _show_items(lr.recommend(run_folder, ids, k, row), "score")
+    _show_items(lr.recommend(run_folder, ids, k, row, domain=domain), "score")
 
 
 @app.command()
-def similar(run_folder: RunFolder, item: Annotated[str, typer.Argument(help="an item id")], k: Count = 10) -> None:
+def probe(run_folder: RunFolder, domain: DomainName = None) -> None:
+    """What the vectors and language models of an evaluated run know, with a diagnosis of known failures."""
+    from llm2rec.probing import show_probes
+
+    for part in show_probes(lr.probe(run_folder, domain)):
+        out.print(part)
+
+
+@app.command("add-items")
+def add_items(
+    run_folder: RunFolder,
+    items: Annotated[Path, typer.Argument(help="table of new items, with the columns of the run's items")],
+    domain: DomainName = None,
+) -> None:
+    """Give items that came after the training vectors, so that text rows can recommend them."""
+    out.print(f"{lr.add_items(run_folder, items, domain):,} items added; rows over text rank them from now on")
+
+
+@app.command()
+def similar(
+    run_folder: RunFolder,
+    item: Annotated[str, typer.Argument(help="an item id")],
+    k: Count = 10,
+    domain: DomainName = None,
+) -> None:
     """The items nearest to an item by LLM2Rec cosine."""
-    _show_items(lr.similar(run_folder, item, k), "cosine")
+    _show_items(lr.similar(run_folder, item, k, domain=domain), "cosine")
 
 
 @app.command()
-def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...")]) -> None:
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...")],
+    domain: DomainName = None,
+    page: Annotated[Path | None, typer.Option("--html", help="write the comparison as a page as well")] = None,
+) -> None:
     """The rows of several runs on the same test events, with paired tests against the first run."""
     from llm2rec.comparison import comparison_table
 
-    out.print(comparison_table(lr.compare(runs)))
+    out.print(comparison_table(lr.compare(runs, domain, page)))
 
 
 @data_app.command("list")
@@ -207,7 +237,7 @@ def _show_sources(sources: list[Any]) -> None:
 
 def main() -> None:
     """Entry point: errors a user can cause end in one message and exit status 1, not in a traceback."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are rich's
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:

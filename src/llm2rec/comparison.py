@@ -17,8 +17,14 @@ from llm2rec.runs import Run, open_run
 METRIC = protocol.COMPARED_METRIC
 
 
-def compare(runs: Sequence[str | Path | Run], domain: str | None = None) -> dict[str, Any]:
+def compare(
+    runs: Sequence[str | Path | Run], domain: str | None = None, page: str | Path | None = None
+) -> dict[str, Any]:
     """NDCG@10 of each row in each run, and each later run tested against the first.
+
+    Args:
+        domain: which log, of runs with several.
+        page: where to write the comparison as a self-contained HTML page.
 
     Returns:
         `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}}}`,
@@ -33,18 +39,20 @@ def compare(runs: Sequence[str | Path | Run], domain: str | None = None) -> dict
         raise ConfigError(
             f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}"
         )
-    tables, means = {}, {}
-    for run in opened:
-        name = str(run.folder)
-        means[name] = {row: values[METRIC]["mean"] for row, values in run.metrics(domain)["rows"].items()}
-        tables[name] = pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet")
-    samples = opened[0].recipe.evaluation.bootstrap_samples
+    by_name = {str(run.folder): run for run in opened}
+    metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}
+    tables = {
+        name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet") for name, run in by_name.items()
+    }
+    comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples)
+    settings = {name: run.recipe.model_dump(mode="json") for name, run in by_name.items()}
+    if page is not None:
+        data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings)
+        Path(page).write_text(report.render_comparison_html(data), encoding="utf-8")
     return {
-        "runs": means,
-        "comparisons": protocol.compare_runs(tables, samples),
-        "settings": report.differing_settings(
-            {str(run.folder): run.recipe.model_dump(mode="json") for run in opened}
-        ),
+        "runs": {name: {row: one[METRIC]["mean"] for row, one in rows.items()} for name, rows in metrics.items()},
+        "comparisons": comparisons,
+        "settings": report.differing_settings(settings),
     }
 
 

@@ -103,6 +103,9 @@ def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
     for verb in verbs:
         for stage in _stages_of(run, verb):
             _carry_out_stage(run, stage)
+    if "evaluate" in verbs and len(run.domains) > 1:
+        by_domain = {domain.name: run.metrics(domain.name) for domain in run.domains}
+        artifacts.write_json(run.folder / "evaluation" / "metrics.json", by_domain)
     write_resolved(run)
 
 

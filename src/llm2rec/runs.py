@@ -49,6 +49,11 @@ class Domain:
         """Stage `evaluate`: metrics, per-user ranks and the report."""
         return self.folder / "evaluation" / ("" if self.alone else self.name)
 
+    @property
+    def added(self) -> Path:
+        """Items added after the training, with their vectors (`add_items`)."""
+        return self.folder / "added" / self.name
+
 
 @dataclass(frozen=True)
 class Run:

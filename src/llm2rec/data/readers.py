@@ -117,15 +117,18 @@ def read_interactions(
     return Interactions.from_frame(renamed(scan_table(path), columns or {}, str(path)), str(path), further)
 
 
-def read_items(path: Path, columns: Mapping[str, str] | None = None) -> Catalogue:
+def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: int = 2) -> Catalogue:
     """A table with the columns item_id, title and further text columns, or as `columns` maps them.
+
+    Args:
+        at_least: items that there must be; a catalogue needs two to rank.
 
     Raises:
         DataError: naming file, column and first offending ids.
     """
     table = renamed(scan_table(path), columns or {}, str(path))
     require_columns(schema_of(table, str(path)).names(), (ITEM, TITLE), str(path))
-    return Catalogue.from_frame(collect(table, str(path)), str(path))
+    return Catalogue.from_frame(collect(table, str(path)), str(path), at_least)
 
 
 def renamed(table: pl.LazyFrame, columns: Mapping[str, str], origin: str) -> pl.LazyFrame:

@@ -106,6 +106,7 @@ def _check_hub(name: str) -> None:
     known = f"models known by name: {', '.join(MODELS)}; a folder or a GGUF file does as well"
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"model.source: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {known}")
+    say(f"fetch  {name} from the hub, once")
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=CONNECT_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:

@@ -128,11 +128,11 @@ class Catalogue:
     frame: pl.DataFrame
 
     @classmethod
-    def from_frame(cls, frame: pl.DataFrame, origin: str) -> Catalogue:
+    def from_frame(cls, frame: pl.DataFrame, origin: str, at_least: int = 2) -> Catalogue:
         """Validates a table with the columns item_id and title.
 
         Raises:
-            DataError: missing columns, null or duplicate ids, empty titles, fewer than two items.
+            DataError: missing columns, null or duplicate ids, empty titles, fewer than `at_least` items.
         """
         require_columns(frame.columns, (ITEM, TITLE), origin)
         _require_scalar(frame[TITLE].dtype, TITLE, "text", origin)
@@ -143,7 +143,7 @@ class Catalogue:
         _distinct(table, ids, ITEM, origin)
         items = frame.with_columns(ids, pl.col(TITLE).cast(pl.String))
         items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE))
-        if items.height < 2:
+        if items.height < at_least:
             raise DataError(f"{origin}: only one item; there is nothing to rank")
         repeated = items.filter(pl.col(ITEM).is_duplicated())[ITEM].unique(maintain_order=True).to_list()
         if repeated:

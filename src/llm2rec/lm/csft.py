@@ -227,7 +227,7 @@ def training_data(
         texts = samples.texts
         owned = np.repeat(shares, np.maximum(np.diff(offsets) - 1, 0))  # a target each event but the first
         batches = SampleBatches(samples, micro, shared=form.mode == "tree", shares=owned, **spent)
-        items = _held_out_items(sequences, form.history_length, seed)
+        items = held_out_items(sequences, form.history_length, seed)
         apart = sampling.make_samples(lm.tokenizer, titles, items, np.arange(len(items)), **options)
         chosen = token_budget_batches(apart.texts.lengths, micro)
         held_out = [sampling.supervise_samples(apart, rows) for rows in chosen]
@@ -397,7 +397,7 @@ def held_out_batches(
     texts: TokenisedTexts, sequences: Sequences, history_length: int, micro_batch_tokens: int, seed: int
 ) -> list[Batch]:
     """Validation events of a sample of users, each after its history; only the event's title is labelled."""
-    whole = _held_out_items(sequences, history_length, seed)
+    whole = held_out_items(sequences, history_length, seed)
     lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
     batches = []
     for rows in token_budget_batches(lengths, micro_batch_tokens):
@@ -406,7 +406,7 @@ def held_out_batches(
     return batches
 
 
-def _held_out_items(sequences: Sequences, history_length: int, seed: int) -> list[np.ndarray]:
+def held_out_items(sequences: Sequences, history_length: int, seed: int) -> list[np.ndarray]:
     """Item indices of the history and then the event, for validation events of a sample of users."""
     positions = sequences.held_out(VALIDATION)
     generator = np.random.default_rng(seed)

@@ -20,6 +20,7 @@ from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Domain, Run, open_run, require_row
+from llm2rec.serve import added
 
 SIMILARITY_SET = "llm2rec"
 
@@ -61,10 +62,15 @@ def recommend(
         raise ConfigError(f"k must be at least 1, got {k}")
     if not history:
         raise ConfigError("the history is empty; give at least one item id")
-    catalogue = _catalogue(place)
+    catalogue = added.load_catalogue(place)
     indices = [index_of(catalogue, item_id) for item_id in history]
     seen = torch.tensor([indices])
-    scorer = load_scorer(place, row, 0)
+    scorer = load_scorer(place, row, 0, with_added=True)
+    if max(indices) > scorer.n_items:
+        raise DataError(
+            f"item {history[int(np.argmax(indices))]!r} was added after the training, which row {row!r} cannot "
+            "know; ask a row over text"
+        )
     if getattr(scorer, "needs_times", False):
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
     scores = scorer.score(seen[:, -place.config.history_length :])
@@ -86,9 +92,12 @@ def similar(
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
     place = run.domain(domain)
-    catalogue = _catalogue(place)
+    catalogue = added.load_catalogue(place)
     index = index_of(catalogue, item)
-    return nearest(catalogue, load_vectors(place, vectors, catalogue), index, k)
+    matrix = load_vectors(place, vectors, trained_catalogue(place))
+    if len(catalogue) > len(matrix):
+        matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
+    return nearest(catalogue, matrix, index, k)
 
 
 def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
@@ -99,8 +108,11 @@ def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> li
     return _listed(catalogue, items[0].numpy(), values[0].numpy())
 
 
-def load_scorer(domain: Domain, row: str, seed: int) -> Scorer:
+def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -> Scorer:
     """The recommender of a row, ready to score.
+
+    Args:
+        with_added: rows over text score the items added since the training as well, after the others.
 
     Raises:
         ArtifactError: the row is not trained, or its vectors are gone or changed.
@@ -109,17 +121,25 @@ def load_scorer(domain: Domain, row: str, seed: int) -> Scorer:
         return baselines.FLOORS[row](Sequences.load(domain.data))
     parents = Row.parse(row).parents
     if parents:
-        first, second = (_load_trained(domain, parent, seed) for parent in parents)
+        first, second = (_load_trained(domain, parent, seed, False) for parent in parents)
         return ScoreAverage(first, second)
-    return _load_trained(domain, row, seed)
+    return _load_trained(domain, row, seed, with_added)
 
 
-def _load_trained(domain: Domain, row: str, seed: int) -> model.Recommender:
+def _load_trained(domain: Domain, row: str, seed: int, with_added: bool) -> model.Recommender:
     folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
-    catalogue = _catalogue(domain)
+    catalogue = trained_catalogue(domain)
     vectors = load_vectors(domain, name, catalogue) if name else None
-    return model.load(folder, vectors, item_ids=catalogue.item_ids)
+    since = _added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
+    return model.load(folder, vectors, added=since, item_ids=catalogue.item_ids)
+
+
+def _added_vectors(domain: Domain, name: str) -> np.ndarray:
+    """(M, D) vectors of the added items, in the order in which `added.load_catalogue` has them."""
+    since = added.load(domain)
+    assert since is not None  # asked for where there are added items
+    return added.load_vectors(domain, name).aligned_to(since.item_ids)
 
 
 def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
@@ -158,7 +178,8 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
         raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
 
 
-def _catalogue(domain: Domain) -> Catalogue:
+def trained_catalogue(domain: Domain) -> Catalogue:
+    """The items that the recommenders were trained on."""
     artifacts.require(domain.data, "prepare")
     return Catalogue.read(domain.data / "catalogue.parquet")
 

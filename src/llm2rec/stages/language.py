@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2rec.artifacts import Inputs, flatten
@@ -168,8 +169,33 @@ def encode_stages(run: Run) -> list[Stage]:
     return [_encode_stage(run, domain, name) for domain in run.domains for name in vector_sets(run)]
 
 
+def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out: Path) -> Summary:
+    """Writes the vectors of a vector set for some items, made by the model that the set stands for."""
+    from llm2rec.lm.backbone import resolve_dtype
+    from llm2rec.lm.encode import encode
+
+    return encode(
+        item_ids,
+        texts,
+        model=_trained_models(run).get(name) or model_path(run),
+        causal=name.endswith("-causal"),
+        dtype=resolve_dtype(run.recipe.model.dtype),
+        max_title_tokens=run.recipe.model.max_title_tokens,
+        batch_tokens=run.recipe.encode.batch_tokens,
+        shard_texts=run.recipe.encode.shard_texts,
+        pooling=_pooling(run, name),
+        name=name,
+        out=out,
+    )
+
+
+def _trained_models(run: Run) -> dict[str, Path]:
+    """Vector set -> the trained model behind it; sets of the untrained model are not among them."""
+    return {"csft": run.csft, "csft-causal": run.csft, "mntp": run.mntp, "llm2rec": run.iem}
+
+
 def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
-    trained = {"csft": run.csft, "csft-causal": run.csft, "mntp": run.mntp, "llm2rec": run.iem}
+    trained = _trained_models(run)
 
     def inputs() -> Inputs:
         parent = {trained[name].name: parent_hash(trained[name], "iem")} if name in trained else {}
@@ -182,22 +208,7 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
         }
 
     def execute(summary: Summary) -> None:
-        from llm2rec.lm.backbone import resolve_dtype
-        from llm2rec.lm.encode import encode
-
         loaded = load_domain(run, domain)
-        summary |= encode(
-            loaded.item_ids,
-            loaded.texts,
-            model=trained[name] if name in trained else model_path(run),
-            causal=name.endswith("-causal"),
-            dtype=resolve_dtype(run.recipe.model.dtype),
-            max_title_tokens=run.recipe.model.max_title_tokens,
-            batch_tokens=run.recipe.encode.batch_tokens,
-            shard_texts=run.recipe.encode.shard_texts,
-            pooling=_pooling(run, name),
-            name=name,
-            out=domain.embeddings(name),
-        )
+        summary |= encode_texts(run, name, loaded.item_ids, loaded.texts, domain.embeddings(name))
 
     return Stage("encode", domain.embeddings(name), inputs, execute)

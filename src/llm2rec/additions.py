@@ -1,0 +1,69 @@
+"""Verb `add-items`: items that came after the training get vectors, so that text rows can rank and read them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from llm2rec import artifacts
+from llm2rec.data import readers
+from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import item_texts
+from llm2rec.errors import ConfigError, DataError, first_few
+from llm2rec.runs import Domain, Run, open_run
+from llm2rec.serve import added
+from llm2rec.stages.base import vector_sets
+from llm2rec.stages.language import encode_texts
+
+
+def add_items(run: str | Path | Run, items: str | Path, domain: str | None = None) -> int:
+    """Encodes the items of a table and keeps them beside the run, where `recommend` and `similar` find them.
+
+    Nothing is trained. Rows over text rank them by their vectors; rows over learned ids cannot know them. Called
+    again it adds more; the table has the columns of the run's items (`data.columns` is heeded).
+
+    Returns:
+        How many items were added.
+
+    Raises:
+        DataError: the table is not valid, or an id is in the catalogue or was added already.
+        ConfigError: the run has no row over text; several domains and none named.
+        ArtifactError: the run is not encoded, or another process works in it.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    place = run.domain(domain)
+    sets = vector_sets(run)
+    if not sets:
+        raise ConfigError("no row of this run reads item texts, so items cannot be added without training")
+    with artifacts.run_lock(run.folder):
+        new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
+        known = added.load_catalogue(place)
+        repeated = sorted(set(new.item_ids) & set(known.item_ids))
+        if repeated:
+            raise DataError(f"{items}: {len(repeated)} items are in the catalogue already: {first_few(repeated)}")
+        with tempfile.TemporaryDirectory(dir=run.folder) as made:
+            _write(run, place, sets, new, Path(made))
+            shutil.rmtree(place.added, ignore_errors=True)
+            place.added.parent.mkdir(exist_ok=True)
+            shutil.copytree(made, place.added)
+    return len(new)
+
+
+def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Path) -> None:
+    """The items added so far and the new ones, with the vectors of each set, as a finished stage in `folder`."""
+    before = added.load(domain)
+    table = new.frame if before is None else pl.concat([before.frame, new.frame], how="diagonal_relaxed")
+    Catalogue(table).write(folder / added.CATALOGUE)
+    texts = item_texts(new, domain.config.text)
+    for name in sets:
+        encode_texts(run, name, new.item_ids, texts, folder / name)
+        if before is not None:
+            own, fresh = added.load_vectors(domain, name), ItemEmbeddings.load(folder / name)
+            vectors = np.concatenate([own.vectors, fresh.vectors])
+            ItemEmbeddings(vectors, [*own.item_ids, *fresh.item_ids], fresh.provenance).save(folder / name)
+    artifacts.write_manifest(folder, "add-items", added.inputs(domain, sets), {"items": table.height})

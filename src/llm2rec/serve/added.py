@@ -1,0 +1,49 @@
+"""Items that came after the training: their rows and vectors, as `add-items` keeps them beside a run."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from llm2rec import artifacts
+from llm2rec.artifacts import Inputs
+from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec.data.tables import Catalogue
+from llm2rec.errors import ArtifactError
+from llm2rec.runs import Domain
+
+CATALOGUE = "catalogue.parquet"
+
+
+def inputs(domain: Domain, sets: list[str]) -> Inputs:
+    """What added items were encoded with: the fingerprints of the vector sets that they stand beside."""
+    return {name: artifacts.require(domain.embeddings(name), "encode").fingerprint for name in sets}
+
+
+def load(domain: Domain) -> Catalogue | None:
+    """The added items of a domain, None where there are none.
+
+    Raises:
+        ArtifactError: the run was encoded anew since they were added.
+    """
+    manifest = artifacts.read_manifest(domain.added)
+    if manifest is None:
+        return None
+    if manifest.inputs != inputs(domain, list(manifest.inputs)):
+        raise ArtifactError(
+            f"the items in {domain.added} were encoded by an earlier model of this run; move that folder away "
+            "and add the items again"
+        )
+    return Catalogue.read(domain.added / CATALOGUE)
+
+
+def load_catalogue(domain: Domain) -> Catalogue:
+    """The items that were trained on, and after them those added since."""
+    artifacts.require(domain.data, "prepare")
+    trained = Catalogue.read(domain.data / CATALOGUE)
+    since = load(domain)
+    return trained if since is None else Catalogue(pl.concat([trained.frame, since.frame], how="diagonal_relaxed"))
+
+
+def load_vectors(domain: Domain, name: str) -> ItemEmbeddings:
+    """The vectors of the added items in one vector set."""
+    return ItemEmbeddings.load(domain.added / name)

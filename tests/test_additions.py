@@ -1,0 +1,90 @@
+"""Items that came after the training are encoded, ranked by text rows, and kept apart from the training."""
+
+import shutil
+
+import polars as pl
+import pytest
+
+import llm2rec as lr
+from llm2rec.errors import ConfigError, DataError
+from test_pipeline import overrides, write_world
+
+NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["The red boat (1980) again", "Something else"]})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("added")
+    write_world(folder)
+    changes = (
+        "recommender.max_epochs=3",
+        "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum]",
+    )
+    run = lr.run("demo", folder / "run", (*overrides(folder), *changes))
+    NEW.write_csv(folder / "new.csv")
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run that a test may add items to, with `new.csv` beside it."""
+    shutil.copytree(trained.folder, tmp_path / "run")
+    shutil.copy(trained.folder.parent / "new.csv", tmp_path / "new.csv")
+    return lr.open_run(tmp_path / "run")
+
+
+def listed(run, history, **options):
+    return [item.item_id for item in lr.recommend(run, history, k=20, exclude_history=False, **options)]
+
+
+@pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+sum"])
+def test_text_rows_rank_added_items_and_keep_the_order_of_the_others(run, row):
+    before = listed(run, ["i03", "i04"], row=row)
+    assert lr.add_items(run, run.folder.parent / "new.csv") == 2
+    after = listed(run, ["i03", "i04"], row=row)
+    assert {"new1", "new2"} <= set(after)
+    assert [item for item in after if item not in ("new1", "new2")] == before
+
+
+def test_added_items_may_stand_in_a_history(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    assert listed(run, ["i03", "new1"]) != listed(run, ["i03", "new2"])
+
+
+@pytest.mark.parametrize("row", ["sasrec-id", "markov"])
+def test_id_rows_do_not_know_them(run, row):
+    before = listed(run, ["i03"], row=row)
+    lr.add_items(run, run.folder.parent / "new.csv")
+    assert listed(run, ["i03"], row=row) == before
+    with pytest.raises(DataError, match="'new1' was added after the training"):
+        lr.recommend(run, ["i03", "new1"], row=row)
+
+
+def test_an_added_item_is_similar_to_the_one_with_nearly_its_title(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    nearest = lr.similar(run, "new1", k=13)
+    assert "i00" in [item.item_id for item in nearest[:3]]  # "The red boat (1980)"
+
+
+def test_items_are_added_to_those_added_before(run, tmp_path):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    first = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}
+    (tmp_path / "more.csv").write_text("item_id,title\nnew3,A third one\n")
+    assert lr.add_items(run, tmp_path / "more.csv") == 1
+    both = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}
+    assert "new3" in both
+    assert all(both[item] == pytest.approx(score, abs=1e-5) for item, score in first.items())
+
+
+def test_an_item_that_is_there_already_is_refused(run, tmp_path):
+    (tmp_path / "known.csv").write_text("item_id,title\ni03,Again\nnew9,New\n")
+    with pytest.raises(DataError, match="known.csv: 1 items are in the catalogue already: 'i03'"):
+        lr.add_items(run, tmp_path / "known.csv")
+
+
+def test_a_run_without_text_rows_takes_no_new_items(trained, tmp_path):
+    folder = trained.folder.parent
+    changes = (*overrides(folder), "recommender.rows=[markov]")
+    run = lr.run("demo", tmp_path / "ids", changes)
+    with pytest.raises(ConfigError, match="no row of this run reads item texts"):
+        lr.add_items(run, folder / "new.csv")

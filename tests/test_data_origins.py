@@ -1,0 +1,190 @@
+"""Every way in: files of each kind, renamed columns, folders in a layout; and what `describe` says of them."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import llm2rec as lr
+from llm2rec.config import ColumnsConfig, DataConfig
+from llm2rec.data import origins, readers
+from llm2rec.errors import ConfigError, DataError
+
+EVENTS = [("a", "x", 1), ("a", "y", 2), ("b", "x", 3)]
+LOG = pl.DataFrame(EVENTS, schema=["user_id", "item_id", "timestamp"], orient="row")
+ITEMS = pl.DataFrame({"item_id": ["x", "y"], "title": ["Ex", "Why"], "genres": ["A|B", "C"]})
+
+
+def write_parquet_folder(folder):
+    (folder / "log").mkdir()
+    for number, part in enumerate((LOG[:2], LOG[2:])):
+        part.write_parquet(folder / "log" / f"part-{number}.parquet")
+    return folder / "log"
+
+
+def write_partitioned(folder):
+    for user in ("a", "b"):
+        (folder / "log" / f"user_id={user}").mkdir(parents=True)
+        own = LOG.filter(pl.col("user_id") == user).drop("user_id")
+        own.write_parquet(folder / "log" / f"user_id={user}" / "part.parquet")
+    return folder / "log"
+
+
+def write_text(name, text):
+    def write(folder):
+        path = folder / name
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return path
+
+    return write
+
+
+JSON_LINES = "".join(json.dumps(dict(zip(LOG.columns, row, strict=True))) + "\n" for row in EVENTS)
+CSV = LOG.write_csv()
+WRITERS = {
+    "csv": write_text("log.csv", CSV),
+    "csv.gz": write_text("log.csv.gz", CSV),
+    "tsv": write_text("log.tsv", CSV.replace(",", "\t")),
+    "jsonl": write_text("log.jsonl", JSON_LINES),
+    "jsonl.gz": write_text("log.jsonl.gz", JSON_LINES),
+    "folder of parquet": write_parquet_folder,
+    "partitioned parquet": write_partitioned,
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_kind_of_file_gives_the_same_log(tmp_path, kind):
+    assert readers.read_interactions(WRITERS[kind](tmp_path)).frame.rows() == EVENTS
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path):
+    write_parquet_folder(tmp_path)
+    (tmp_path / "log" / "notes.csv").write_text("a\n")
+    with pytest.raises(DataError, match=r"several kinds \(.csv, .parquet\)"):
+        readers.read_interactions(tmp_path / "log")
+
+
+def test_a_truncated_gzip_file_is_refused_by_name(tmp_path):
+    path = WRITERS["csv.gz"](tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="log.csv.gz cannot be read"):
+        readers.read_interactions(path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "wanted"),
+    [(["12.0", "13.0", "12.0"], ["12", "13", "12"]), (["12.0", "x", "12"], ["12.0", "x", "12"])],
+)
+def test_ids_written_as_floats_throughout_are_whole_numbers(tmp_path, ids, wanted):
+    LOG.with_columns(item_id=pl.Series(ids)).write_csv(tmp_path / "log.csv")
+    assert sorted(readers.read_interactions(tmp_path / "log.csv").frame["item_id"]) == sorted(wanted)
+
+
+def test_columns_may_be_called_otherwise(tmp_path):
+    LOG.rename({"user_id": "customer", "item_id": "sku", "timestamp": "when"}).write_csv(tmp_path / "log.csv")
+    ITEMS.rename({"item_id": "product", "title": "name"}).write_csv(tmp_path / "items.csv")
+    columns = ColumnsConfig(user="customer", item="sku", time="when", items_item="product", title="name")
+    config = DataConfig(interactions=tmp_path / "log.csv", items=tmp_path / "items.csv", columns=columns)
+    log, items, _ = origins.read(config)
+    assert log.frame.rows() == EVENTS and items.titles == ["Ex", "Why"]
+
+
+def test_a_mapped_column_that_is_not_there_is_named(tmp_path):
+    LOG.write_csv(tmp_path / "log.csv")
+    with pytest.raises(DataError, match=r"log.csv: no column 'customer'; it has 'user_id'"):
+        readers.read_interactions(tmp_path / "log.csv", {"user_id": "customer"})
+
+
+def test_a_column_that_is_mapped_over_gives_way(tmp_path):
+    LOG.with_columns(real_user=pl.Series(["p", "q", "p"])).write_csv(tmp_path / "log.csv")
+    log = readers.read_interactions(tmp_path / "log.csv", {"user_id": "real_user"})
+    assert set(log.frame["user_id"]) == {"p", "q"}
+
+
+@pytest.fixture
+def movielens(tmp_path):
+    """A folder in the layout of MovieLens latest: rated, without a split."""
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,1,4,1\n1,2,3,2\n2,1,5,3\n")
+    (tmp_path / "movies.csv").write_text("movieId,title,genres\n1,One,Drama\n2,Two,Drama\n3,Three,Drama\n")
+    return tmp_path
+
+
+def test_a_folder_in_a_known_layout_keeps_its_ratings_and_counts_what_it_leaves_out(movielens):
+    log, items, dropped = origins.read(DataConfig(folder=movielens, filters={"min_rating": 4}))
+    assert log.frame["rating"].to_list() == [4.0, 3.0, 5.0]
+    assert items.item_ids == ["1", "2"] and dropped == {"items_without_events": 1}
+
+
+def test_a_log_without_parts_cannot_be_asked_for_a_given_split(movielens):
+    with pytest.raises(ConfigError, match="split.by: given needs a part"):
+        origins.read(DataConfig(folder=movielens, split={"by": "given"}))
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="no layout 'netflix'; known: auto, amazon-2023"):
+        origins.read(DataConfig(folder=tmp_path, layout="netflix"))
+
+
+def test_a_folder_in_no_layout_says_what_to_give_instead(tmp_path):
+    with pytest.raises(DataError, match="data.interactions and data.items"):
+        origins.read(DataConfig(folder=tmp_path))
+
+
+def test_describe_counts_warns_and_checks(tmp_path):
+    rows = [
+        (f"u{user}", f"i{event % 7}", 1_500_000_000 + 60 * (event // 2)) for user in range(5) for event in range(9)
+    ]
+    rows += [("brief", "i0", 1_500_000_000)]
+    pl.DataFrame(rows, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
+    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(7)], "title": ["Same"] * 7})
+    items.write_csv(tmp_path / "items.csv")
+    (described,) = lr.data.describe(tmp_path / "log.csv", tmp_path / "items.csv").values()
+    facts = described.facts
+    assert (facts["users"], facts["items"], facts["events"], facts["duplicate_texts"]) == (6, 7, 46, 6)
+    assert facts["first_event"] == "2017-07-14" and facts["leakage_check"] == "passed"
+    assert len(described.warnings) == 3  # equal texts, ties, a user too short
+    assert any("'brief'" in warning for warning in described.warnings)
+
+
+def test_describe_of_a_recipe_applies_its_filters(tmp_path):
+    rows = [(f"u{user}", f"i{event % (3 + user)}", event) for user in range(4) for event in range(6)]
+    pl.DataFrame(rows, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
+    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(6)], "title": list("abcdef")})
+    items.write_csv(tmp_path / "items.csv")
+    (tmp_path / "mine.yaml").write_text(
+        "data: {interactions: log.csv, items: items.csv, filters: {k_core: 4}}\nmodel: {source: tiny-random}\n"
+        "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
+    )
+    (described,) = lr.data.describe(tmp_path / "mine.yaml").values()
+    assert described.facts["left out: item too rare"] > 0
+
+
+CELLS = st.one_of(
+    st.text(max_size=6),
+    st.integers(-(2**70), 2**70).map(str),
+    st.floats().map(str),
+    st.sampled_from(["", "x", "2020-01-01", "1e400", '"', "a,b", "\n", "\x00", "Ω", "NULL", "[1]"]),
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(CELLS, CELLS, CELLS), max_size=6), st.sampled_from(["csv", "jsonl"]), st.integers(0, 40))
+def test_whatever_a_file_holds_it_is_a_log_or_a_data_error(rows, kind, cut):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"log.{kind}"
+        if kind == "csv":
+            text = "user_id,item_id,timestamp\n" + "".join(",".join(row) + "\n" for row in rows)
+        else:
+            text = "".join(json.dumps(dict(zip(LOG.columns, row, strict=True))) + "\n" for row in rows)
+        path.write_bytes(text.encode("utf-8", "surrogatepass")[: len(text) - cut if cut < 20 else None])
+        try:
+            log = readers.read_interactions(path)
+        except DataError as error:
+            assert str(path) in str(error)
+        else:
+            assert log.frame.null_count().sum_horizontal().item() == 0
