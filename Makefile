@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/llm2rec demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadscope
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

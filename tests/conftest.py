@@ -1,11 +1,15 @@
 """Small worlds for tests: a tiny random decoder, and logs with a known answer."""
 
-import numpy as np
-import polars as pl
-import pytest
-import torch
+import os
 
-from llm2rec.lm import backbone as backbones
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers of the suite must not wait for each other
+
+import numpy as np  # noqa: E402
+import polars as pl  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from llm2rec.lm import backbone as backbones  # noqa: E402
 
 TITLES = [
     f"The {colour} {thing} ({year})"

@@ -14,6 +14,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import export
+from llm2rec.training import Optimizer
 
 pytestmark = pytest.mark.slow
 
@@ -78,11 +79,7 @@ def test_a_few_csft_steps_lower_the_perplexity_of_held_out_titles(smollm2, movie
         epochs=None,
         batch_tokens=1024,
         micro_batch_tokens=1024,
-        learning_rate=2e-4,
-        weight_decay=0.0,
-        warmup_share=0.1,
-        schedule="cosine",
-        max_grad_norm=1.0,
+        optimizer=Optimizer(learning_rate=2e-4, warmup_share=0.1, schedule="cosine"),
         checkpoints=0,
         seed=0,
         out=tmp_path / "csft",

@@ -228,10 +228,11 @@ def _show_items(items: list[lr.ScoredItem], score: str) -> None:
 
 
 def _show_sources(sources: list[Any]) -> None:
-    table = Table("name", "what", "licence", "citation")
+    table = Table("name", "what", "size", "licence", "citation")
     table.columns[0].no_wrap = True
     for source in sources:
-        table.add_row(source.name, source.description, source.licence, source.citation)
+        size = f"{source.size_bytes / 1e6:,.0f} MB" if source.size_bytes else ""
+        table.add_row(source.name, source.description, size, source.licence, source.citation)
     out.print(table)
 
 
