@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,7 @@ def _carry_out_stage(run: Run, stage: Stage) -> None:
     with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:
         stage.execute(summary)
         summary["peak_memory_gb"] = _peak_memory_gb()
+    _release_memory()
     progress.say(f"done   {name}  {_in_words(summary)}")
     run.log(stage=name, event="done", summary=summary)
 
@@ -178,6 +181,14 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _release_memory() -> None:
+    """Gives back what a stage held: trainers are reference cycles, and glibc keeps freed memory to itself."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak_memory() -> None:
