@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from llm2rec import artifacts
 from llm2rec.data import readers
@@ -46,19 +45,21 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
         repeated = sorted(set(new.item_ids) & set(known.item_ids))
         if repeated:
             raise DataError(f"{items}: {len(repeated)} items are in the catalogue already: {first_few(repeated)}")
+        added.joined(known, new)  # refused before anything is encoded
         with tempfile.TemporaryDirectory(dir=run.folder) as made:
-            _write(run, place, sets, new, Path(made))
-            shutil.rmtree(place.added, ignore_errors=True)
+            _write(run, place, sets, new, Path(made) / "items")
+            artifacts.move_aside(place.added, run.folder)
             place.added.parent.mkdir(exist_ok=True)
-            shutil.copytree(made, place.added)
+            os.replace(Path(made) / "items", place.added)
     return len(new)
 
 
 def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Path) -> None:
     """The items added so far and the new ones, with the vectors of each set, as a finished stage in `folder`."""
     before = added.load(domain)
-    table = new.frame if before is None else pl.concat([before.frame, new.frame], how="diagonal_relaxed")
-    Catalogue(table).write(folder / added.CATALOGUE)
+    table = new if before is None else added.joined(before, new)
+    folder.mkdir()
+    table.write(folder / added.CATALOGUE)
     texts = item_texts(new, domain.config.text)
     for name in sets:
         encode_texts(run, name, new.item_ids, texts, folder / name)
@@ -66,4 +67,4 @@ def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Pa
             own, fresh = added.load_vectors(domain, name), ItemEmbeddings.load(folder / name)
             vectors = np.concatenate([own.vectors, fresh.vectors])
             ItemEmbeddings(vectors, [*own.item_ids, *fresh.item_ids], fresh.provenance).save(folder / name)
-    artifacts.write_manifest(folder, "add-items", added.inputs(domain, sets), {"items": table.height})
+    artifacts.write_manifest(folder, "add-items", added.inputs(domain, sets), {"items": len(table)})

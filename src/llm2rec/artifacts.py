@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist; run the stage that writes it") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON ({error}); move it away and run again") from error
 
 
@@ -110,10 +110,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path} is not a manifest of format {FORMAT}; move the folder away and run again")
     try:
-        return Manifest(
-            content["stage"], dict(content["inputs"]), dict(content["outputs"]), dict(content["summary"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        outputs = {
+            path: {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])}
+            for path, one in content["outputs"].items()
+        }
+        return Manifest(content["stage"], dict(content["inputs"]), outputs, dict(content["summary"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); move its folder away and run again") from error
 
 

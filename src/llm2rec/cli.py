@@ -228,11 +228,12 @@ def _show_items(items: list[lr.ScoredItem], score: str) -> None:
 
 
 def _show_sources(sources: list[Any]) -> None:
-    table = Table("name", "what", "size", "licence", "citation")
+    table = Table("name", "what")
     table.columns[0].no_wrap = True
     for source in sources:
-        size = f"{source.size_bytes / 1e6:,.0f} MB" if source.size_bytes else ""
-        table.add_row(source.name, source.description, size, source.licence, source.citation)
+        size = f"{source.size_bytes / 1e6:,.0f} MB, " if source.size_bytes else ""
+        what = f"{source.description}\n{size}licence: {source.licence}\n{source.citation}"
+        table.add_row(source.name, what, end_section=True)
     out.print(table)
 
 

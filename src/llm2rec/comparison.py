@@ -42,7 +42,8 @@ def compare(
     by_name = {str(run.folder): run for run in opened}
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}
     tables = {
-        name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet") for name, run in by_name.items()
+        name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet", glob=False)
+        for name, run in by_name.items()
     }
     comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples)
     settings = {name: run.recipe.model_dump(mode="json") for name, run in by_name.items()}

@@ -6,10 +6,11 @@ Configuration never enters a module: stage functions unpack these classes into p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llm2rec.errors import ConfigError
 
@@ -132,6 +133,14 @@ class SplitConfig(Section):
         None, description="under `time`, instead of the ratio: first moment of validation and of test, ISO 8601"
     )
     cold_items: Share = Field(0.0, description="share of the items that appear as test targets only")
+
+    @field_validator("dates", mode="before")
+    @classmethod
+    def _dates_of_yaml(cls, value: Any) -> Any:
+        """YAML reads 2018-01-01 as a date, not as text."""
+        if isinstance(value, list | tuple):
+            return tuple(one.isoformat() if isinstance(one, date) else one for one in value)
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> SplitConfig:

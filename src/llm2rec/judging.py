@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,10 +20,10 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.probes import principal_plane
-from llm2rec.evaluation.ranking import list_metrics
+from llm2rec.evaluation.ranking import list_metrics, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
-from llm2rec.serve.recommender import ScoredItem, load_scorer, load_vectors, nearest, recommend
+from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
 from llm2rec.stages import TINY_RANDOM, fitted, load_domain, row_variants, trained_rows
 
 KNOWN_ITEMS = 5
@@ -112,8 +113,18 @@ def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFr
             tables.append(protocol.per_user_table(ranked, sequences, row, seed))
             if not seed:
                 recommended = torch.tensor(ranked["recommended"].to_numpy())
-                lists[row] = list_metrics(recommended, histories, counts, settings.k)
+                lists[row] = _list_metrics(recommended, histories, counts, settings.k)
     return pl.concat(tables), lists
+
+
+def _list_metrics(
+    recommended: torch.Tensor, histories: torch.Tensor, counts: torch.Tensor, cutoffs: Sequence[int]
+) -> dict[str, float]:
+    """`list_metrics`; none where nothing was left to recommend, or no item of a history was trained on."""
+    try:
+        return list_metrics(recommended, histories, counts, cutoffs)
+    except ValueError:
+        return {}
 
 
 def _training_counts(sequences: Sequences) -> np.ndarray:
@@ -146,27 +157,36 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
         (name for name in PREFERRED_ROWS if name in run.recipe.recommender.rows),
         run.recipe.recommender.rows[0],
     )
-    user, history = _typical_user(sequences)
-    ids = [catalogue.item_ids[item - 1] for item in history]
-    best = recommend(run, ids, RECOMMENDATIONS, row, domain=domain.name)
+    user, known_events = _typical_user(sequences)
+    history = np.asarray(sequences.items)[known_events]
+    window = known_events[-domain.config.history_length :]
+    scorer = load_scorer(domain, row, 0)
+    seen = [torch.from_numpy(np.asarray(sequences.items)[window].astype(np.int64))[None]]
+    if getattr(scorer, "needs_times", False):
+        seen.append(torch.from_numpy(np.asarray(sequences.times)[window])[None])
+    items, scores = top_k(
+        scorer.score(*seen), RECOMMENDATIONS, exclude=torch.from_numpy(history.astype(np.int64))[None]
+    )
+    best = listed(catalogue, items[0].numpy(), scores[0].numpy())
     return {
         "neighbours": neighbours,
         "recommendations": {
             "row": row,
             "user_id": user,
-            "history": [names[item_id] for item_id in ids[-domain.config.history_length :]],
+            "history": [names[catalogue.item_ids[item - 1]] for item in seen[0][0].tolist()],
             "items": [_entry(item, names) for item in best],
         },
     }
 
 
-def _typical_user(sequences: Sequences) -> tuple[str, list[int]]:
-    """The user with the median number of events, and what is known before the first test event."""
-    lengths = np.diff(np.asarray(sequences.offsets))
-    user = int(np.argsort(lengths, kind="stable")[len(lengths) // 2])
-    events = slice(int(sequences.offsets[user]), int(sequences.offsets[user + 1]))
-    known = np.asarray(sequences.items[events])[np.asarray(sequences.parts[events]) != TEST]
-    return str(sequences.user_ids[user]), [int(item) for item in known]
+def _typical_user(sequences: Sequences) -> tuple[str, np.ndarray]:
+    """The tested user with the median number of events, and the positions before the first test event."""
+    positions = sequences.held_out(TEST)
+    users, first = np.unique(sequences.users_of(positions), return_index=True)
+    lengths = np.diff(np.asarray(sequences.offsets))[users]
+    place = int(np.argsort(lengths, kind="stable")[len(users) // 2])
+    known = np.arange(int(sequences.offsets[users[place]]), int(positions[first[place]]))
+    return str(sequences.user_ids[int(users[place])]), known
 
 
 def shown_vectors(domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
@@ -267,7 +287,7 @@ def report_data(run: Run, domain: Domain, per_user: pl.DataFrame) -> report.Repo
         title=f"llm2rec: {run.folder.name}" + ("" if domain.alone else f", {domain.name}"),
         facts=report_facts(run, domain),
         metrics=metrics,
-        list_metrics=metrics["lists"],
+        list_metrics=metrics["lists"] if all(metrics["lists"].values()) else {},
         slices=metrics["slices"],
         maps=embedding_maps(domain, Sequences.load(domain.data)),
         recall_curves=protocol.recall_curves(per_user),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,7 +48,7 @@ def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ())
     path = recipe_path(recipe)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
@@ -98,12 +99,15 @@ def _explain(problem: Any) -> str:
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
     section: Any = Recipe
-    for part in location[:-1]:
-        field = section.model_fields.get(part)
-        if part == "domains" or field is None:  # `domains`, then the name of one
+    parts = list(location[:-1])
+    while parts:
+        part = parts.pop(0)
+        if part == "domains":
             section = DomainConfig
+            parts = parts[1:]  # the name of one
         else:
-            classes = get_args(field.annotation) or (field.annotation,)
+            annotation = section.model_fields[part].annotation
+            classes = get_args(annotation) or (annotation,)
             section = next(one for one in classes if isinstance(one, type) and issubclass(one, Section))
     return list(section.model_fields)
 
@@ -125,7 +129,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
     section[parts[-1]] = _number(parsed)
     if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
@@ -145,17 +149,17 @@ def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
     for other in {*ORIGINS, "columns", "categories", "text"} - together:
         section.pop(other, None)
     if key != "source":
-        section[key] = _expand(str(value), Path.cwd())
+        section[key] = _expand("" if value is None else str(value), Path.cwd())
 
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads 1e-4 as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):
+        return float(value)
     return value
+
+
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def _anchor_paths(content: dict[str, Any], base: Path) -> None:
@@ -177,6 +181,8 @@ def _convert_numbers(section: dict[str, Any]) -> None:
 
 
 def _expand(text: str, base: Path) -> str:
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f"{text!r} is no path; name a file or folder, or leave the key out")
     expanded = os.path.expandvars(os.path.expanduser(text))
     if "$" in expanded:
         raise ConfigError(f"{text}: the environment variable is not set; set it to the folder of your data")

@@ -14,6 +14,7 @@ from llm2rec.data import sources
 from llm2rec.loading import load_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
+from llm2rec.stages.checks import check_prepared
 
 VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
 
@@ -105,6 +106,8 @@ def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
     for verb in verbs:
         for stage in _stages_of(run, verb):
             _carry_out_stage(run, stage)
+        if verb == "prepare":
+            check_prepared(run)
     if "evaluate" in verbs and len(run.domains) > 1:
         by_domain = {domain.name: run.metrics(domain.name) for domain in run.domains}
         artifacts.write_json(run.folder / "evaluation" / "metrics.json", by_domain)

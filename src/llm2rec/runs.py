@@ -208,7 +208,7 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
 
 def _read_resolved(folder: Path) -> dict[str, Any]:
     content = artifacts.read_json(folder / RESOLVED)
-    if not isinstance(content, dict) or not {"recipe", "overrides"} <= content.keys():
+    if not isinstance(content, dict) or "recipe" not in content or not isinstance(content.get("overrides"), list):
         raise ArtifactError(f"{folder / RESOLVED} is damaged; `llm2rec run RECIPE --out {folder}` writes it anew")
     return content
 

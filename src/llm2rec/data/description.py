@@ -15,8 +15,8 @@ from llm2rec.config import DataConfig
 from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION
-from llm2rec.data.splits import SECONDS_BELOW, Split, check_parts, split_events, too_short
-from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.splits import Split, check_parts, split_events, too_short
+from llm2rec.data.tables import ITEM, SECONDS_BELOW, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError, DataError, first_few
 from llm2rec.loading import load_recipe, recipe_names
@@ -194,6 +194,7 @@ def _histogram(values: np.ndarray) -> Points:
 
 def _over_time(log: Interactions) -> Points:
     times = log.frame[TIME].to_numpy()
-    counts, edges = np.histogram(times, bins=POINTS)
+    counts, edges = np.histogram(times.astype(np.float64) - float(times.min()), bins=POINTS)
+    edges = edges + float(times.min())
     per_year = 365.2425 * 86_400 * (1 if times.max() < SECONDS_BELOW else 1000)
     return [(float(edge / per_year + 1970), float(count)) for edge, count in zip(edges, counts, strict=False)]

@@ -59,7 +59,7 @@ class ItemEmbeddings:
         """
         try:
             vectors = _mapped(folder / MATRIX)
-            item_ids = pl.read_parquet(folder / ITEMS).sort("row")["item_id"].to_list()
+            item_ids = pl.read_parquet(folder / ITEMS, glob=False).sort("row")["item_id"].to_list()
         except (OSError, SafetensorError, KeyError, ValueError, pl.exceptions.PolarsError) as error:
             raise ArtifactError(
                 f"no readable vectors in {folder} ({error}); run the encode stage again"

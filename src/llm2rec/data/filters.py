@@ -51,6 +51,7 @@ def filtered(
             log = log.kept(rows)
 
     if min_rating is not None:
+        keep(log.frame[RATING].is_not_null().to_numpy(), "no rating")
         keep((log.frame[RATING] >= min_rating).to_numpy(), f"rating below {min_rating:g}")
     if users is not None:
         keep(_sampled(log, users, seed), "user not in the sample")

@@ -56,7 +56,7 @@ def content_hash(config: DataConfig) -> dict[str, str]:
 def _hash(path: Path) -> str:
     if path.is_file():
         return artifacts.hash_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    files = readers.files_below(path)
     if not files:
         raise DataError(f"{path} is an empty folder")
     return artifacts.hash_json({str(file.relative_to(path)): artifacts.hash_file(file) for file in files})

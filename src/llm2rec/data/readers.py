@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def read_table(path: Path) -> pl.DataFrame:
 
 
 def _scan_folder(folder: Path) -> pl.LazyFrame:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith((".", "_")))
+    files = files_below(folder)
     endings = sorted({_ending(file) for file in files})
     if len(endings) != 1:
         found = f"files of several kinds ({', '.join(endings)})" if endings else "no files"
@@ -79,13 +80,41 @@ def _scan_folder(folder: Path) -> pl.LazyFrame:
     return _scan_files(files, endings[0])
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and its subfolders, links followed, without hidden ones (`.name`, `_name`), sorted.
+
+    Raises:
+        DataError: a link that leads nowhere.
+    """
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        found += [Path(place) / name for name in names if not name.startswith((".", "_"))]
+    broken = [file for file in found if not file.is_file()]
+    if broken:
+        raise DataError(f"{broken[0]} is a link that leads nowhere, or no file; remove it or mend it")
+    return sorted(found)
+
+
 def _scan_files(files: list[Path], ending: str) -> pl.LazyFrame:
     if ending in PARQUET:
-        partitioned = any("=" in file.parent.name for file in files)
-        return pl.scan_parquet(files, glob=False, hive_partitioning=partitioned)
+        return _scan_parquet(files)
     if ending in JSON_LINES:
-        return pl.scan_ndjson(files)
+        return pl.scan_ndjson(files, infer_schema_length=None)  # all rows: a field may come late
     return pl.scan_csv(files, separator=SEPARATORS[ending], infer_schema=False, glob=False)
+
+
+def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
+    """Parquet files; keys in the names of their folders (`user_id=7`) become text columns."""
+    keys = {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
+    if not keys:
+        return pl.scan_parquet(files, glob=False)
+    both = keys & set(schema_of(pl.scan_parquet(files[0], glob=False), str(files[0])).names())
+    if both:
+        raise DataError(
+            f"{files[0]}: {sorted(both)[0]!r} is a column and the name of a folder; rename one of them"
+        )
+    return pl.scan_parquet(files, glob=False, hive_schema=dict.fromkeys(sorted(keys), pl.String()))
 
 
 def _ending(path: Path) -> str:
@@ -94,7 +123,8 @@ def _ending(path: Path) -> str:
     Raises:
         DataError: the kind is not known.
     """
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    plain = Path(path.name.lower())
+    plain = plain.with_suffix("") if plain.suffix in COMPRESSED else plain
     if plain.suffix not in ENDINGS:
         raise DataError(
             f"{path}: unknown ending {plain.suffix!r}; use one of {', '.join(ENDINGS)}, or with .gz, .zst"

@@ -14,7 +14,6 @@ import polars as pl
 
 from llm2rec.data.splits import (
     CONTEXT,
-    SECONDS_BELOW,
     TEST,
     TRAIN,
     VALIDATION,
@@ -23,7 +22,7 @@ from llm2rec.data.splits import (
     split_events,
     too_short,
 )
-from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.tables import ITEM, SECONDS_BELOW, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.errors import ArtifactError, DataError, first_few
 
 FOLDER = "sequences"
@@ -66,7 +65,7 @@ class Sequences:
         """
         try:
             arrays = {name: np.load(folder / FOLDER / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-            users = pl.read_parquet(folder / FOLDER / "users.parquet")[USER]
+            users = pl.read_parquet(folder / FOLDER / "users.parquet", glob=False)[USER]
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise ArtifactError(f"no readable sequences in {folder} ({error}); run `prepare` again") from error
         items = Catalogue.read(folder / "catalogue.parquet").item_ids
@@ -165,7 +164,7 @@ def prepare(
 
 def cold_items(folder: Path) -> pl.Series:
     """Ids of the held-out items of a prepared folder, which only test targets may name."""
-    return pl.read_parquet(folder / "cold.parquet")[ITEM]
+    return pl.read_parquet(folder / "cold.parquet", glob=False)[ITEM]
 
 
 def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequences:

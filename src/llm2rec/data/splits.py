@@ -9,12 +9,11 @@ from datetime import UTC, date, datetime
 import numpy as np
 import polars as pl
 
-from llm2rec.data.tables import ITEM, PART, TIME, USER, Interactions
+from llm2rec.data.tables import ITEM, PART, SECONDS_BELOW, TIME, USER, Interactions
 from llm2rec.errors import ConfigError, DataError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 CONTEXT = 3  # read as history, never a target: neither trained on nor scored
-SECONDS_BELOW = 10**11  # a whole-number time below this is in seconds (until the year 5138), above in milliseconds
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,20 @@ def assign_parts(log: Interactions, split: Split) -> np.ndarray:
     parts = make(log, split)
     first = np.diff(log.codes(USER), prepend=-1) != 0
     parts[first & (parts != TRAIN)] = CONTEXT
+    _require_parts(parts, split)
+    trained = log.codes(USER)[parts == TRAIN]
+    if len(trained) == len(np.unique(trained)):
+        raise DataError(
+            f"the split (data.split.by: {split.by}) leaves no user two training events, so no next item to learn; "
+            "gather longer histories, or hold out fewer events"
+        )
+    return parts
+
+
+def _require_parts(parts: np.ndarray, split: Split) -> None:
     for part, name in ((TRAIN, "train on"), (VALIDATION, "validate on"), (TEST, "test on")):
         if not (parts == part).any():
             raise DataError(f"the split (data.split.by: {split.by}) leaves no event to {name}; change data.split")
-    return parts
 
 
 def from_end(log: Interactions) -> np.ndarray:
@@ -96,7 +105,7 @@ def time_cuts(log: Interactions, split: Split) -> tuple[int, int]:
             )
         return cuts[0], cuts[1]
     ordered = times.sort()
-    places = [int(split.ratio[0] * len(log)), int((split.ratio[0] + split.ratio[1]) * len(log))]
+    places = [int(share * len(log) + 1e-6) for share in (split.ratio[0], split.ratio[0] + split.ratio[1])]
     return int(ordered[places[0]]), int(ordered[min(places[1], len(log) - 1)])
 
 
@@ -142,13 +151,19 @@ def split_events(log: Interactions, split: Split) -> tuple[Interactions, np.ndar
     if not split.cold_items:
         return log, parts, ids.head(0)
     codes = log.codes(ITEM)
-    cold = _hash_places(ids, np.unique(codes), split.seed) >= 1 - split.cold_items
+    cold = _hash_places(ids, np.unique(codes), split.seed) >= 1 - split.cold_items - 1e-9
     kept = ~cold[codes] | (parts == TEST)
     log, parts = log.kept(kept), parts[kept]
+    while True:  # a cold target that has become its user's first event has no history left
+        first = np.diff(log.codes(USER), prepend=-1) != 0
+        alone = first & cold[log.codes(ITEM)]
+        if not alone.any():
+            break
+        log, parts = log.kept(~alone), parts[~alone]
+    parts[first & (parts != TRAIN)] = CONTEXT
+    _require_parts(parts, split)
     if not (cold[log.codes(ITEM)] & (parts == TEST)).any():
         raise DataError(f"no test event has one of the {int(cold.sum())} cold items; raise data.split.cold_items")
-    first = np.diff(log.codes(USER), prepend=-1) != 0
-    parts[first & (parts != TRAIN)] = CONTEXT
     return log, parts, ids.filter(pl.Series(cold))
 
 

@@ -18,6 +18,7 @@ USER, ITEM, TIME, TITLE = "user_id", "item_id", "timestamp", "title"
 RATING, PART = "rating", "part"
 PARTS = ("train", "validation", "test")
 LARGEST_EXACT_FLOAT = 2**53
+SECONDS_BELOW = 10**11  # a whole-number time below this is in seconds (until the year 5138), above in milliseconds
 _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
 _SHOWN_ROWS = 5
 
@@ -62,6 +63,11 @@ class Interactions:
         events = collect(table.select(columns), origin)
         if events[TIME].null_count():
             _refuse(table, columns[2].is_null(), TIME, _WRONG[TIME], origin)
+        lowest, highest = int(events[TIME].min()), int(events[TIME].max())  # type: ignore[arg-type]
+        if not schema[TIME].is_temporal() and highest >= SECONDS_BELOW and 0 < lowest < SECONDS_BELOW:
+            _refuse(
+                table, columns[2] < SECONDS_BELOW, TIME, "is in seconds where others are in milliseconds", origin
+            )
         for name in further:
             unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
             if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
@@ -179,6 +185,8 @@ class Catalogue:
         """
         require_columns(self.frame.columns, [column], "items")
         values = self.frame[column]
+        if isinstance(values.dtype, pl.Array):
+            values = values.arr.to_list()
         if isinstance(values.dtype, pl.List):
             return [[str(label) for label in row or []] for row in values.to_list()]
         separator = "|" if values.cast(pl.String).str.contains("|", literal=True).any() else ","
@@ -352,6 +360,6 @@ def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: s
 
 def _read_own(path: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); run `prepare` again") from error

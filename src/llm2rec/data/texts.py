@@ -55,6 +55,8 @@ def _parse(template: str, columns: list[str]) -> list[tuple[str, str]]:
         raise ConfigError(
             f"data.text {template!r} is no template ({error}); for example '{{title}}. {{brand}}'"
         ) from error
+    if any(spec or conversion for _, _, spec, conversion in fields):
+        raise ConfigError(f"data.text {template!r}: only names of columns stand in braces, without '!' and ':'")
     parts = [(before, name) for before, name, _, _ in fields if name is not None]
     unknown = [name for _, name in parts if name not in columns or name == ITEM]
     if unknown or not parts:
@@ -69,8 +71,14 @@ def _parse(template: str, columns: list[str]) -> list[tuple[str, str]]:
 
 def _cleaned_column(catalogue: Catalogue, name: str) -> list[str]:
     values = catalogue.frame[name]
+    if isinstance(values.dtype, pl.Array):
+        values = values.arr.to_list()
     if isinstance(values.dtype, pl.List):
         values = values.cast(pl.List(pl.String)).list.join(", ")
+    if values.dtype.is_nested() or values.dtype == pl.Binary:
+        raise ConfigError(f"data.text names {name!r}, a column of type {values.dtype}; name columns of text")
+    if values.dtype.is_float():
+        values = values.fill_nan(None)
     return ["" if value is None else clean(str(value)) for value in values.to_list()]
 
 

@@ -85,7 +85,8 @@ def bars(metrics: Mapping[str, Any], name: str) -> str:
         axes = figure.subplots()
         for place, (row, values) in enumerate(rows.items()):
             value, verdict = values[name], verdict_of(metrics, row)
-            reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+            below, above = value["mean"] - value["low"], value["high"] - value["mean"]
+            reach = [[max(below, 0.0)], [max(above, 0.0)]]  # few resamples may leave the mean outside
             axes.barh(place, value["mean"], height=0.66, color=_PALETTE[_VERDICT_COLOURS[verdict]])
             axes.errorbar(value["mean"], place, xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
             mark = MARKS[verdict] if name == COMPARED_METRIC else ""  # no verdict is given on other metrics

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -162,7 +163,7 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
     kind = AutoModelForCausalLM if head else AutoModel
     try:
         model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error
     tokenizer = load_tokenizer(source)

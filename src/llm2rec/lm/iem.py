@@ -266,9 +266,9 @@ def shuffled_batches(shares: np.ndarray, steps: int, batch_size: int, seed: int)
     """`steps` batches of text numbers from shuffled passes, none with the same text twice.
 
     Args:
-        shares: (texts,) the probability that a pass has each text; a batch is no larger than a pass can be.
+        shares: (texts,) the probability that a pass has each text; a batch is no larger than most passes.
     """
-    size = min(batch_size, int((shares == 1).sum()))
+    size = min(batch_size, len(shares) if (shares == 1).all() else max(1, int(0.9 * shares.sum())))
     generator = np.random.default_rng(seed)
     batches: list[np.ndarray] = []
     while len(batches) < steps:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2rec.data.sequences import TRAIN, VALIDATION, Sequences
-from llm2rec.errors import ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.rec import losses
 from llm2rec.rec import model as models
@@ -157,7 +157,10 @@ def fit(
 
 def validate(scorer: protocol.Scorer, sequences: Sequences, history_length: int) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
-    ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None)
+    try:
+        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None)
+    except ValueError as error:  # a score that is not finite
+        raise ArtifactError(f"the recommender has diverged ({error}); lower recommender.learning_rate") from error
     return {METRIC: protocol.mean_metric(ranked, METRIC)}
 
 

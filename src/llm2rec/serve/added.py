@@ -8,7 +8,7 @@ from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.tables import Catalogue
-from llm2rec.errors import ArtifactError
+from llm2rec.errors import ArtifactError, DataError
 from llm2rec.runs import Domain
 
 CATALOGUE = "catalogue.parquet"
@@ -41,9 +41,35 @@ def load_catalogue(domain: Domain) -> Catalogue:
     artifacts.require(domain.data, "prepare")
     trained = Catalogue.read(domain.data / CATALOGUE)
     since = load(domain)
-    return trained if since is None else Catalogue(pl.concat([trained.frame, since.frame], how="diagonal_relaxed"))
+    return trained if since is None else joined(trained, since)
+
+
+def joined(first: Catalogue, second: Catalogue) -> Catalogue:
+    """The items of two tables, one after the other; a column that one of them lacks is empty there.
+
+    Raises:
+        DataError: a column has types that do not go together.
+    """
+    try:
+        return Catalogue(pl.concat([first.frame, second.frame], how="diagonal_relaxed"))
+    except pl.exceptions.PolarsError as error:
+        types = {
+            name: (first.frame.schema[name], kind)
+            for name, kind in second.frame.schema.items()
+            if name in first.frame.columns and first.frame.schema[name] != kind
+        }
+        raise DataError(f"the columns of the new items have other types than those of the run: {types}") from error
 
 
 def load_vectors(domain: Domain, name: str) -> ItemEmbeddings:
-    """The vectors of the added items in one vector set."""
+    """The vectors of the added items in one vector set.
+
+    Raises:
+        ArtifactError: they were added when no row needed that set.
+    """
+    if not (domain.added / name).is_dir():
+        raise ArtifactError(
+            f"the items in {domain.added} have no vectors {name!r}, which no row needed when they were added; "
+            "move that folder away and add the items again"
+        )
     return ItemEmbeddings.load(domain.added / name)

@@ -75,7 +75,7 @@ def recommend(
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
     scores = scorer.score(seen[:, -place.config.history_length :])
     items, values = top_k(scores, k, exclude=seen if exclude_history else None)
-    return _listed(catalogue, items[0].numpy(), values[0].numpy())
+    return listed(catalogue, items[0].numpy(), values[0].numpy())
 
 
 def similar(
@@ -105,7 +105,7 @@ def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> li
     unit = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)
     cosine = unit[index - 1 : index] @ unit.T
     items, values = top_k(cosine, k, exclude=torch.tensor([[index]]))
-    return _listed(catalogue, items[0].numpy(), values[0].numpy())
+    return listed(catalogue, items[0].numpy(), values[0].numpy())
 
 
 def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -> Scorer:
@@ -152,6 +152,7 @@ def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
     if artifacts.read_manifest(folder) is None:
         made = sorted(path.name for path in folder.parent.glob("*") if (path / artifacts.MANIFEST).exists())
         raise ArtifactError(f"{domain.folder} has no vectors {name!r}; it has: {', '.join(made) or 'none yet'}")
+    artifacts.require(folder, "encode")
     return ItemEmbeddings.load(folder).aligned_to(catalogue.item_ids)
 
 
@@ -184,7 +185,8 @@ def trained_catalogue(domain: Domain) -> Catalogue:
     return Catalogue.read(domain.data / "catalogue.parquet")
 
 
-def _listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[ScoredItem]:
+def listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[ScoredItem]:
+    """Items with id and title by item_index (K,) and score (K,); index 0 is left out."""
     titles, ids = catalogue.titles, catalogue.item_ids
     return [
         ScoredItem(ids[item - 1], titles[item - 1], float(score))

@@ -1,0 +1,48 @@
+"""What a recipe asks for that its data cannot give: refused before anything is trained."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from llm2rec.config import Row
+from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import item_texts
+from llm2rec.errors import ConfigError
+from llm2rec.runs import Domain, Run
+
+LARGEST_EASE = 30_000
+
+
+def check_prepared(run: Run) -> None:
+    """Checks every prepared domain against what later stages will be asked to do.
+
+    Raises:
+        ConfigError, DataError: texts or categories of columns that are not there, more sampled negatives than
+            items, EASE over too many items, adapters without the package they need.
+    """
+    language = (run.recipe.csft, run.recipe.iem.mntp, run.recipe.iem.contrastive)
+    if any(stage.lora for stage in language) and find_spec("peft") is None:
+        raise ConfigError("LoRA needs the package peft: pip install 'llm2rec[lora]', or leave `lora` out")
+    for domain in run.domains:
+        _check_domain(run, domain)
+
+
+def _check_domain(run: Run, domain: Domain) -> None:
+    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
+    rows = [Row.parse(name) for name in run.recipe.recommender.rows]
+    if any(row.vectors for row in rows):
+        item_texts(catalogue, domain.config.text)
+    if domain.config.categories:
+        catalogue.labels(domain.config.categories)
+    settings = run.recipe.recommender
+    trained = any(row.architecture for row in rows)
+    if trained and settings.loss != "full" and settings.negatives >= len(catalogue):
+        raise ConfigError(
+            f"recommender.negatives is {settings.negatives:,}, {domain.name} has {len(catalogue):,} items; take "
+            "fewer, or the loss `full`"
+        )
+    if "ease" in run.recipe.recommender.rows and len(catalogue) > LARGEST_EASE:
+        raise ConfigError(
+            f"row ease holds items x items numbers: {len(catalogue):,} items of {domain.name} are more than "
+            f"{LARGEST_EASE:,}; leave it out, or filter the items (data.filters.k_core)"
+        )
