@@ -10,8 +10,9 @@ import pytest
 
 import llm2rec as lr
 from conftest import cyclic_log
-from llm2rec import cli
+from llm2rec import cli, studies
 from test_pipeline import overrides, write_world
+from test_studies import TINY
 
 
 @pytest.fixture
@@ -178,6 +179,18 @@ def test_the_verbs_print_titles(llm2rec, tmp_path):
     assert status == 1  # the same folder twice is one run
     status, out, _ = llm2rec("data", "describe", tmp_path / "interactions.csv", tmp_path / "items.csv")
     assert status == 0 and "density" in out
+
+
+def test_a_study_shows_its_tables_and_names_its_page(llm2rec, tmp_path):
+    settings = [part for change in TINY for part in ("--set", change)]
+    status, out, _ = llm2rec("study", "csft-direct", "--small", "--out", tmp_path / "study", *settings)
+    assert status == 0
+    assert "csft-direct" in out and "study.html" in out
+
+
+def test_the_help_of_study_names_every_study(llm2rec):
+    _, out, _ = llm2rec("study", "--help")
+    assert [name for name in studies.STUDIES if name not in " ".join(out.split())] == []
 
 
 def test_the_version_is_printed(llm2rec):

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from llm2rec import artifacts, pipeline, progress
+from llm2rec.config import EvaluationConfig
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.loading import load_recipe
@@ -107,8 +108,8 @@ def _refuse_foreign(folder: Path, name: str, small: bool) -> None:
 
 def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
     """What the finished runs of a study say."""
-    samples = next(iter(runs.values())).recipe.evaluation.bootstrap_samples
-    tables = {table.title: _statistics(table, samples) for table in chosen.judge(runs, folder)}
+    settings = next(iter(runs.values())).recipe.evaluation
+    tables = {table.title: _statistics(table, settings) for table in chosen.judge(runs, folder)}
     return {
         "question": chosen.question,
         "variants": {variant.name: _variant(variant, runs[variant.name]) for variant in chosen.variants},
@@ -119,10 +120,10 @@ def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, A
     }
 
 
-def _statistics(table: Tested, samples: int) -> dict[str, Any]:
+def _statistics(table: Tested, settings: EvaluationConfig) -> dict[str, Any]:
     """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
-    summary = protocol.summarise(table.per_user, (), samples)
-    compared = protocol.compare_rows(table.per_user, table.reference, samples)
+    summary = protocol.summarise(table.per_user, settings.k, settings.bootstrap_samples)
+    compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
     return {**content, **summary, "comparisons": compared}

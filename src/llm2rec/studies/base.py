@@ -145,15 +145,22 @@ def _labelled(table: pl.DataFrame, entry: Entry) -> pl.DataFrame:
     return found.with_columns(pl.lit(entry.label).alias("row"))
 
 
-def scorers(run: Run, domain: Domain, rows: Iterable[str]) -> list[tuple[str, int, Scorer]]:
-    """Name, seed and recommender of every training of the rows.
+def entries_of(variant: str, rows: Mapping[str, str]) -> list[Entry]:
+    """The lines of a table over one variant, from label -> row."""
+    return [Entry(label, variant, row) for label, row in rows.items()]
+
+
+def scorers(run: Run, domain: Domain, rows: Mapping[str, str]) -> list[tuple[str, int, Scorer]]:
+    """Label, seed and recommender of every training of the rows, from label -> row.
 
     Raises:
         ArtifactError: a row is not trained, or its vectors are gone or changed.
     """
     seeds = range(run.recipe.recommender.seeds)
     return [
-        (row, seed, load_scorer(domain, row, seed)) for row in rows for seed in ([0] if row in FLOORS else seeds)
+        (label, seed, load_scorer(domain, row, seed))
+        for label, row in rows.items()
+        for seed in ([0] if row in FLOORS else seeds)
     ]
 
 

@@ -14,12 +14,12 @@ from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import load_domain, model_inputs, model_path, text_inputs
 from llm2rec.studies.base import (
     SMALL,
-    Entry,
     Runs,
     Study,
     Tested,
     Variant,
     base_recipe,
+    entries_of,
     gathered,
     measured,
     over_world,
@@ -29,8 +29,13 @@ from llm2rec.studies.base import (
 )
 from llm2rec.studies.worlds import World
 
-ROWS = ("popularity", "sasrec-id", "sasrec-csft-bidirectional", "sasrec-llm2rec")
-REFERENCE = "sasrec-csft-bidirectional"
+REFERENCE = "CSFT vectors"
+ROWS = {
+    "popularity": "popularity",
+    "ids": "sasrec-id",
+    REFERENCE: "sasrec-csft-bidirectional",
+    "LLM2Rec vectors": "sasrec-llm2rec",
+}
 UNTRAINED, TRAINED = "backbone-direct", "csft-direct"
 ONLY = "all"
 HISTORIES_AT_ONCE = 4  # of one step of the progress bar; each is read by itself
@@ -40,7 +45,7 @@ def csft_direct(small: bool, folder: Path) -> Study:
     """All titles ranked by their likelihood after the history, against rows over the same model's vectors."""
     world = World("games", users=60)
     overrides = (*SMALL, *over_world(world, folder), "evaluation.direct_users=40") if small else ()
-    packed = (rows_of(ROWS), "csft.mode=packed")
+    packed = (rows_of(ROWS.values()), "csft.mode=packed")
     return Study(
         question="Does the collaborative language model recommend better itself than its vectors do?",
         recipe="demo" if small else base_recipe(),
@@ -56,7 +61,7 @@ def _judge(runs: Runs, folder: Path) -> list[Tested]:
     domain = run.domain()
     sequences = Sequences.load(domain.data)
     sampled = sampled_users(sequences, run.recipe.evaluation.direct_users, run.recipe.seed)
-    rows = gathered(runs, [Entry(row, ONLY, row) for row in ROWS])
+    rows = gathered(runs, entries_of(ONLY, ROWS))
     users = sequences.user_ids.cast(pl.String).gather(np.unique(sampled.users_of(sampled.held_out(TEST))))
     rows = rows.filter(pl.col("user_id").is_in(users.implode()))
     direct = [_ranked_directly(run, domain, sampled, label, folder) for label in (UNTRAINED, TRAINED)]

@@ -14,12 +14,12 @@ from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import (
     SMALL,
-    Entry,
     Runs,
     Study,
     Tested,
     Variant,
     base_recipe,
+    entries_of,
     evaluated_inputs,
     gathered,
     measured,
@@ -32,11 +32,23 @@ from llm2rec.studies.base import (
 from llm2rec.studies.worlds import World
 
 KNOWN_EVENTS = (1, 2, 3, 5)
-COLD_ROWS = ("popularity", "sasrec-id", "sasrec-llm2rec", "sasrec-llm2rec+sum", "sasrec-llm2rec+average")
-COLD_REFERENCE = "sasrec-id"
-CONTEXT_ROWS = ("sasrec-id", "sasrec-context", "sasrec-llm2rec", "sasrec-llm2rec+average")
+IDS = "ids"
+COLD_ROWS = {
+    "popularity": "popularity",
+    IDS: "sasrec-id",
+    "text": "sasrec-llm2rec",
+    "both, summed": "sasrec-llm2rec+sum",
+    "both, averaged": "sasrec-llm2rec+average",
+}
+CONTEXT = "context"
+CONTEXT_ROWS = {
+    IDS: "sasrec-id",
+    CONTEXT: "sasrec-context",
+    "text": "sasrec-llm2rec",
+    "ids and text": "sasrec-llm2rec+average",
+}
 COMBINED = ("sasrec-context", "sasrec-llm2rec")
-COMBINED_LABEL = "context and LLM2Rec, averaged"
+COMBINED_LABEL = "context and text"
 ONLY = "all"
 
 
@@ -52,7 +64,7 @@ def cold_start(small: bool, folder: Path) -> Study:
             Variant(
                 ONLY,
                 f"{share:.0%} of the items appear as test targets only",
-                (rows_of(COLD_ROWS), f"data.split.cold_items={share}"),
+                (rows_of(COLD_ROWS.values()), f"data.split.cold_items={share}"),
             ),
         ),
         judge=_judge_cold_start,
@@ -63,19 +75,22 @@ def cold_start(small: bool, folder: Path) -> Study:
 def _judge_cold_start(runs: Runs, folder: Path) -> list[Tested]:
     run = runs[ONLY]
     domain = run.domain()
-    known = f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many."
+    known = (
+        f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
+        "`text` is SASRec over LLM2Rec vectors."
+    )
     tables = []
     for events in KNOWN_EVENTS:
         per_user = _ranked_after(run, domain, events, folder)
         seen = "1 known event" if events == 1 else f"{events} known events"
-        tables.append(Tested(f"Users with {seen}", f"{known} Targets seen in training.", COLD_REFERENCE, per_user))
-    whole = gathered(runs, [Entry(row, ONLY, row) for row in COLD_ROWS])
+        tables.append(Tested(f"Users with {seen}", f"{known} Targets seen in training.", IDS, per_user))
+    whole = gathered(runs, entries_of(ONLY, COLD_ROWS))
     is_cold = pl.col("item_id").is_in(cold_items(domain.data).cast(pl.String).implode())
     for title, meaning, chosen in (
         ("Items seen in training", "Test targets with training events, after whole histories.", ~is_cold),
         ("Items never seen in training", "Held-out test targets, ranked among all items.", is_cold),
     ):
-        tables.append(Tested(title, meaning, COLD_REFERENCE, whole.filter(chosen)))
+        tables.append(Tested(title, meaning, IDS, whole.filter(chosen)))
     return tables
 
 
@@ -86,7 +101,7 @@ def _ranked_after(run: Run, domain: Domain, events: int, folder: Path) -> pl.Dat
         tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
         return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events)
 
-    inputs = {**evaluated_inputs(domain), "events": events, "rows": list(COLD_ROWS)}
+    inputs = {**evaluated_inputs(domain), "events": events, "rows": COLD_ROWS}
     return measured(folder, f"known-{events}", inputs, make)
 
 
@@ -111,7 +126,7 @@ def context(small: bool, folder: Path) -> Study:
         question="Do categories and times do what the text does, and do they add to it?",
         recipe="demo" if small else base_recipe(),
         overrides=(*SMALL, *over_world(world, folder)) if small else (),
-        variants=(Variant(ONLY, "all rows over the same log", (rows_of(CONTEXT_ROWS),)),),
+        variants=(Variant(ONLY, "all rows over the same log", (rows_of(CONTEXT_ROWS.values()),)),),
         judge=_judge_context,
         worlds=(world,) if small else (),
     )
@@ -126,14 +141,15 @@ def _judge_context(runs: Runs, folder: Path) -> list[Tested]:
         pairs: list[tuple[str, int, Scorer]] = [(COMBINED_LABEL, seed, _combined(domain, seed)) for seed in seeds]
         return ranked_by(pairs, Sequences.load(domain.data), run, domain.config.history_length)
 
-    alone = gathered(runs, [Entry(row, ONLY, row) for row in CONTEXT_ROWS])
+    alone = gathered(runs, entries_of(ONLY, CONTEXT_ROWS))
     together = measured(folder, "combined", {**evaluated_inputs(domain), "rows": list(COMBINED)}, make)
     column = domain.config.categories
+    features = "the time between events" + (f" and the column `{column}`" if column else "")
     meaning = (
-        f"sasrec-context reads the time between events{f' and the column `{column}`' if column else ''}; averages "
-        "are of standardised scores, half each."
+        f"`context` is SASRec over ids that reads {features}; `text` is SASRec over LLM2Rec vectors; two together "
+        "are the averages of their standardised scores."
     )
-    return [Tested("Side features, ids and text", meaning, "sasrec-context", pl.concat([alone, together]))]
+    return [Tested("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
 
 
 def _combined(domain: Domain, seed: int) -> ScoreAverage:
