@@ -12,7 +12,7 @@ import llm2rec as lr
 from conftest import cyclic_log
 from llm2rec import cli, studies
 from test_pipeline import overrides, write_world
-from test_studies import TINY
+from test_studies import floor_study
 
 
 @pytest.fixture
@@ -181,11 +181,11 @@ def test_the_verbs_print_titles(llm2rec, tmp_path):
     assert status == 0 and "density" in out
 
 
-def test_a_study_shows_its_tables_and_names_its_page(llm2rec, tmp_path):
-    settings = [part for change in TINY for part in ("--set", change)]
-    status, out, _ = llm2rec("study", "csft-direct", "--small", "--out", tmp_path / "study", *settings)
+def test_a_study_shows_its_tables_and_names_its_page(llm2rec, tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=20))
+    status, out, _ = llm2rec("study", "floors", "--out", tmp_path / "study", "--set", "evaluation.k=[3]")
     assert status == 0
-    assert "csft-direct" in out and "study.html" in out
+    assert "Floors, 20 users; against popularity" in out and "study.html" in out
 
 
 def test_the_help_of_study_names_every_study(llm2rec):

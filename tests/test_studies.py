@@ -1,6 +1,7 @@
 """Studies: variants that share stages, tables over the same test events, and what is refused."""
 
 import json
+import shutil
 
 import numpy as np
 import polars as pl
@@ -15,13 +16,14 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import report
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
-from llm2rec.studies.base import Entry, gathered, ranked_by, rows_of, scorers
+from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
 from llm2rec.studies.direct import sampled_users
 from llm2rec.studies.recommenders import known_users
 from llm2rec.studies.worlds import THEMES, World
 
 TINY = (
     "csft.max_tokens=512",
+    "csft.batch_tokens=512",
     "iem.mntp.steps=1",
     "iem.contrastive.steps=2",
     "recommender.max_epochs=1",
@@ -98,22 +100,44 @@ def test_without_csft_the_item_encoder_starts_from_the_untrained_model(finished)
         assert "csft" not in inputs and not run.csft.exists()
 
 
+def floor_study(users):
+    """A study of two floors, without a language model: two variants over a log of so many users."""
+
+    def build(small, folder):
+        world = World("games", users)
+        entries = [Entry("popularity", "first", "popularity"), Entry("markov", "second", "markov")]
+        return Study(
+            question="Which floor is higher?",
+            recipe="demo",
+            overrides=(*over_world(world, folder), "model.source=tiny-random", *TINY),
+            variants=(
+                Variant("first", "popularity", (rows_of(["popularity"]),)),
+                Variant("second", "both", (rows_of(["popularity", "markov"]),)),
+            ),
+            judge=lambda runs, place: [Judged("Floors", "Nothing.", "popularity", gathered(runs, entries))],
+            worlds=(world,),
+        )
+
+    return build
+
+
 def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
     original = pipeline.run
 
     def killed_in_the_second(recipe, out, *rest, **named):
-        if out.name != "steps":
+        if out.name == "second":
             raise KeyboardInterrupt
         return original(recipe, out, *rest, **named)
 
     monkeypatch.setattr(pipeline, "run", killed_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        lr.study("ablation", tmp_path / "study", True, TINY)
+        lr.study("floors", tmp_path / "study")
     assert not (tmp_path / "study" / "study.json").exists()
     monkeypatch.setattr(pipeline, "run", original)
-    before = len(events(tmp_path / "study/runs/steps"))
-    lr.study("ablation", tmp_path / "study", True, TINY)
-    assert {event for _, event in events(tmp_path / "study/runs/steps")[before:]} == {"keep"}
+    before = len(events(tmp_path / "study/runs/first"))
+    lr.study("floors", tmp_path / "study")
+    assert {event for _, event in events(tmp_path / "study/runs/first")[before:]} == {"keep"}
     assert (tmp_path / "study" / "study.json").exists()
 
 
@@ -194,7 +218,17 @@ def test_the_sampled_users_are_those_of_every_direct_row(finished):
         for name in ("backbone-direct", "csft-direct")
     ]
     assert tables[0]["user_id"].to_list() == tables[1]["user_id"].to_list()
-    assert tables[0]["rank"].to_list() != tables[1]["rank"].to_list()  # CSFT changed the model
+
+
+def test_one_direct_row_is_the_untrained_model_and_one_that_of_csft(finished):
+    folder, _ = finished("csft-direct")
+    run = open_run(folder / "runs" / "all")
+    before, after = (
+        artifacts.require(folder / "measured" / name, "study").inputs
+        for name in ("backbone-direct", "csft-direct")
+    )
+    assert before["model.source"] == artifacts.require(run.backbone, "csft").fingerprint
+    assert after["csft"] == artifacts.require(run.csft, "csft").fingerprint
 
 
 def test_a_sample_larger_than_the_users_is_all_of_them(finished):
@@ -211,8 +245,9 @@ def test_measured_ranks_are_kept_while_their_inputs_are_the_same(finished):
     assert file.stat().st_mtime_ns == before
 
 
-def test_with_few_users_nothing_is_tested_and_the_table_says_so(tmp_path):
-    found = lr.study("csft-direct", tmp_path / "study", True, (*TINY, "evaluation.direct_users=20"))
+def test_with_few_users_nothing_is_tested_and_the_table_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=20))
+    found = lr.study("floors", tmp_path / "study")
     (table,) = found["tables"].values()
     assert {result["verdict"] for result in table["comparisons"].values()} == {"too few users"}
     assert "Only 20 test users" in report.render_table(table).caption
@@ -251,7 +286,7 @@ def test_runs_over_other_catalogues_are_refused_with_the_first_other_item(floors
 def test_runs_over_other_splits_are_refused_with_the_first_other_event(floors):
     runs = {"one": floors("one", 40), "two": floors("two", 40, "data.split.holdout=2")}
     table = gathered(runs, [Entry(name, name, "popularity") for name in runs])
-    tested = studies.Tested("title", "meaning", "one", table)
+    tested = Judged("title", "meaning", "one", table)
     with pytest.raises(ArtifactError, match="test events of .* differ: .*first: user 'u0000'"):
         studies._statistics(tested, runs["one"].recipe.evaluation)
 
@@ -262,9 +297,10 @@ def test_a_row_that_a_variant_lacks_is_named_with_those_it_has(floors):
         gathered(runs, [Entry("markov", "lacking", "markov")])
 
 
-def test_a_row_without_its_vectors_is_named(tmp_path):
-    lr.study("context", tmp_path / "study", True, TINY)
-    run = open_run(tmp_path / "study/runs/all")
+def test_a_row_without_its_vectors_is_named(finished, tmp_path):
+    folder, _ = finished("context")
+    shutil.copytree(folder / "runs/all", tmp_path / "run")
+    run = open_run(tmp_path / "run")
     artifacts.move_aside(run.embeddings("llm2rec"), run.folder)
     with pytest.raises(ArtifactError, match="has no vectors 'llm2rec'"):
         scorers(run, run.domain(), {"text": "sasrec-llm2rec"})

@@ -14,7 +14,7 @@ from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.loading import load_recipe
 from llm2rec.runs import LOCK, Run
-from llm2rec.studies.base import WORLD, Study, Tested, Variant
+from llm2rec.studies.base import WORLD, Judged, Study, Variant
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, transfer
 from llm2rec.studies.recommenders import cold_start, context
@@ -120,7 +120,7 @@ def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, A
     }
 
 
-def _statistics(table: Tested, settings: EvaluationConfig) -> dict[str, Any]:
+def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
     """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
     summary = protocol.summarise(table.per_user, settings.k, settings.bootstrap_samples)
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)

@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Judged:
     """Rows on the same test events, one of them the reference that the others are tested against.
 
     per_user: as `protocol.per_user_table`, its rows named by the labels of the table.
@@ -94,7 +94,7 @@ class Study:
     recipe: str
     overrides: tuple[str, ...]
     variants: tuple[Variant, ...]
-    judge: Callable[[Runs, Path], list[Tested]]
+    judge: Callable[[Runs, Path], list[Judged]]
     worlds: tuple[World, ...] = ()
 
 

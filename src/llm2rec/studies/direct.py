@@ -14,9 +14,9 @@ from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import load_domain, model_inputs, model_path, text_inputs
 from llm2rec.studies.base import (
     SMALL,
+    Judged,
     Runs,
     Study,
-    Tested,
     Variant,
     base_recipe,
     entries_of,
@@ -56,7 +56,7 @@ def csft_direct(small: bool, folder: Path) -> Study:
     )
 
 
-def _judge(runs: Runs, folder: Path) -> list[Tested]:
+def _judge(runs: Runs, folder: Path) -> list[Judged]:
     run = runs[ONLY]
     domain = run.domain()
     sequences = Sequences.load(domain.data)
@@ -69,7 +69,7 @@ def _judge(runs: Runs, folder: Path) -> list[Tested]:
         f"{len(users):,} sampled users. {TRAINED} ranks all titles by their likelihood after the titles of the "
         f"history; {UNTRAINED} is the same model before CSFT."
     )
-    return [Tested("The model itself and its vectors", meaning, REFERENCE, pl.concat([rows, *direct]))]
+    return [Judged("The model itself and its vectors", meaning, REFERENCE, pl.concat([rows, *direct]))]
 
 
 def sampled_users(sequences: Sequences, users: int, seed: int) -> Sequences:

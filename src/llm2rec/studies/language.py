@@ -9,9 +9,9 @@ from pathlib import Path
 from llm2rec.studies.base import (
     SMALL,
     Entry,
+    Judged,
     Runs,
     Study,
-    Tested,
     Variant,
     base_recipe,
     gathered,
@@ -73,7 +73,7 @@ def ablation(small: bool, folder: Path) -> Study:
     )
 
 
-def _judge_ablation(runs: Runs, folder: Path) -> list[Tested]:
+def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     per_user = gathered(runs, LADDER)
     steps = (
         "From the top: learned ids; the untrained model, its last token causal, its mean causal, its mean "
@@ -81,8 +81,8 @@ def _judge_ablation(runs: Runs, folder: Path) -> list[Tested]:
         "All but `last token` pool the mean."
     )
     return [
-        Tested("Steps against the untrained model", steps, "bidirectional", per_user),
-        Tested("Steps against all of them", steps, "+ contrastive", per_user),
+        Judged("Steps against the untrained model", steps, "bidirectional", per_user),
+        Judged("Steps against all of them", steps, "+ contrastive", per_user),
     ]
 
 
@@ -92,10 +92,10 @@ class _OfDomains:
 
     domains: Sequence[str]
 
-    def __call__(self, runs: Runs, folder: Path) -> list[Tested]:
+    def __call__(self, runs: Runs, folder: Path) -> list[Judged]:
         seen = ("both language models were trained on it", "the mix alone was trained on it", "neither was")
         return [
-            Tested(
+            Judged(
                 f"Judged on {domain}",
                 f"{words[0].upper()}{words[1:]}; recommenders are trained on {domain} in every row.",
                 "LLM2Rec on one",

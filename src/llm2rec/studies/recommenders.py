@@ -14,9 +14,9 @@ from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import (
     SMALL,
+    Judged,
     Runs,
     Study,
-    Tested,
     Variant,
     base_recipe,
     entries_of,
@@ -72,7 +72,7 @@ def cold_start(small: bool, folder: Path) -> Study:
     )
 
 
-def _judge_cold_start(runs: Runs, folder: Path) -> list[Tested]:
+def _judge_cold_start(runs: Runs, folder: Path) -> list[Judged]:
     run = runs[ONLY]
     domain = run.domain()
     known = (
@@ -83,14 +83,14 @@ def _judge_cold_start(runs: Runs, folder: Path) -> list[Tested]:
     for events in KNOWN_EVENTS:
         per_user = _ranked_after(run, domain, events, folder)
         seen = "1 known event" if events == 1 else f"{events} known events"
-        tables.append(Tested(f"Users with {seen}", f"{known} Targets seen in training.", IDS, per_user))
+        tables.append(Judged(f"Users with {seen}", f"{known} Targets seen in training.", IDS, per_user))
     whole = gathered(runs, entries_of(ONLY, COLD_ROWS))
     is_cold = pl.col("item_id").is_in(cold_items(domain.data).cast(pl.String).implode())
     for title, meaning, chosen in (
         ("Items seen in training", "Test targets with training events, after whole histories.", ~is_cold),
         ("Items never seen in training", "Held-out test targets, ranked among all items.", is_cold),
     ):
-        tables.append(Tested(title, meaning, IDS, whole.filter(chosen)))
+        tables.append(Judged(title, meaning, IDS, whole.filter(chosen)))
     return tables
 
 
@@ -132,7 +132,7 @@ def context(small: bool, folder: Path) -> Study:
     )
 
 
-def _judge_context(runs: Runs, folder: Path) -> list[Tested]:
+def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
     run = runs[ONLY]
     domain = run.domain()
 
@@ -149,7 +149,7 @@ def _judge_context(runs: Runs, folder: Path) -> list[Tested]:
         f"`context` is SASRec over ids that reads {features}; `text` is SASRec over LLM2Rec vectors; two together "
         "are the averages of their standardised scores."
     )
-    return [Tested("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
+    return [Judged("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
 
 
 def _combined(domain: Domain, seed: int) -> ScoreAverage:
