@@ -142,7 +142,9 @@ def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
         return ranked_by(pairs, Sequences.load(domain.data), run, domain.config.history_length)
 
     alone = gathered(runs, entries_of(ONLY, CONTEXT_ROWS))
-    together = measured(folder, "combined", {**evaluated_inputs(domain), "rows": list(COMBINED)}, make)
+    together = measured(
+        folder, "combined", {**evaluated_inputs(domain), "rows": {COMBINED_LABEL: list(COMBINED)}}, make
+    )
     column = domain.config.categories
     features = "the time between events" + (f" and the column `{column}`" if column else "")
     meaning = (
