@@ -89,3 +89,38 @@ def test_a_damaged_manifest_is_an_artifact_error(tmp_path, content):
 
 def test_flatten_gives_dotted_keys():
     assert artifacts.flatten("csft", {"a": {"b": 1}, "c": [2]}) == {"csft.a.b": 1, "csft.c": [2]}
+
+
+def test_a_stage_that_is_taken_over_is_finished_and_the_same(tmp_path):
+    finish(tmp_path / "one" / "data", tmp_path / "one", {"a": 1})
+    finish(tmp_path / "two" / "data", tmp_path / "two", {"a": 2}, "old")
+    artifacts.take_over(tmp_path / "one" / "data", tmp_path / "two" / "data", tmp_path / "two")
+    assert artifacts.decide(tmp_path / "two" / "data", {"a": 1}).keep
+    taken, given = (artifacts.require(tmp_path / name / "data", "prepare") for name in ("two", "one"))
+    assert taken == given
+    (old,) = (tmp_path / "two" / artifacts.SUPERSEDED).rglob("out.txt")
+    assert old.read_text() == "old"
+
+
+def test_running_a_stage_again_leaves_the_one_that_took_it_over_alone(tmp_path):
+    finish(tmp_path / "one" / "data", tmp_path / "one", {"a": 1})
+    artifacts.take_over(tmp_path / "one" / "data", tmp_path / "two" / "data", tmp_path / "two")
+    finish(tmp_path / "one" / "data", tmp_path / "one", {"a": 2}, "new")
+    assert (tmp_path / "two" / "data" / "out.txt").read_text() == "result"
+    assert artifacts.decide(tmp_path / "two" / "data", {"a": 1}).keep
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError("no links here")
+
+    finish(tmp_path / "one" / "data", tmp_path / "one", {"a": 1})
+    monkeypatch.setattr(artifacts.os, "link", refuse)
+    artifacts.take_over(tmp_path / "one" / "data", tmp_path / "two" / "data", tmp_path / "two")
+    assert artifacts.decide(tmp_path / "two" / "data", {"a": 1}).keep
+
+
+def test_an_unfinished_stage_is_not_taken_over(tmp_path):
+    (tmp_path / "one" / "data").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="no finished stage"):
+        artifacts.take_over(tmp_path / "one" / "data", tmp_path / "two" / "data", tmp_path / "two")

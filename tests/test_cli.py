@@ -10,8 +10,9 @@ import pytest
 
 import llm2rec as lr
 from conftest import cyclic_log
-from llm2rec import cli
+from llm2rec import cli, studies
 from test_pipeline import overrides, write_world
+from test_studies import floor_study
 
 
 @pytest.fixture
@@ -178,6 +179,18 @@ def test_the_verbs_print_titles(llm2rec, tmp_path):
     assert status == 1  # the same folder twice is one run
     status, out, _ = llm2rec("data", "describe", tmp_path / "interactions.csv", tmp_path / "items.csv")
     assert status == 0 and "density" in out
+
+
+def test_a_study_shows_its_tables_and_names_its_page(llm2rec, tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=20))
+    status, out, _ = llm2rec("study", "floors", "--out", tmp_path / "study", "--set", "evaluation.k=[3]")
+    assert status == 0
+    assert "Floors, 20 users; against popularity" in out and "study.html" in out
+
+
+def test_the_help_of_study_names_every_study(llm2rec):
+    _, out, _ = llm2rec("study", "--help")
+    assert [name for name in studies.STUDIES if name not in " ".join(out.split())] == []
 
 
 def test_the_version_is_printed(llm2rec):

@@ -125,3 +125,21 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     (tmp_path / "twice.yaml").write_text("seed: 0\nmodel: {source: tiny-random}\nseed: 1\n")
     with pytest.raises(ConfigError, match="line 1: the key 'seed' stands twice"):
         load_recipe(tmp_path / "twice.yaml")
+
+
+def test_a_row_may_name_the_attention_of_its_vectors():
+    row = config.Row.parse("sasrec-csft-causal+average")
+    assert (row.vectors, row.attention, row.fusion) == ("csft", "causal", "average")
+    assert row.parents == ("sasrec-id", "sasrec-csft-causal")
+
+
+@pytest.mark.parametrize("row", ["sasrec-llm2rec-causal", "sasrec-id-causal", "sasrec-csft-", "sasrec-csft-both"])
+def test_no_other_row_names_an_attention(row):
+    with pytest.raises(ConfigError, match="unknown row"):
+        config.Row.parse(row)
+
+
+def test_a_row_over_csft_vectors_is_refused_where_csft_is_left_out():
+    with pytest.raises(ConfigError, match="'sasrec-csft' needs the vectors of CSFT"):
+        load_recipe("demo", ["csft.max_tokens=0"])
+    assert load_recipe("demo", ["csft.max_tokens=0", "recommender.rows=[sasrec-llm2rec]"]).csft.max_tokens == 0

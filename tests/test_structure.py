@@ -23,6 +23,7 @@ LEVELS = [
     {"serve"},
     {"stages", "judging", "display"},
     {"pipeline", "comparison", "additions", "probing"},
+    {"studies"},
     {"cli"},
 ]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from llm2rec.probing import probe
     from llm2rec.runs import Run, open_run
     from llm2rec.serve.recommender import ScoredItem, recommend, similar
+    from llm2rec.studies import study
 
 _HOMES = {
     "add_items": "llm2rec.additions",
@@ -38,6 +39,7 @@ _HOMES = {
     "probe": "llm2rec.probing",
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
     **dict.fromkeys(("ScoredItem", "recommend", "similar"), "llm2rec.serve.recommender"),
+    "study": "llm2rec.studies",
 }
 _MODULES = ("data", "models")
 
@@ -69,6 +71,7 @@ __all__ = [
     "recommend",
     "run",
     "similar",
+    "study",
 ]
 
 

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 STARTED = "started.json"
 CHECKPOINTS = "checkpoints"
 SUPERSEDED = "superseded"
+TAKEN = ".taken"
 FORMAT = 1
 HASHED_UP_TO_BYTES = 16 * 2**20
 
@@ -219,6 +220,31 @@ def move_aside(folder: Path, run_folder: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, target)
     progress.say(f"moved  {folder.relative_to(run_folder)}  to {target.relative_to(run_folder)}")
+
+
+def take_over(source: Path, folder: Path, run_folder: Path) -> None:
+    """Makes `folder` the finished stage that `source` is; what lay there is moved aside.
+
+    Files are hard links where the file system has them, else copies. Sharing them is safe: a finished stage is
+    moved aside as a whole before it runs again, its files are never written to.
+
+    Raises:
+        ArtifactError: `source` is not finished.
+    """
+    manifest = read_manifest(source)
+    if manifest is None:
+        raise ArtifactError(f"{source} holds no finished stage to take over")
+    taken = run_folder / TAKEN
+    shutil.rmtree(taken, ignore_errors=True)
+    for path in (*manifest.outputs, MANIFEST):
+        (taken / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / path, taken / path)
+        except OSError:
+            shutil.copyfile(source / path, taken / path)
+    move_aside(folder, run_folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(taken, folder)  # the manifest appears with everything else, or not at all
 
 
 @contextmanager

@@ -170,6 +170,22 @@ def compare(
     out.print(comparison_table(lr.compare(runs, domain, page)))
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="ablation, cold-start, context, transfer or csft-direct")],
+    small: Annotated[bool, typer.Option("--small", help="a made log and a random decoder: minutes")] = False,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="the study's folder; by default runs/studies/NAME")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run a grid of recipes that share stages, and compare what they find."""
+    from llm2rec.studies import show_study
+
+    for part in show_study(lr.study(name, out_folder, small, tuple(overrides or ()))):
+        out.print(part)
+
+
 @data_app.command("list")
 def data_list() -> None:
     """The data sets known by name."""

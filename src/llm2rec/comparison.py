@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from rich.table import Table
 
-from llm2rec.errors import ConfigError
+from llm2rec import artifacts
+from llm2rec.data.tables import Catalogue
+from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.verdicts import TOO_FEW
 from llm2rec.runs import Run, open_run
@@ -31,7 +33,7 @@ def compare(
         runs by folder name; settings are the recipe keys whose values differ, each run's value.
 
     Raises:
-        ArtifactError: a run is not evaluated, or their test events differ (the difference is named).
+        ArtifactError: a run is not evaluated, or catalogues or test events differ (the difference is named).
         ConfigError: fewer than two runs.
     """
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
@@ -40,6 +42,7 @@ def compare(
             f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}"
         )
     by_name = {str(run.folder): run for run in opened}
+    require_same_catalogue(by_name, domain)
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}
     tables = {
         name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet", glob=False)
@@ -55,6 +58,30 @@ def compare(
         "comparisons": comparisons,
         "settings": report.differing_settings(settings),
     }
+
+
+def require_same_catalogue(runs: Mapping[str, Run], domain: str | None = None) -> None:
+    """Raises ArtifactError where runs rank other items than the first, naming the first such item.
+
+    A rank among more items is a worse one, so that means over different catalogues say nothing.
+    """
+    items = {name: _item_ids(run, domain) for name, run in runs.items()}
+    first, *others = items
+    for other in others:
+        for name, missing in ((first, other), (other, first)):
+            extra = sorted(items[name] - items[missing])
+            if extra:
+                raise ArtifactError(
+                    f"the catalogues of {first!r} ({len(items[first]):,} items) and {other!r} "
+                    f"({len(items[other]):,}) differ: {len(extra):,} items only in {name!r}: {first_few(extra)}. "
+                    "Compare results over the same data and the same filters"
+                )
+
+
+def _item_ids(run: Run, domain: str | None) -> set[str]:
+    folder = run.domain(domain).data
+    artifacts.require(folder, "prepare")
+    return set(Catalogue.read(folder / "catalogue.parquet").item_ids)
 
 
 def comparison_table(compared: dict[str, Any]) -> Table:

@@ -19,9 +19,12 @@ ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
 CONTEXT = "sasrec-context"
 VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")
 FUSIONS = ("sum", "concatenation", "delta", "average")
+ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
+LOOKING_BACK = ("backbone", "csft")
 ROW_NAMES = (
     f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
-    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum)"
+    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
+    f"{' and '.join(LOOKING_BACK)} may name their attention (sasrec-backbone-causal), else validation chooses it"
 )
 CSFT_BUDGETS = {"max_tokens", "epochs"}
 
@@ -42,12 +45,14 @@ class Row:
         architecture: None for floors.
         vectors: vector set, None for floors and learned ids.
         fusion: how learned ids stand beside the vectors, None where they do not.
+        attention: of the encoding model, where the name says it; None: its own, or what validation chooses.
     """
 
     name: str
     architecture: str | None = None
     vectors: str | None = None
     fusion: str | None = None
+    attention: str | None = None
 
     @classmethod
     def parse(cls, name: str) -> Row:
@@ -61,18 +66,20 @@ class Row:
         if name == CONTEXT:
             return cls(name, CONTEXT)
         stem, plus, fusion = name.partition("+")
-        architecture, _, vectors = stem.partition("-")
+        architecture, _, encoded = stem.partition("-")
+        vectors, dash, attention = encoded.partition("-")
         known = architecture in ARCHITECTURES and vectors in VECTORS
+        known = known and (not dash or (vectors in LOOKING_BACK and attention in ATTENTIONS))
         if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
             raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")
-        return cls(name, architecture, None if vectors == "id" else vectors, fusion or None)
+        return cls(name, architecture, None if vectors == "id" else vectors, fusion or None, attention or None)
 
     @property
     def parents(self) -> tuple[str, ...]:
         """The rows that an averaged row is made of; a trained row has none."""
         if self.fusion != "average":
             return ()
-        return f"{self.architecture}-id", f"{self.architecture}-{self.vectors}"
+        return f"{self.architecture}-id", self.name.partition("+")[0]
 
 
 class Section(BaseModel):
@@ -236,7 +243,9 @@ class CsftConfig(LanguageConfig):
     """Collaborative supervised fine-tuning (paper section 3.2)."""
 
     learning_rate: Rate = 2e-4
-    max_tokens: Positive | None = Field(None, description="budget in tokens; give this or epochs")
+    max_tokens: Count | None = Field(
+        None, description="budget in tokens; give this or epochs; 0: no CSFT, IEM starts from the untrained model"
+    )
     epochs: Rate | None = Field(None, description="budget in passes over the training windows")
     mode: Literal["packed", "paper", "tree"] = Field(
         "packed", description="one pass a window; the authors' samples; the same, shared starts computed once"
@@ -252,7 +261,7 @@ class CsftConfig(LanguageConfig):
     def _one_budget(self) -> CsftConfig:
         if (self.max_tokens is None) == (self.epochs is None):
             raise ValueError("give exactly one of `max_tokens` and `epochs`")
-        if self.max_tokens is not None and self.max_tokens < self.batch_tokens:
+        if self.max_tokens and self.max_tokens < self.batch_tokens:
             raise ValueError(
                 f"max_tokens {self.max_tokens:,} is less than one step of batch_tokens {self.batch_tokens:,}; "
                 "raise the one or lower the other"
@@ -370,6 +379,9 @@ class EvaluationConfig(Section):
     reference: str = Field("sasrec-backbone", description="row that every other row is tested against")
     bootstrap_samples: Positive = 10_000
     mask_history: bool = Field(False, description="hide what the user consumed before from the ranking")
+    direct_users: Positive = Field(
+        200, description="users whose next titles the language model itself ranks in the study csft-direct"
+    )
 
     @model_validator(mode="after")
     def _distinct_cutoffs(self) -> EvaluationConfig:
@@ -408,6 +420,16 @@ class Recipe(Section):
         lengths = {one.history_length for one in self.by_domain.values() if one.role == "in"}
         if len(lengths) > 1:
             raise ValueError(f"domains that are trained together need one history_length, got {sorted(lengths)}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_vectors(self) -> Recipe:
+        over_csft = [name for name in self.recommender.rows if Row.parse(name).vectors == "csft"]
+        if self.csft.max_tokens == 0 and over_csft:
+            raise ValueError(
+                f"row {over_csft[0]!r} needs the vectors of CSFT, which csft.max_tokens 0 leaves out; "
+                "leave the row out as well, or give CSFT a budget"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llm2rec import artifacts, progress, stages
+from llm2rec.artifacts import Inputs
 from llm2rec.config import DataConfig
 from llm2rec.data import sources
 from llm2rec.loading import load_recipe
@@ -20,7 +22,11 @@ VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
 
 
 def run(
-    recipe: str | Path, out: str | Path | None = None, overrides: tuple[str, ...] = (), fresh: bool = False
+    recipe: str | Path,
+    out: str | Path | None = None,
+    overrides: tuple[str, ...] = (),
+    fresh: bool = False,
+    siblings: Sequence[Path] = (),
 ) -> Run:
     """Runs a whole recipe and returns the finished run.
 
@@ -32,6 +38,7 @@ def run(
         out: the run folder; by default `runs/<name of the recipe>`.
         overrides: `KEY=VALUE`, as with `--set`.
         fresh: rerun every stage.
+        siblings: run folders whose finished stages are taken over where their inputs are the same.
 
     Raises:
         Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
@@ -54,7 +61,7 @@ def run(
                 "evaluation",
             ):
                 artifacts.move_aside(folder / name, folder)
-        _carry_out(started, VERBS)
+        _carry_out(started, VERBS, siblings)
     return started
 
 
@@ -101,11 +108,11 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
     return opened
 
 
-def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
+def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:
     _check_model(run, verbs)
     for verb in verbs:
         for stage in _stages_of(run, verb):
-            _carry_out_stage(run, stage)
+            _carry_out_stage(run, stage, siblings)
         if verb == "prepare":
             check_prepared(run)
     if "evaluate" in verbs and len(run.domains) > 1:
@@ -144,7 +151,7 @@ def _plan(run: Run) -> str:
     """One line before the first stage: what goes in, and the budgets that decide how long it takes."""
     recipe = run.recipe
     data = ", ".join(_origin(domain.config) for domain in run.domains)
-    csft = f"{recipe.csft.max_tokens:,} tokens" if recipe.csft.max_tokens else f"{recipe.csft.epochs:g} epochs"
+    csft = f"{recipe.csft.epochs:g} epochs" if recipe.csft.epochs else f"{recipe.csft.max_tokens:,} tokens"
     steps = f"MNTP {recipe.iem.mntp.steps}, contrastive {recipe.iem.contrastive.steps} steps"
     rows = f"{len(recipe.recommender.rows)} rows x {recipe.recommender.seeds} seeds"
     return f"{run.folder}: {data}, {recipe.model.source}; CSFT {csft}, {steps}, {rows}"
@@ -154,13 +161,19 @@ def _origin(config: DataConfig) -> str:
     return str(config.source or config.folder or config.interactions)
 
 
-def _carry_out_stage(run: Run, stage: Stage) -> None:
+def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     name = str(stage.folder.relative_to(run.folder))
     inputs = stage.inputs()
     decision = artifacts.decide(stage.folder, inputs)
     if decision.keep:
         progress.say(f"keep   {name}")
         run.log(stage=name, event="keep")
+        return
+    shared = _finished_elsewhere(stage, name, inputs, siblings)
+    if shared is not None:
+        artifacts.take_over(shared, stage.folder, run.folder)
+        progress.say(f"share  {name}  (as in {shared})")
+        run.log(stage=name, event="share", source=str(shared))
         return
     reasons = ", ".join(decision.reasons)
     progress.say(f"run    {name}  ({reasons})")
@@ -172,6 +185,18 @@ def _carry_out_stage(run: Run, stage: Stage) -> None:
     _release_memory()
     progress.say(f"done   {name}  {_in_words(summary)}")
     run.log(stage=name, event="done", summary=summary)
+
+
+def _finished_elsewhere(stage: Stage, name: str, inputs: Inputs, siblings: Sequence[Path]) -> Path | None:
+    """The same stage of a sibling, finished with the same inputs.
+
+    Of the same name as well: the vectors of a model that looks back and of one that does not have equal inputs.
+    A report names its run, so an evaluation is the run's own.
+    """
+    if stage.verb == "evaluate":
+        return None
+    folders = [sibling / name for sibling in siblings]
+    return next((folder for folder in folders if artifacts.decide(folder, inputs).keep), None)
 
 
 def _in_words(summary: dict[str, Any]) -> str:

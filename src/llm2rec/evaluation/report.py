@@ -30,7 +30,7 @@ from llm2rec.evaluation.verdicts import (
 )
 
 HEADLINE_METRICS = ("ndcg@10", "recall@10")
-REPORT, COMPARISON, LOG = "report.html", "comparison.html", "log.html"
+REPORT, COMPARISON, LOG, STUDY = "report.html", "comparison.html", "log.html", "study.html"
 ABSENT = "not in this recipe"
 _TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", TOO_FEW: "yellow", REFERENCE: "cyan"}
 
@@ -171,6 +171,34 @@ def render_log_html(
         _environment()
         .get_template(LOG)
         .render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
+    )
+
+
+def render_study_html(title: str, content: Mapping[str, Any]) -> str:
+    """The result of `studies.study` on a page of the kind of `render_html`: each table with its figures."""
+    from llm2rec.evaluation import figures  # as in render_html
+
+    tables = {
+        name: {
+            "metrics": metrics,
+            "headline": headline(metrics),
+            "warning": _warning(metrics["comparisons"].values()),
+            "verdicts": {row: verdict_of(metrics, row) for row in metrics["rows"]},
+            "bars": Markup(figures.bars(metrics, HEADLINE_METRICS[0])),
+            "forest": Markup(figures.forest(metrics["comparisons"], "difference in NDCG@10")),
+        }
+        for name, metrics in content["tables"].items()
+    }
+    return (
+        _environment()
+        .get_template(STUDY)
+        .render(
+            data={"title": title},
+            question=content["question"],
+            tables=tables,
+            variants=content["variants"],
+            settings=content["settings"],
+        )
     )
 
 

@@ -35,6 +35,7 @@ class ScoreAverage:
                 "recommenders of one catalogue"
             )
         self.n_items = first.n_items
+        self.needs_times = first.needs_times or second.needs_times
         self._parts = ((first, weight), (second, 1 - weight))
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:

@@ -46,15 +46,20 @@ def trained_rows(run: Run) -> list[Row]:
 
 def vector_sets(run: Run) -> list[str]:
     """Names of the vector sets that the rows of the recipe need."""
-    wanted = [row.vectors for row in trained_rows(run) if row.vectors]
-    return list(dict.fromkeys(name for kind in wanted for name in VARIANTS.get(kind, (kind,))))
+    wanted = [name for row in trained_rows(run) for name in row_variants(row).values()]
+    return list(dict.fromkeys(name for name in wanted if name))
 
 
 def row_variants(row: Row) -> dict[str, str | None]:
-    """Trained row -> its vector set; rows of the untrained and the CSFT model come in two variants."""
+    """Trained row -> its vector set.
+
+    Rows of the untrained and the CSFT model come in two variants, unless their name says which.
+    """
     if row.vectors not in VARIANTS:
         return {row.name: row.vectors}
     bidirectional, causal = VARIANTS[str(row.vectors)]
+    if row.attention:
+        return {row.name: causal if row.attention == "causal" else bidirectional}
     return {f"{row.name}-bidirectional": bidirectional, f"{row.name}-causal": causal}
 
 

@@ -26,6 +26,7 @@ from llm2rec.stages.base import (
 )
 
 if TYPE_CHECKING:
+    from llm2rec.data.mixture import Mixture
     from llm2rec.lm.pooling import Pooling
 
 
@@ -35,7 +36,7 @@ def language_stages(run: Run) -> list[Stage]:
     stages = []
     if wanted and run.recipe.model.source == TINY_RANDOM:
         stages.append(_tiny_random_stage(run))
-    if any(name not in VARIANTS["backbone"] for name in wanted):
+    if run.recipe.csft.max_tokens != 0 and any(name not in VARIANTS["backbone"] for name in wanted):
         stages.append(_csft_stage(run))
     if "mntp" in wanted or "llm2rec" in wanted:
         stages += iem_stages(run)
@@ -46,6 +47,27 @@ def iem_stages(run: Run) -> list[Stage]:
     """MNTP (unless it has 0 steps) and contrastive learning."""
     stages = [_mntp_stage(run)] if run.recipe.iem.mntp.steps else []
     return [*stages, _contrastive_stage(run)]
+
+
+def _start_of_iem(run: Run) -> Path | None:
+    """The CSFT model that IEM starts from; None where CSFT is left out: the model that everything starts from."""
+    return run.csft if run.recipe.csft.max_tokens != 0 else None
+
+
+def _checked_mixture(run: Run) -> Mixture:
+    """What is trained on; where it is the model's first training, titles that it cannot tell apart are refused."""
+    from llm2rec.lm.iem import check_titles
+
+    mixture = load_mixture(run)
+    if _start_of_iem(run) is None:
+        check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
+    return mixture
+
+
+def _parent_inputs(run: Run, parent: Path | None) -> Inputs:
+    if parent is None:
+        return model_inputs(run)
+    return {parent.name: parent_hash(parent, "csft" if parent == run.csft else "iem")}
 
 
 def _tiny_random_stage(run: Run) -> Stage:
@@ -92,19 +114,21 @@ def _csft_stage(run: Run) -> Stage:
 
 
 def _mntp_stage(run: Run) -> Stage:
+    start = _start_of_iem(run)
+
     def inputs() -> Inputs:
         settings = flatten("iem.mntp", run.recipe.iem.mntp.model_dump(mode="json"))
         data = of_each(run, lambda one: text_inputs(run, one))
-        return {"csft": parent_hash(run.csft, "csft"), **data, **settings}
+        return {**_parent_inputs(run, start), **data, **settings}
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import mntp
 
-        mixture = load_mixture(run)
+        mixture = _checked_mixture(run)
         summary |= mntp(
             mixture.texts,
-            model=run.csft,
+            model=start or model_path(run),
             dtype=resolve_dtype(run.recipe.model.dtype),
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,
@@ -117,23 +141,23 @@ def _mntp_stage(run: Run) -> Stage:
 
 
 def _contrastive_stage(run: Run) -> Stage:
-    start = run.mntp if run.recipe.iem.mntp.steps else run.csft
+    start = run.mntp if run.recipe.iem.mntp.steps else _start_of_iem(run)
 
     def inputs() -> Inputs:
         settings = flatten("iem.contrastive", run.recipe.iem.contrastive.model_dump(mode="json"))
         settings["encode.pooling"] = run.recipe.encode.pooling
         data = of_each(run, lambda one: {**sequence_inputs(one), **text_inputs(run, one)})
-        return {start.name: parent_hash(start, "iem"), **data, **settings}
+        return {**_parent_inputs(run, start), **data, **settings}
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import contrastive
 
-        mixture = load_mixture(run)
+        mixture = _checked_mixture(run)
         summary |= contrastive(
             mixture.sequences,
             mixture.texts,
-            model=start,
+            model=start or model_path(run),
             dtype=resolve_dtype(run.recipe.model.dtype),
             max_title_tokens=run.recipe.model.max_title_tokens,
             seed=run.recipe.seed,

@@ -146,7 +146,8 @@ def _evaluate_stage(run: Run, domain: Domain) -> Stage:
             f"recommender {folder.parent.name}/{folder.name}": parent_hash(folder, "fit") for folder in trained
         }
         vectors = {f"vectors {name}": parent_hash(domain.embeddings(name), "encode") for name in vector_sets(run)}
-        evaluation = flatten("evaluation", run.recipe.evaluation.model_dump(mode="json"))
+        settings = run.recipe.evaluation.model_dump(mode="json", exclude={"direct_users"})  # of a study
+        evaluation = flatten("evaluation", settings)
         rows = {"recommender.rows": list(run.recipe.recommender.rows)}
         window = {"data.history_length": domain.config.history_length}
         return {"data": parent_hash(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}

@@ -1,0 +1,143 @@
+"""Verb `study`: grids of recipes that share stages, and the tables that answer the question behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from llm2rec import artifacts, pipeline, progress
+from llm2rec.config import EvaluationConfig
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.evaluation import protocol, report
+from llm2rec.loading import load_recipe
+from llm2rec.runs import LOCK, Run
+from llm2rec.studies.base import WORLD, Judged, Study, Variant
+from llm2rec.studies.direct import csft_direct
+from llm2rec.studies.language import ablation, transfer
+from llm2rec.studies.recommenders import cold_start, context
+
+STUDIES: dict[str, Callable[[bool, Path], Study]] = {
+    "ablation": ablation,
+    "cold-start": cold_start,
+    "context": context,
+    "transfer": transfer,
+    "csft-direct": csft_direct,
+}
+PLAN, RESULT, PAGE = "plan.json", "study.json", "study.html"
+
+
+def study(
+    name: str, out: str | Path | None = None, small: bool = False, overrides: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Runs every variant of a study and writes `study.json` and the page `study.html`.
+
+    Stages that variants share are computed once. Called again, an interrupted study goes on and a finished one
+    is kept, as with `run`.
+
+    Args:
+        name: one of STUDIES.
+        out: the study's folder; by default `runs/studies/NAME`, with `-small` behind it.
+        small: a made log and a random two-layer decoder: ends within minutes and shows that the study runs.
+        overrides: `KEY=VALUE` for every variant; what a variant is made of stays as the study has it.
+
+    Returns:
+        `study`, `question`, `page`, `variants` (name -> `meaning`, `overrides`, `run`), `settings` (recipe key ->
+        value by variant, of those that differ) and `tables` (title -> `meaning`, `reference`, `users`, `rows` and
+        `comparisons`, as in `metrics.json`).
+
+    Raises:
+        ConfigError: no such study, or an override that does not fit.
+        ArtifactError: the folder holds something else, or the variants' runs cannot be compared.
+    """
+    if name not in STUDIES:
+        raise ConfigError(f"there is no study {name!r}; studies: {', '.join(STUDIES)}")
+    folder = Path(out) if out else Path("runs/studies") / (f"{name}-small" if small else name)
+    chosen = STUDIES[name](small, folder)
+    _refuse_single_log(name, chosen, overrides)
+    settings = {variant.name: (*chosen.overrides, *overrides, *variant.overrides) for variant in chosen.variants}
+    for changes in settings.values():
+        load_recipe(chosen.recipe, changes)  # a bad setting is said before anything is run or written
+    _refuse_foreign(folder, name, small)
+    with artifacts.run_lock(folder):
+        artifacts.write_json(folder / PLAN, {"study": name, "small": small, "overrides": list(overrides)})
+        for world in chosen.worlds:
+            world.write(folder / WORLD)
+        runs: dict[str, Run] = {}
+        for variant in chosen.variants:
+            progress.say(f"study  {name}, {variant.name}: {variant.meaning}")
+            siblings = [run.folder for run in runs.values()]
+            place = folder / "runs" / variant.name
+            runs[variant.name] = pipeline.run(chosen.recipe, place, settings[variant.name], siblings=siblings)
+        content = {"study": name, "page": str(folder / PAGE), **_answer(chosen, runs, folder)}
+        artifacts.write_json(folder / RESULT, content)
+        title = f"llm2rec study: {name}" + (" (small: a trial on a made log)" if small else "")
+        (folder / PAGE).write_text(report.render_study_html(title, content), encoding="utf-8")
+    return content
+
+
+def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
+    """Raises ConfigError where a study over several logs is given one: it would be left out without a word."""
+    of_one = [override for override in overrides if override.strip().startswith("data.")]
+    if of_one and "data=null" in chosen.overrides:
+        raise ConfigError(
+            f"study {name!r} takes several logs, {of_one[0]!r} is of a single one; set domains.NAME.KEY instead"
+        )
+
+
+def _refuse_foreign(folder: Path, name: str, small: bool) -> None:
+    """Raises ArtifactError where `folder` holds something that is not this study."""
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder} is a file; --out takes a folder")
+    if not folder.exists():
+        return
+    if (folder / PLAN).exists():
+        plan = artifacts.read_json(folder / PLAN)
+        if (plan.get("study"), plan.get("small")) != (name, small):
+            form = "small form of the " if plan.get("small") else ""
+            raise ArtifactError(f"{folder} holds the {form}study {plan.get('study')!r}; choose another --out")
+        return
+    strangers = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    if strangers:
+        raise ArtifactError(
+            f"{folder} is not empty and not a study (it holds {strangers[0]!r}); choose another --out"
+        )
+
+
+def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
+    """What the finished runs of a study say."""
+    settings = next(iter(runs.values())).recipe.evaluation
+    tables = {table.title: _statistics(table, settings) for table in chosen.judge(runs, folder)}
+    return {
+        "question": chosen.question,
+        "variants": {variant.name: _variant(variant, runs[variant.name]) for variant in chosen.variants},
+        "settings": report.differing_settings(
+            {name: run.recipe.model_dump(mode="json") for name, run in runs.items()}
+        ),
+        "tables": tables,
+    }
+
+
+def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
+    """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
+    summary = protocol.summarise(table.per_user, settings.k, settings.bootstrap_samples)
+    compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
+    users = table.per_user["user_id"].n_unique()
+    content = {"meaning": table.meaning, "reference": table.reference, "users": users}
+    return {**content, **summary, "comparisons": compared}
+
+
+def _variant(variant: Variant, run: Run) -> dict[str, Any]:
+    return {"meaning": variant.meaning, "overrides": list(variant.overrides), "run": str(run.folder)}
+
+
+def show_study(content: dict[str, Any]) -> list[RenderableType]:
+    """The result of `study` for the terminal."""
+    parts: list[RenderableType] = [content["question"]]
+    for title, metrics in content["tables"].items():
+        table = report.render_table(metrics)
+        table.title = f"\n{title}, {metrics['users']:,} users; against {metrics['reference']}"
+        parts += [table, metrics["meaning"]]
+    return [*parts, f"page: {content['page']}"]

@@ -1,0 +1,128 @@
+"""Studies of the language stages: what each step adds (`ablation`), and where it carries over (`transfer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm2rec.studies.base import (
+    SMALL,
+    Entry,
+    Judged,
+    Runs,
+    Study,
+    Variant,
+    base_recipe,
+    gathered,
+    over_world,
+    rows_of,
+)
+from llm2rec.studies.worlds import World
+
+LADDER = (
+    Entry("ids", "steps", "sasrec-id"),
+    Entry("last token", "last-token", "sasrec-backbone-causal"),
+    Entry("causal", "steps", "sasrec-backbone-causal"),
+    Entry("bidirectional", "steps", "sasrec-backbone-bidirectional"),
+    Entry("+ CSFT", "steps", "sasrec-csft-bidirectional"),
+    Entry("+ MNTP", "steps", "sasrec-mntp"),
+    Entry("+ contrastive", "steps", "sasrec-llm2rec"),
+    Entry("all but CSFT", "no-csft", "sasrec-llm2rec"),
+    Entry("contrastive alone", "contrastive-alone", "sasrec-llm2rec"),
+)
+ENTRIES_OF_TRANSFER = (
+    Entry("untrained", "one", "sasrec-backbone-bidirectional"),
+    Entry("CSFT on one", "one", "sasrec-csft-bidirectional"),
+    Entry("CSFT on the mix", "mix", "sasrec-csft-bidirectional"),
+    Entry("LLM2Rec on one", "one", "sasrec-llm2rec"),
+    Entry("LLM2Rec on the mix", "mix", "sasrec-llm2rec"),
+)
+# The log that one variant trains the language model on, the one that the mix adds, and one that neither reads.
+DOMAINS = {"games": "amazon-games", "tools": "amazon-industrial", "films": "movielens-100k"}
+
+
+def ablation(small: bool, folder: Path) -> Study:
+    """Every step on the way to LLM2Rec, and the same without CSFT; vectors are means but in one row."""
+    steps = dict.fromkeys(entry.row for entry in LADDER if entry.variant == "steps")
+    world = World("games", users=60)
+    return Study(
+        question="What does each step from the language model to the item encoder add?",
+        recipe="demo" if small else base_recipe(),
+        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        variants=(
+            Variant("steps", "every step, one after the other", (rows_of(steps),)),
+            Variant(
+                "last-token",
+                "the untrained model as it reads by nature: the last token's state stands for the title",
+                (rows_of(["sasrec-backbone-causal"]), "encode.pooling=last"),
+            ),
+            Variant(
+                "no-csft",
+                "MNTP and contrastive learning from the untrained model",
+                (rows_of(["sasrec-llm2rec"]), "csft.max_tokens=0"),
+            ),
+            Variant(
+                "contrastive-alone",
+                "contrastive learning from the untrained model",
+                (rows_of(["sasrec-llm2rec"]), "csft.max_tokens=0", "iem.mntp.steps=0"),
+            ),
+        ),
+        judge=_judge_ablation,
+        worlds=(world,) if small else (),
+    )
+
+
+def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
+    per_user = gathered(runs, LADDER)
+    steps = (
+        "From the top: learned ids; the untrained model, its last token causal, its mean causal, its mean "
+        "bidirectional; then each step with those before it. The last two leave CSFT out, and CSFT and MNTP. "
+        "All but `last token` pool the mean."
+    )
+    return [
+        Judged("Steps against the untrained model", steps, "bidirectional", per_user),
+        Judged("Steps against all of them", steps, "+ contrastive", per_user),
+    ]
+
+
+@dataclass(frozen=True)
+class _OfDomains:
+    """Judges every domain by the rows of both variants."""
+
+    domains: Sequence[str]
+
+    def __call__(self, runs: Runs, folder: Path) -> list[Judged]:
+        seen = ("both language models were trained on it", "the mix alone was trained on it", "neither was")
+        return [
+            Judged(
+                f"Judged on {domain}",
+                f"{words[0].upper()}{words[1:]}; recommenders are trained on {domain} in every row.",
+                "LLM2Rec on one",
+                gathered(runs, ENTRIES_OF_TRANSFER, domain),
+            )
+            for domain, words in zip(self.domains, seen, strict=True)
+        ]
+
+
+def transfer(small: bool, folder: Path) -> Study:
+    """CSFT and IEM on one domain or on a mix with the same budget, judged inside and outside of both."""
+    first, second, third = DOMAINS
+    worlds = tuple(World(name, users=60) for name in DOMAINS) if small else ()
+    origins = tuple(f"domains.{name}.source={source}" for name, source in DOMAINS.items())
+    made = tuple(part for world in worlds for part in over_world(world, folder, f"domains.{world.name}"))
+    rows = rows_of(["sasrec-backbone-bidirectional", "sasrec-csft-bidirectional", "sasrec-llm2rec"])
+    out = f"domains.{third}.role=out"
+    return Study(
+        question="Does a language model trained on one log, or on several, serve another one?",
+        recipe="demo" if small else base_recipe(),
+        overrides=("data=null", *((*SMALL, *made) if small else origins), rows, out),
+        variants=(
+            Variant("one", f"the language model is trained on {first} alone", (f"domains.{second}.role=out",)),
+            Variant(
+                "mix", f"the language model is trained on {first} and {second}", (f"domains.{second}.role=in",)
+            ),
+        ),
+        judge=_OfDomains((first, second, third)),
+        worlds=worlds,
+    )

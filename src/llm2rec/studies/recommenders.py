@@ -1,0 +1,159 @@
+"""Studies of the recommenders: users and items that are hardly known (`cold-start`), side features (`context`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from llm2rec.data.sequences import TEST, Sequences, cold_items
+from llm2rec.evaluation.protocol import Scorer
+from llm2rec.rec.average import ScoreAverage
+from llm2rec.runs import Domain, Run
+from llm2rec.serve.recommender import load_scorer
+from llm2rec.studies.base import (
+    SMALL,
+    Judged,
+    Runs,
+    Study,
+    Variant,
+    base_recipe,
+    entries_of,
+    evaluated_inputs,
+    gathered,
+    measured,
+    over_world,
+    ranked_by,
+    rows_of,
+    scorers,
+    with_test_events,
+)
+from llm2rec.studies.worlds import World
+
+KNOWN_EVENTS = (1, 2, 3, 5)
+IDS = "ids"
+COLD_ROWS = {
+    "popularity": "popularity",
+    IDS: "sasrec-id",
+    "text": "sasrec-llm2rec",
+    "both, summed": "sasrec-llm2rec+sum",
+    "both, averaged": "sasrec-llm2rec+average",
+}
+CONTEXT = "context"
+CONTEXT_ROWS = {
+    IDS: "sasrec-id",
+    CONTEXT: "sasrec-context",
+    "text": "sasrec-llm2rec",
+    "ids and text": "sasrec-llm2rec+average",
+}
+COMBINED = ("sasrec-context", "sasrec-llm2rec")
+COMBINED_LABEL = "context and text"
+ONLY = "all"
+
+
+def cold_start(small: bool, folder: Path) -> Study:
+    """Ids, text and both for users with few known events, and for items that no training event names."""
+    world = World("games", users=240, events=10)
+    share = 0.3 if small else 0.1
+    return Study(
+        question="What can be recommended to users, and what of items, of whom little is known?",
+        recipe="demo" if small else base_recipe(),
+        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        variants=(
+            Variant(
+                ONLY,
+                f"{share:.0%} of the items appear as test targets only",
+                (rows_of(COLD_ROWS.values()), f"data.split.cold_items={share}"),
+            ),
+        ),
+        judge=_judge_cold_start,
+        worlds=(world,) if small else (),
+    )
+
+
+def _judge_cold_start(runs: Runs, folder: Path) -> list[Judged]:
+    run = runs[ONLY]
+    domain = run.domain()
+    known = (
+        f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
+        "`text` is SASRec over LLM2Rec vectors."
+    )
+    tables = []
+    for events in KNOWN_EVENTS:
+        per_user = _ranked_after(run, domain, events, folder)
+        seen = "1 known event" if events == 1 else f"{events} known events"
+        tables.append(Judged(f"Users with {seen}", f"{known} Targets seen in training.", IDS, per_user))
+    whole = gathered(runs, entries_of(ONLY, COLD_ROWS))
+    is_cold = pl.col("item_id").is_in(cold_items(domain.data).cast(pl.String).implode())
+    for title, meaning, chosen in (
+        ("Items seen in training", "Test targets with training events, after whole histories.", ~is_cold),
+        ("Items never seen in training", "Held-out test targets, ranked among all items.", is_cold),
+    ):
+        tables.append(Judged(title, meaning, IDS, whole.filter(chosen)))
+    return tables
+
+
+def _ranked_after(run: Run, domain: Domain, events: int, folder: Path) -> pl.DataFrame:
+    """Ranks of the test events whose targets were trained on, after the last `events` events alone."""
+
+    def make() -> pl.DataFrame:
+        tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
+        return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events)
+
+    inputs = {**evaluated_inputs(domain), "events": events, "rows": COLD_ROWS}
+    return measured(folder, f"known-{events}", inputs, make)
+
+
+def known_users(sequences: Sequences, cold: pl.Series, events: int) -> Sequences:
+    """The sequences with the test events that have so many events before them and a target that is not cold.
+
+    Raises:
+        DataError: there is none.
+    """
+    positions = sequences.held_out(TEST)
+    before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
+    is_cold = np.isin(sequences.item_ids, cold.cast(pl.String).to_list())
+    targets = np.asarray(sequences.items)[positions]
+    wanted = (before >= events) & ~is_cold[targets - 1]
+    return with_test_events(sequences, wanted, f"of a trained item after {events} or more events")
+
+
+def context(small: bool, folder: Path) -> Study:
+    """SASRec with categories and time gaps against ids and LLM2Rec vectors, alone and averaged."""
+    world = World("games", users=60)
+    return Study(
+        question="Do categories and times do what the text does, and do they add to it?",
+        recipe="demo" if small else base_recipe(),
+        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        variants=(Variant(ONLY, "all rows over the same log", (rows_of(CONTEXT_ROWS.values()),)),),
+        judge=_judge_context,
+        worlds=(world,) if small else (),
+    )
+
+
+def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
+    run = runs[ONLY]
+    domain = run.domain()
+
+    def make() -> pl.DataFrame:
+        seeds = range(run.recipe.recommender.seeds)
+        pairs: list[tuple[str, int, Scorer]] = [(COMBINED_LABEL, seed, _combined(domain, seed)) for seed in seeds]
+        return ranked_by(pairs, Sequences.load(domain.data), run, domain.config.history_length)
+
+    alone = gathered(runs, entries_of(ONLY, CONTEXT_ROWS))
+    together = measured(
+        folder, "combined", {**evaluated_inputs(domain), "rows": {COMBINED_LABEL: list(COMBINED)}}, make
+    )
+    column = domain.config.categories
+    features = "the time between events" + (f" and the column `{column}`" if column else "")
+    meaning = (
+        f"`context` is SASRec over ids that reads {features}; `text` is SASRec over LLM2Rec vectors; two together "
+        "are the averages of their standardised scores."
+    )
+    return [Judged("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
+
+
+def _combined(domain: Domain, seed: int) -> ScoreAverage:
+    first, second = (load_scorer(domain, row, seed) for row in COMBINED)
+    return ScoreAverage(first, second)  # type: ignore[arg-type]  # rows that are trained, not counted

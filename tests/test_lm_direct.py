@@ -1,0 +1,73 @@
+"""Titles ranked by their likelihood: equal to the plain way, whatever the batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import TITLES
+from llm2rec.errors import ConfigError
+from llm2rec.lm import backbone as backbones
+from llm2rec.lm.csft import csft_texts
+from llm2rec.lm.direct import TitleRanker
+from llm2rec.lm.packing import gather_texts, pack
+
+NAMES = [f"{title} and the night road" if number % 3 else title[4:] for number, title in enumerate(TITLES)]
+HISTORIES = torch.tensor([[3, 1, 7], [5, 0, 0]])
+
+
+def ranker(lm, **changes):
+    return TitleRanker(lm, NAMES, **({"history_length": 3, "max_title_tokens": 16} | changes))
+
+
+def plain_score(lm, history, item):
+    """Log-likelihood of one title after a history, both in one causal pass without a cache."""
+    texts = csft_texts(lm.tokenizer, NAMES, 16)
+    tokens, _ = gather_texts(texts, np.array([*history, item]) - 1)
+    title = len(texts[item - 1])
+    with torch.no_grad():
+        hidden = lm.hidden_states(pack(tokens, np.array([len(tokens)])))[0]
+        log_probabilities = torch.log_softmax((hidden @ lm.head.T).float(), dim=-1)
+    labels = torch.from_numpy(tokens[-title:])
+    return float(log_probabilities[-title - 1 : -1].gather(1, labels[:, None]).sum())
+
+
+def test_scores_are_the_log_likelihoods_of_the_plain_way(tiny):
+    scores = ranker(tiny, batch_tokens=40).score(HISTORIES)
+    assert scores.shape == (2, len(NAMES)) and scores.dtype == torch.float32
+    lengths = csft_texts(tiny.tokenizer, NAMES, 16).lengths
+    assert len(set(lengths.tolist())) > 1  # else no batch is padded
+    for row, history in ((0, [3, 1, 7]), (1, [5])):
+        for item in range(1, len(NAMES) + 1):
+            assert scores[row, item - 1] == pytest.approx(plain_score(tiny, history, item), abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 1000])
+def test_batches_do_not_change_the_scores(tiny, batch_tokens):
+    scores = ranker(tiny, batch_tokens=batch_tokens).score(HISTORIES)
+    torch.testing.assert_close(scores, ranker(tiny, batch_tokens=40).score(HISTORIES), atol=1e-4, rtol=1e-5)
+
+
+def test_only_the_last_items_of_a_history_are_read(tiny):
+    short = ranker(tiny, history_length=2)
+    torch.testing.assert_close(short.score(HISTORIES[:1]), short.score(torch.tensor([[1, 7]])))
+    assert not torch.allclose(short.score(HISTORIES[:1]), ranker(tiny).score(HISTORIES[:1]))
+
+
+def test_an_empty_history_is_answered_without_one(tiny):
+    scores = ranker(tiny).score(torch.tensor([[0, 0, 0]]))
+    assert scores.isfinite().all() and scores.std() > 0
+
+
+def test_items_of_one_title_tie(tiny):
+    twice = TitleRanker(tiny, [*NAMES, NAMES[0]], history_length=3, max_title_tokens=16).score(HISTORIES)
+    torch.testing.assert_close(twice[:, 0], twice[:, -1])
+
+
+def test_a_model_without_its_head_is_refused(tiny_folder):
+    with pytest.raises(ConfigError, match="head"):
+        ranker(backbones.load(tiny_folder, torch.float32, head=False))
+
+
+def test_histories_beyond_the_context_are_refused_before_anything_is_ranked(tiny):
+    with pytest.raises(ConfigError, match="reads at most"):
+        ranker(tiny, history_length=100_000)

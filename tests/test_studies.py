@@ -1,0 +1,356 @@
+"""Studies: variants that share stages, tables over the same test events, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import llm2rec as lr
+from llm2rec import artifacts, comparison, pipeline, studies
+from llm2rec.data.sequences import TEST, Sequences, cold_items
+from llm2rec.data.tables import Catalogue
+from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.evaluation import report
+from llm2rec.runs import open_run
+from llm2rec.serve.recommender import load_scorer
+from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
+from llm2rec.studies.direct import sampled_users
+from llm2rec.studies.recommenders import known_users
+from llm2rec.studies.worlds import THEMES, World
+
+TINY = (
+    "csft.max_tokens=512",
+    "csft.batch_tokens=512",
+    "iem.mntp.steps=1",
+    "iem.contrastive.steps=2",
+    "recommender.max_epochs=1",
+    "recommender.hidden_size=8",
+    "evaluation.bootstrap_samples=50",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Runs the small form of a study, even smaller, once a module: its folder and what it found."""
+    done = {}
+
+    def finish(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp("studies") / name
+            done[name] = folder, lr.study(name, folder, small=True, overrides=TINY)
+        return done[name]
+
+    return finish
+
+
+def events(run):
+    return [
+        (line["stage"], line["event"]) for line in map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    ]
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_a_study_ends_in_tables_a_json_file_and_a_page_of_its_own(finished, name):
+    folder, found = finished(name)
+    assert json.loads((folder / "study.json").read_text()) == json.loads(json.dumps(found))
+    page = (folder / "study.html").read_text()
+    assert "src=" not in page and "http" not in page.replace("http://www.w3.org", "")
+    for title, table in found["tables"].items():
+        assert title in page
+        assert set(table["comparisons"]) == set(table["rows"]) - {table["reference"]}
+
+
+def test_the_ablation_shows_every_step_and_what_is_missing_without_csft(finished):
+    _, found = finished("ablation")
+    (first, second) = found["tables"].values()
+    labels = ["ids", "last token", "causal", "bidirectional", "+ CSFT", "+ MNTP", "+ contrastive"]
+    assert list(first["rows"]) == [*labels, "all but CSFT", "contrastive alone"]
+    assert (first["reference"], second["reference"]) == ("bidirectional", "+ contrastive")
+
+
+def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
+    folder, _ = finished("ablation")
+    assert ("csft", "run") in events(folder / "runs" / "steps")
+    for variant in ("last-token", "no-csft", "contrastive-alone"):
+        shared = [stage for stage, event in events(folder / "runs" / variant) if event == "share"]
+        assert shared == ["data/main", "backbone"]
+        files = [folder / "runs" / name / "data/main/catalogue.parquet" for name in ("steps", variant)]
+        assert files[0].samefile(files[1])
+
+
+def test_the_last_token_variant_alone_pools_otherwise(finished):
+    folder, found = finished("ablation")
+    assert found["settings"]["encode.pooling"] == {
+        "steps": "mean",
+        "last-token": "last",
+        "no-csft": "mean",
+        "contrastive-alone": "mean",
+    }
+
+
+def test_without_csft_the_item_encoder_starts_from_the_untrained_model(finished):
+    folder, _ = finished("ablation")
+    for variant, stage in (("no-csft", "mntp"), ("contrastive-alone", "iem")):
+        run = open_run(folder / "runs" / variant)
+        inputs = artifacts.require(run.folder / stage, "iem").inputs
+        assert inputs["model.source"] == artifacts.require(run.backbone, "csft").fingerprint
+        assert "csft" not in inputs and not run.csft.exists()
+
+
+def floor_study(users):
+    """A study of two floors, without a language model: two variants over a log of so many users."""
+
+    def build(small, folder):
+        world = World("games", users)
+        entries = [Entry("popularity", "first", "popularity"), Entry("markov", "second", "markov")]
+        return Study(
+            question="Which floor is higher?",
+            recipe="demo",
+            overrides=(*over_world(world, folder), "model.source=tiny-random", *TINY),
+            variants=(
+                Variant("first", "popularity", (rows_of(["popularity"]),)),
+                Variant("second", "both", (rows_of(["popularity", "markov"]),)),
+            ),
+            judge=lambda runs, place: [Judged("Floors", "Nothing.", "popularity", gathered(runs, entries))],
+            worlds=(world,),
+        )
+
+    return build
+
+
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
+    original = pipeline.run
+
+    def killed_in_the_second(recipe, out, *rest, **named):
+        if out.name == "second":
+            raise KeyboardInterrupt
+        return original(recipe, out, *rest, **named)
+
+    monkeypatch.setattr(pipeline, "run", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        lr.study("floors", tmp_path / "study")
+    assert not (tmp_path / "study" / "study.json").exists()
+    monkeypatch.setattr(pipeline, "run", original)
+    before = len(events(tmp_path / "study/runs/first"))
+    lr.study("floors", tmp_path / "study")
+    assert {event for _, event in events(tmp_path / "study/runs/first")[before:]} == {"keep"}
+    assert (tmp_path / "study" / "study.json").exists()
+
+
+def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_targets(finished):
+    folder, found = finished("cold-start")
+    known = [f"Users with {words}" for words in ("1 known event", "2 known events", "3 known events")]
+    assert list(found["tables"]) == [
+        *known,
+        "Users with 5 known events",
+        "Items seen in training",
+        "Items never seen in training",
+    ]
+    sequences = Sequences.load(open_run(folder / "runs" / "all").data)
+    last = found["tables"]["Items never seen in training"]["users"]
+    first = found["tables"]["Items seen in training"]["users"]
+    assert last > 0 and first + last == len(sequences.held_out(TEST))
+
+
+def test_known_users_have_that_many_events_and_a_trained_target(finished):
+    folder, _ = finished("cold-start")
+    domain = open_run(folder / "runs" / "all").domain()
+    sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
+    chosen = known_users(sequences, cold, 5)
+    positions = chosen.held_out(TEST)
+    assert 0 < len(positions) < len(sequences.held_out(TEST))
+    assert (positions - np.asarray(chosen.offsets)[chosen.users_of(positions)]).min() >= 5
+    targets = {chosen.item_ids[item - 1] for item in np.asarray(chosen.items)[positions]}
+    assert targets.isdisjoint(cold.to_list())
+    with pytest.raises(DataError, match="after 99 or more events"):
+        known_users(sequences, cold, 99)
+
+
+def test_histories_are_cut_to_the_last_events(finished):
+    folder, _ = finished("cold-start")
+    run = open_run(folder / "runs" / "all")
+    sequences = Sequences.load(run.data)
+    seen = []
+
+    class Recorder:
+        n_items = sequences.n_items
+
+        def score(self, histories):
+            seen.append(histories)
+            return torch.zeros(len(histories), self.n_items)
+
+    ranked_by([("recorder", 0, Recorder())], sequences, run, history_length=2)
+    expected = sequences.histories(sequences.held_out(TEST), 2)
+    assert torch.cat(seen).numpy().tolist() == expected.tolist()
+
+
+def test_context_and_text_are_averaged_with_the_times_that_context_needs(finished):
+    folder, found = finished("context")
+    (table,) = found["tables"].values()
+    assert list(table["rows"]) == ["ids", "context", "text", "ids and text", "context and text"]
+    domain = open_run(folder / "runs" / "all").domain()
+    assert load_scorer(domain, "sasrec-context", 0).needs_times
+    measured = pl.read_parquet(folder / "measured/combined/per_user.parquet")
+    alone = pl.read_parquet(domain.evaluation / "per_user.parquet").filter(pl.col("row") == "sasrec-context")
+    assert measured["rank"].to_list() != alone["rank"].to_list()
+
+
+def test_of_the_domain_outside_no_title_is_trained_on_in_either_variant(finished):
+    folder, found = finished("transfer")
+    assert list(found["tables"]) == ["Judged on games", "Judged on tools", "Judged on films"]
+    trained = {}
+    for variant in ("one", "mix"):
+        inputs = artifacts.require(folder / "runs" / variant / "csft", "csft").inputs
+        trained[variant] = {key.split(".")[0] for key in inputs if key.endswith(".catalogue")}
+    assert trained == {"one": set(), "mix": {"games", "tools"}}  # a single domain needs no name
+
+
+def test_the_sampled_users_are_those_of_every_direct_row(finished):
+    folder, found = finished("csft-direct")
+    (table,) = found["tables"].values()
+    assert table["users"] == 40
+    tables = [
+        pl.read_parquet(folder / f"measured/{name}/per_user.parquet")
+        for name in ("backbone-direct", "csft-direct")
+    ]
+    assert tables[0]["user_id"].to_list() == tables[1]["user_id"].to_list()
+
+
+def test_one_direct_row_is_the_untrained_model_and_one_that_of_csft(finished):
+    folder, _ = finished("csft-direct")
+    run = open_run(folder / "runs" / "all")
+    before, after = (
+        artifacts.require(folder / "measured" / name, "study").inputs
+        for name in ("backbone-direct", "csft-direct")
+    )
+    assert before["model.source"] == artifacts.require(run.backbone, "csft").fingerprint
+    assert after["csft"] == artifacts.require(run.csft, "csft").fingerprint
+
+
+def test_a_sample_larger_than_the_users_is_all_of_them(finished):
+    folder, _ = finished("csft-direct")
+    sequences = Sequences.load(open_run(folder / "runs" / "all").data)
+    assert len(sampled_users(sequences, 10_000, 0).held_out(TEST)) == len(sequences.held_out(TEST))
+
+
+def test_measured_ranks_are_kept_while_their_inputs_are_the_same(finished):
+    folder, _ = finished("context")
+    file = folder / "measured/combined/manifest.json"
+    before = file.stat().st_mtime_ns
+    lr.study("context", folder, True, TINY)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_with_few_users_nothing_is_tested_and_the_table_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=20))
+    found = lr.study("floors", tmp_path / "study")
+    (table,) = found["tables"].values()
+    assert {result["verdict"] for result in table["comparisons"].values()} == {"too few users"}
+    assert "Only 20 test users" in report.render_table(table).caption
+    assert "Only 20 test users" in (tmp_path / "study" / "study.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def floors(tmp_path_factory):
+    """Runs a floor over a world with the given changes."""
+    folder = tmp_path_factory.mktemp("floors")
+
+    def floor(name, users, *changes):
+        world = World("games", users)
+        world.write(folder / name)
+        files = [
+            f"data.{key}={path}"
+            for key, path in zip(("interactions", "items"), world.files(folder / name), strict=True)
+        ]
+        rows = rows_of(["popularity"])
+        return lr.run("demo", folder / f"{name}-run", (*files, "model.source=tiny-random", rows, *TINY, *changes))
+
+    return floor
+
+
+def test_runs_over_other_catalogues_are_refused_with_the_first_other_item(floors):
+    runs = {"whole": floors("whole", 40), "core": floors("core", 8, "data.filters.k_core=2")}
+    missing = set(Catalogue.read(runs["whole"].data / "catalogue.parquet").item_ids)
+    missing -= set(Catalogue.read(runs["core"].data / "catalogue.parquet").item_ids)
+    entries = [Entry(name, name, "popularity") for name in runs]
+    with pytest.raises(ArtifactError, match=f"items only in 'whole': '{min(missing)}'"):
+        gathered(runs, entries)
+    with pytest.raises(ArtifactError, match="catalogues of .* differ"):
+        comparison.compare(list(runs.values()))
+
+
+def test_runs_over_other_splits_are_refused_with_the_first_other_event(floors):
+    runs = {"one": floors("one", 40), "two": floors("two", 40, "data.split.holdout=2")}
+    table = gathered(runs, [Entry(name, name, "popularity") for name in runs])
+    tested = Judged("title", "meaning", "one", table)
+    with pytest.raises(ArtifactError, match="test events of .* differ: .*first: user 'u0000'"):
+        studies._statistics(tested, runs["one"].recipe.evaluation)
+
+
+def test_a_row_that_a_variant_lacks_is_named_with_those_it_has(floors):
+    runs = {"lacking": floors("lacking", 40)}
+    with pytest.raises(ConfigError, match="'lacking' was not run with the row 'markov'; its rows: popularity"):
+        gathered(runs, [Entry("markov", "lacking", "markov")])
+
+
+def test_a_row_without_its_vectors_is_named(finished, tmp_path):
+    folder, _ = finished("context")
+    shutil.copytree(folder / "runs/all", tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    artifacts.move_aside(run.embeddings("llm2rec"), run.folder)
+    with pytest.raises(ArtifactError, match="has no vectors 'llm2rec'"):
+        scorers(run, run.domain(), {"text": "sasrec-llm2rec"})
+
+
+def test_an_unknown_study_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="ablation, cold-start, context, transfer, csft-direct"):
+        lr.study("nothing", tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [("context", "csft.max_token=5", "no such key"), ("transfer", "data.source=steam", r"domains\.NAME\.KEY")],
+)
+def test_a_bad_override_leaves_no_folder(tmp_path, name, override, words):
+    with pytest.raises(ConfigError, match=words):
+        lr.study(name, tmp_path / "study", True, (override,))
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "holiday.jpg").write_text("")
+    with pytest.raises(ArtifactError, match=r"holiday\.jpg"):
+        lr.study("context", tmp_path, True)
+
+
+def test_the_folder_of_another_study_is_left_alone(finished):
+    folder, _ = finished("context")
+    with pytest.raises(ArtifactError, match="holds the small form of the study 'context'"):
+        lr.study("ablation", folder, True)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+@pytest.mark.parametrize("local", [True, False])
+def test_the_real_form_of_every_study_is_a_valid_recipe(name, local, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLM2REC_DATA_DIR", raising=False)
+    if local:
+        monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path))
+    study = studies.STUDIES[name](False, tmp_path)
+    assert study.recipe == ("games" if local else "demo") and not study.worlds
+    for variant in study.variants:
+        studies.load_recipe(study.recipe, (*study.overrides, *variant.overrides))
+
+
+@pytest.mark.parametrize("name", THEMES)
+def test_a_made_log_is_the_same_every_time(tmp_path, name):
+    world = World(name, users=5)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        world.write(folder)
+    for first, second in zip(world.files(tmp_path / "a"), world.files(tmp_path / "b"), strict=True):
+        assert first.read_bytes() == second.read_bytes()
+    titles = pl.read_csv(world.files(tmp_path / "a")[1])["title"]
+    assert titles.n_unique() == 40
