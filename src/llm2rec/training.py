@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +31,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from llm2rec import artifacts, progress
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.processes import processes
 
 COMPLETE = "complete"
 STATE = "trainer_state.json"
@@ -151,32 +150,6 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this one is; the main one (rank 0) alone writes results."""
-
-    rank: int
-    count: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Returns when every process has come here."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-
-def processes() -> Processes:
-    """The processes that torchrun started; one, without any setting up, where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1)
-    state = PartialState(cpu=default_device().type == "cpu")
-    return Processes(state.process_index, state.num_processes)
 
 
 def train(
@@ -310,12 +283,10 @@ class _StageTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._measure is not None
         self.model.eval()
-        measured: list[dict[str, float]] = [{}]
         with torch.no_grad():
-            if self.accelerator.is_main_process:
-                measured = [self._measure()]
-            measured = broadcast_object_list(measured)  # all stop, or none
-        metrics = {f"eval_{name}": value for name, value in measured[0].items()}
+            measured = self._measure() if processes().is_main else {}
+        measured = processes().agreed(measured)  # all stop, or none
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -34,7 +34,8 @@ from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm.packing import Packed, TokenisedTexts
-from llm2rec.training import default_device, processes
+from llm2rec.processes import processes
+from llm2rec.training import default_device
 
 PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
@@ -201,14 +202,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     """`auto` as a dtype: bfloat16 where its matrix product is the faster one (AMX, GPU), else float32.
 
     Measured, not looked up: there are processors that list bfloat16 instructions and run them at half the
-    speed of float32.
+    speed of float32. Of several processes, which must all come here, the main one measures.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
         return torch.bfloat16
     seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    return processes().agreed(min(seconds, key=lambda dtype: seconds[dtype]))
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
@@ -329,23 +330,28 @@ def _converted(gguf: Path) -> Path:
     if not gguf.is_file():
         raise ConfigError(f"there is no GGUF file {gguf}")
     folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
-    if not (folder / artifacts.MANIFEST).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-            raise ConfigError(
-                f"{gguf} is not a whole GGUF file of a known family ({error}); fetch it again"
-            ) from error
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
-        model.hf_quantizer = None
-        save(Backbone(model, tokenizer), folder)
-        artifacts.write_manifest(folder, "converted", {"gguf": gguf.name}, {})
+    manifest = folder / artifacts.MANIFEST
+    if not manifest.exists():
+        with artifacts.turn(folder.with_suffix(".lock")):
+            if not manifest.exists():  # another process may have converted it meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                _convert(gguf, folder)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
+        raise ConfigError(
+            f"{gguf} is not a whole GGUF file of a known family ({error}); fetch it again"
+        ) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
+    model.hf_quantizer = None
+    save(Backbone(model, tokenizer), folder)
+    artifacts.write_manifest(folder, "converted", {"gguf": gguf.name}, {})
 
 
 def save(backbone: Backbone, folder: Path) -> None:

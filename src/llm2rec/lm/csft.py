@@ -37,7 +37,8 @@ from llm2rec.lm.packing import (
 )
 from llm2rec.lm.samples import Samples
 from llm2rec.lm.text import SEPARATOR, item_texts
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
+from llm2rec.processes import processes
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
 
 EVALUATED_USERS = 128
 MODES = ("packed", "paper", "tree")
@@ -91,7 +92,8 @@ def csft(
     lm = backbones.load_for_training(model, dtype, causal=True, gradient_checkpointing=gradient_checkpointing)
     merge = attach(lm, lora, stage_seed(seed, "csft adapters")) if lora else None
     seed = stage_seed(seed, "csft")
-    budget = Budget(min(micro_batch_tokens, batch_tokens), max_tokens, epochs)
+    share = max(1, batch_tokens // processes().count)  # a step is as large with any number of processes
+    budget = Budget(min(micro_batch_tokens, share), max_tokens, epochs)
     form = Form(mode, history_length, max_title_tokens, paper_separator)
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
     settings = _settings(optimizer, batches, budget, batch_tokens, checkpoints, evaluations, patience, seed)

@@ -26,7 +26,8 @@ from llm2rec.lm.csft import to_device
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.text import item_texts, template_hash
-from llm2rec.training import default_device, processes
+from llm2rec.processes import processes
+from llm2rec.training import default_device
 
 SHARD_TEXTS = 65_536
 ROWS_AT_ONCE = 16_384
@@ -70,6 +71,7 @@ def encode(
     provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
     texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
+    shard_texts = min(shard_texts, -(-len(texts) // processes().count))  # every process has a share
     _require_disk(out, (len(texts) + len(item_ids)) * lm.body.config.hidden_size * 4)
     shards = out / artifacts.CHECKPOINTS
     if processes().is_main:

@@ -39,7 +39,8 @@ from llm2rec.lm.packing import (
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.positives import consumed_next, distinct_batches
 from llm2rec.lm.text import item_texts
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
+from llm2rec.processes import processes
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
 
 MASK_TEXT = "_"  # the authors' mask token: decoders have none of their own
 EVALUATED_PAIRS = 512

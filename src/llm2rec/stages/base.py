@@ -30,12 +30,16 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """One artifact: its folder, the inputs that determine it, and how to make it."""
+    """One artifact: its folder, the inputs that determine it, and how to make it.
+
+    shared: whether all processes that torchrun started execute it together, rather than the main one alone.
+    """
 
     verb: str
     folder: Path
     inputs: Callable[[], Inputs]
     execute: Callable[[Summary], None]
+    shared: bool = False
 
 
 def trained_rows(run: Run) -> list[Row]:

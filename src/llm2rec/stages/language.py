@@ -88,7 +88,7 @@ def _csft_stage(run: Run) -> Stage:
             **_arguments(run.recipe.csft),
         )
 
-    return Stage("csft", run.csft, inputs, execute)
+    return Stage("csft", run.csft, inputs, execute, shared=True)
 
 
 def _mntp_stage(run: Run) -> Stage:
@@ -113,7 +113,7 @@ def _mntp_stage(run: Run) -> Stage:
             **_arguments(run.recipe.iem.mntp),
         )
 
-    return Stage("iem", run.mntp, inputs, execute)
+    return Stage("iem", run.mntp, inputs, execute, shared=True)
 
 
 def _contrastive_stage(run: Run) -> Stage:
@@ -143,7 +143,7 @@ def _contrastive_stage(run: Run) -> Stage:
             **_arguments(run.recipe.iem.contrastive),
         )
 
-    return Stage("iem", run.iem, inputs, execute)
+    return Stage("iem", run.iem, inputs, execute, shared=True)
 
 
 def _arguments(section: LanguageConfig) -> dict[str, Any]:
@@ -211,4 +211,4 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
         loaded = load_domain(run, domain)
         summary |= encode_texts(run, name, loaded.item_ids, loaded.texts, domain.embeddings(name))
 
-    return Stage("encode", domain.embeddings(name), inputs, execute)
+    return Stage("encode", domain.embeddings(name), inputs, execute, shared=True)
