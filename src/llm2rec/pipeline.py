@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from llm2rec import artifacts, processes, progress, stages
+from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.config import DataConfig
 from llm2rec.data import sources
 from llm2rec.loading import load_recipe, parse_recipe
@@ -107,6 +107,7 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
 
 
 def _carry_out(run: Run, verbs: tuple[str, ...]) -> None:
+    loggers.require(run.recipe.loggers)
     _check_model(run, verbs)
     for position, verb in enumerate(verbs):
         if set(verbs[position:]).isdisjoint(SHARED_VERBS):

@@ -31,6 +31,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from llm2rec import artifacts, progress
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
+from llm2rec.optimizer import adamw
 from llm2rec.processes import processes
 
 COMPLETE = "complete"
@@ -108,6 +110,7 @@ class TrainSettings(Optimizer):
 
     metric: what validation is judged by, greater being better unless `greater_is_better` is False.
     patience: validations without a gain before the training stops; None never stops it.
+    loggers: what is told of the training's course, by the main process.
     """
 
     max_steps: int
@@ -118,6 +121,7 @@ class TrainSettings(Optimizer):
     patience: int | None = None
     metric: str = "ndcg@10"
     greater_is_better: bool = True
+    loggers: Loggers = NO_LOGGERS
 
     @property
     def warmup_steps(self) -> int:
@@ -188,7 +192,7 @@ def train(
             "processes; make their number a multiple of the processes, or start one process"
         )
     checkpoints = out / artifacts.CHECKPOINTS
-    with _own_randomness(), progress.bar(description, settings.max_steps) as running:
+    with _own_randomness(), settings.loggers.around(out), progress.bar(description, settings.max_steps) as running:
         trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, running)
         last = _last_complete_checkpoint(checkpoints)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
@@ -277,7 +281,8 @@ class _StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = _adamw(self.model, self.args, set(self.get_decay_parameter_names(self.model)))
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = adamw(self.model, decayed, self.args.learning_rate, self.args.weight_decay)
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -328,6 +333,7 @@ class _Watch(TrainerCallback):
 
 def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     every = settings.evaluate_every if evaluates else settings.checkpoint_every
+    loggers = settings.loggers
     decay = {"num_decay_steps": settings.decay_steps, "decay_type": settings.decay}
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -353,25 +359,12 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         seed=settings.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(loggers.names),
+        run_name=loggers.name_of(checkpoints.parent),
+        project=PROJECT,
         use_cpu=default_device().type == "cpu",
         dataloader_pin_memory=default_device().type != "cpu",
     )
-
-
-def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) -> torch.optim.Optimizer:
-    """AdamW: fused for float32 weights, with Kahan summation for bfloat16 ones, which lose small updates."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
-        from optimi import AdamW
-
-        return AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, kahan_sum=True)
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 class _Numbered(Dataset):
@@ -456,7 +449,9 @@ def _require_disk(model: nn.Module, out: Path, settings: TrainSettings) -> None:
 
 
 def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    path.write_text("".join(json.dumps(log) + "\n" for log in history), encoding="utf-8")
+    """One line a log, without the timing that ends a training: equal trainings leave equal files."""
+    lines = [json.dumps(log) + "\n" for log in history if "train_runtime" not in log]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextmanager

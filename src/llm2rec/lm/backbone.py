@@ -6,6 +6,7 @@ No release is trusted to honour that: `probe` changes the last token and looks a
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -16,11 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,16 +27,15 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.masking_utils import AttentionMaskInterface
 
 from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm.attention import packed_attention
 from llm2rec.lm.packing import Packed, TokenisedTexts
 from llm2rec.processes import processes
 from llm2rec.training import default_device
 
-PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
 
 
@@ -69,7 +67,7 @@ class Backbone:
         Args:
             layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
         """
-        with _packed_attention(self.body):
+        with packed_attention(self.body):
             output = self.body(
                 input_ids=packed["input_ids"],
                 position_ids=packed["position_ids"],
@@ -101,11 +99,27 @@ class Backbone:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing; turn it off")
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _packed_attention(self.body)  # the second pass runs outside `hidden_states`
+            return nullcontext(), packed_attention(self.body)  # the second pass runs outside `hidden_states`
 
         self.model._set_gradient_checkpointing(
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
         )
+
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers when they are first used: one graph for all, for any number of tokens.
+
+        The same numbers up to rounding. Worth its minute or two in long stages only.
+
+        Raises:
+            ConfigError: no C++ compiler, or gradient checkpointing, which compiled layers do not do.
+        """
+        if self.body.is_gradient_checkpointing:
+            raise ConfigError("model.compile and gradient_checkpointing exclude each other; turn one of them off")
+        compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+        if self.body.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+            raise ConfigError("model.compile needs a C++ compiler (g++ or clang++); install one, or turn it off")
+        for layer in self.body.layers:
+            layer.compile(dynamic=True)
 
     def check_readable(self, texts: TokenisedTexts, longest: int) -> None:
         """Checks, before anything is computed, that the model can read sequences made of `texts`.
@@ -138,17 +152,20 @@ def load_for_training(
     causal: bool,
     head: bool = True,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Backbone:
     """`load`, attending as told, on the device that trains.
 
     Raises:
-        ConfigError, ArtifactError: as `load`, `Backbone.set_causal` and `Backbone.checkpoint_gradients`.
+        ConfigError, ArtifactError: as `load` and the methods of `Backbone` that it calls.
     """
     lm = load(source, dtype, head=head)
     lm.set_causal(causal)
     lm.model.to(default_device())
     if gradient_checkpointing:
         lm.checkpoint_gradients()
+    if compiled:
+        lm.compile_layers()
     return lm
 
 
@@ -263,66 +280,6 @@ def dropout(model: nn.Module, share: float) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.attention_dropout = value
-
-
-@contextmanager
-def _packed_attention(body: nn.Module) -> Iterator[None]:
-    before = body.config._attn_implementation
-    body.config._attn_implementation = PACKED
-    try:
-        yield
-    finally:
-        body.config._attn_implementation = before
-
-
-def _packed_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    segments: dict[str, Tensor],
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out.
-
-    `segments` is what `packing.pack` gives; its `visible` (S, L, L), where it has one, says which cell sees
-    which and replaces the causal or the bidirectional rule.
-    """
-    gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
-    sequences, longest = gather.shape
-    if softcap is not None or (sliding_window is not None and longest > sliding_window):
-        raise ArtifactError(
-            f"packed attention has no soft cap and no sliding window (this model: {softcap}, {sliding_window}; "
-            f"longest sequence {longest} tokens); lower data.history_length or model.max_title_tokens"
-        )
-
-    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (S, heads, L, d)
-        rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
-        return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
-
-    causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
-    mask = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(
-        pad(query),
-        pad(key),
-        pad(value),
-        attn_mask=None if causal else mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # (S, heads, L, d)
-    flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
-    return flat.index_select(0, scatter)[None], None
-
-
-AttentionInterface.register(PACKED, _packed_attention_forward)
-AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
 def _converted(gguf: Path) -> Path:

@@ -47,6 +47,7 @@ def encode(
     out: Path,
     pooling: Pooling = MEAN,
     shard_texts: int = SHARD_TEXTS,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Writes the pooled vectors of a whole catalogue to `out`, raw, one row an item.
 
@@ -56,6 +57,7 @@ def encode(
         causal: whether a title's token may see only the tokens before it.
         name: what the vector set is called.
         shard_texts: distinct titles of a shard; what is in memory, and what a killed encoding loses.
+        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: vectors, dimensions, distinct titles, titles per second (of the shards made by this call).
@@ -67,6 +69,8 @@ def encode(
     lm = backbones.load(model, dtype, head=False)
     lm.set_causal(causal)
     lm.model.to(default_device())
+    if compiled:
+        lm.compile_layers()
     pooling.check_layer(lm)
     provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
