@@ -5,7 +5,8 @@
 A tiny random decoder on a small log. For each verb its stages are taken out of a finished run and run again in a
 process that is killed at a moment drawn from the time the verb takes, then started again, killed again, until it
 ends; all of that until the verb was killed so often. Whenever it ends, its tensors, tables and metrics must equal
-those of the undisturbed run to the byte. Processes are forked: a kill meets the stage, not its imports.
+those of the undisturbed run to the byte. Processes are forked from one that has imported everything and computed
+nothing (thread pools do not survive a fork): so a kill meets the stage, not its imports.
 Exits with status 1 where a result differs.
 """
 
@@ -27,10 +28,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error"}
 
 import numpy as np
-import polars as pl
 import torch
 
 import llm2rec as lr
+import llm2rec.judging
+import llm2rec.lm.iem
+import llm2rec.rec.fit
 from llm2rec import artifacts, progress, stages
 
 SETTINGS = (
@@ -59,15 +62,11 @@ COMPARED = (".safetensors", ".parquet", ".npy")
 def write_log(folder: Path, users: int = 60, items: int = 24, events: int = 8) -> None:
     """Every user walks round the same circle of items."""
     walk = (np.arange(users)[:, None] + np.arange(events)) % items
-    log = {
-        "user_id": np.repeat([f"u{user:03d}" for user in range(users)], events),
-        "item_id": [f"i{item:02d}" for item in walk.ravel()],
-        "timestamp": np.tile(np.arange(events), users),
-    }
-    pl.DataFrame(log).write_csv(folder / "interactions.csv")
-    titles = [f"The {'red' if item % 2 else 'blue'} boat ({1980 + item})" for item in range(items)]
-    table = {"item_id": [f"i{item:02d}" for item in range(items)], "title": titles}
-    pl.DataFrame(table).write_csv(folder / "items.csv")
+    lines = [f"u{user:03d},i{item:02d},{time}" for user, row in enumerate(walk) for time, item in enumerate(row)]
+    (folder / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n")
+    colours = ("blue", "red")
+    lines = [f"i{item:02d},The {colours[item % 2]} boat ({1980 + item})" for item in range(items)]
+    (folder / "items.csv").write_text("\n".join(["item_id,title", *lines]) + "\n")
 
 
 def stage_folders(run: lr.Run, verb: str) -> list[Path]:
@@ -92,16 +91,9 @@ def results(folder: Path, parts: list[Path]) -> dict[str, str]:
     return hashed | {part: "unfinished" for part in unfinished}
 
 
-def carry_out(verb: str, folder: str) -> None:
-    """What a forked process does."""
-    torch.set_num_threads(1)
-    progress.console.quiet = True
-    getattr(lr, verb)(folder)
-
-
-def forked(verb: str, folder: Path) -> BaseProcess:
+def forked(verb: str, *arguments: object) -> BaseProcess:
     """A verb, running in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=carry_out, args=(verb, str(folder)))
+    process = multiprocessing.get_context("fork").Process(target=getattr(lr, verb), args=arguments)
     process.start()
     return process
 
@@ -162,7 +154,11 @@ def main() -> None:
         root = Path(name)
         write_log(root)
         files = (f"data.interactions={root}/interactions.csv", f"data.items={root}/items.csv")
-        reference = lr.run("demo", root / "reference", (*files, *SETTINGS))
+        undisturbed = forked("run", "demo", root / "reference", (*files, *SETTINGS))
+        undisturbed.join()
+        if undisturbed.exitcode:
+            raise SystemExit(f"the undisturbed run failed with status {undisturbed.exitcode}")
+        reference = lr.open_run(root / "reference")
         print("| verb | seconds | kills | ended well after kills | files compared | results |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
         for verb in arguments.verbs:

@@ -1,10 +1,12 @@
 """Compiled layers: the vectors, losses and gradients of the plain ones, in few graphs."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conftest import TITLES
 from llm2rec.errors import ConfigError
@@ -37,9 +39,17 @@ def gradients(lm, packed):
     return loss.detach(), [parameter.grad.clone() for parameter in lm.body.parameters()]
 
 
-@with_compiler
+@pytest.fixture
+def traced(monkeypatch):
+    """Layers are traced and differentiated as for compiling, but run as they are: seconds instead of minutes."""
+    compile_module = nn.Module.compile
+    traced = partial(compile_module, backend="aot_eager")
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: traced(module, **options))
+    monkeypatch.setattr("llm2rec.lm.backbone.shutil.which", lambda name: name)
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_compiled_layers_give_the_loss_and_the_gradients_of_plain_ones(tiny_folder, causal):
+def test_traced_layers_give_the_loss_and_the_gradients_of_plain_ones_in_few_graphs(tiny_folder, traced, causal):
     plain = backbones.load_for_training(tiny_folder, torch.float32, causal=causal)
     compiled = backbones.load_for_training(tiny_folder, torch.float32, causal=causal, compiled=True)
     torch._dynamo.utils.counters.clear()
@@ -50,6 +60,17 @@ def test_compiled_layers_give_the_loss_and_the_gradients_of_plain_ones(tiny_fold
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.slow
+@with_compiler
+def test_compiled_layers_give_the_loss_and_the_gradients_of_plain_ones(tiny_folder):
+    plain = backbones.load_for_training(tiny_folder, torch.float32, causal=True)
+    compiled = backbones.load_for_training(tiny_folder, torch.float32, causal=True, compiled=True)
+    one, other = (gradients(lm, batch([5, 9, 3])) for lm in (plain, compiled))
+    assert torch.allclose(one[0], other[0], rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one[1], other[1], strict=True))
+
+
+@pytest.mark.slow
 @with_compiler
 def test_compiled_layers_give_the_vectors_of_plain_ones(tiny_folder):
     plain, compiled = (backbones.load(tiny_folder, torch.float32, head=False) for _ in range(2))
@@ -60,8 +81,7 @@ def test_compiled_layers_give_the_vectors_of_plain_ones(tiny_folder):
     assert np.abs(one - other).max() < 1e-5
 
 
-@with_compiler
-def test_compiled_layers_are_saved_as_plain_ones(tiny_folder, tmp_path):
+def test_compiled_layers_are_saved_as_plain_ones(tiny_folder, tmp_path, traced):
     compiled = backbones.load(tiny_folder, torch.float32)
     compiled.compile_layers()
     backbones.save(compiled, tmp_path)

@@ -18,7 +18,7 @@ LEVELS = [
     {"runs"},
     {"data"},
     {"evaluation"},
-    {"softmax", "optimizer", "training"},
+    {"softmax", "training"},
     {"lm", "rec"},
     {"models"},
     {"serve"},

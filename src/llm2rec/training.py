@@ -32,7 +32,6 @@ from transformers.trainer_callback import PrinterCallback
 from llm2rec import artifacts, progress
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
-from llm2rec.optimizer import adamw
 from llm2rec.processes import processes
 
 COMPLETE = "complete"
@@ -281,8 +280,7 @@ class _StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            decayed = set(self.get_decay_parameter_names(self.model))
-            self.optimizer = adamw(self.model, decayed, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = _adamw(self.model, self.args, set(self.get_decay_parameter_names(self.model)))
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -365,6 +363,21 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         use_cpu=default_device().type == "cpu",
         dataloader_pin_memory=default_device().type != "cpu",
     )
+
+
+def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) -> torch.optim.Optimizer:
+    """AdamW: fused for float32 weights, with Kahan summation for bfloat16 ones, which lose small updates."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": arguments.weight_decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
+        from optimi import AdamW
+
+        return AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, kahan_sum=True)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 class _Numbered(Dataset):

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,15 +29,16 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.masking_utils import AttentionMaskInterface
 
 from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.attention import packed_attention
 from llm2rec.lm.packing import Packed, TokenisedTexts
 from llm2rec.processes import processes
 from llm2rec.training import default_device
 
+PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
 
 
@@ -67,7 +70,7 @@ class Backbone:
         Args:
             layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
         """
-        with packed_attention(self.body):
+        with _packed_attention(self.body):
             output = self.body(
                 input_ids=packed["input_ids"],
                 position_ids=packed["position_ids"],
@@ -99,7 +102,7 @@ class Backbone:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing; turn it off")
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), packed_attention(self.body)  # the second pass runs outside `hidden_states`
+            return nullcontext(), _packed_attention(self.body)  # the second pass runs outside `hidden_states`
 
         self.model._set_gradient_checkpointing(
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
@@ -113,7 +116,7 @@ class Backbone:
         Raises:
             ConfigError: no C++ compiler, or gradient checkpointing, which compiled layers do not do.
         """
-        if self.body.is_gradient_checkpointing:
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.body.layers):
             raise ConfigError("model.compile and gradient_checkpointing exclude each other; turn one of them off")
         compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
         if self.body.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
@@ -280,6 +283,66 @@ def dropout(model: nn.Module, share: float) -> Iterator[None]:
     finally:
         for layer, value in zip(layers, before, strict=True):
             layer.attention_dropout = value
+
+
+@contextmanager
+def _packed_attention(body: nn.Module) -> Iterator[None]:
+    before = body.config._attn_implementation
+    body.config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        body.config._attn_implementation = before
+
+
+def _packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: dict[str, Tensor],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out.
+
+    `segments` is what `packing.pack` gives; its `visible` (S, L, L), where it has one, says which cell sees
+    which and replaces the causal or the bidirectional rule.
+    """
+    gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
+    sequences, longest = gather.shape
+    if softcap is not None or (sliding_window is not None and longest > sliding_window):
+        raise ArtifactError(
+            f"packed attention has no soft cap and no sliding window (this model: {softcap}, {sliding_window}; "
+            f"longest sequence {longest} tokens); lower data.history_length or model.max_title_tokens"
+        )
+
+    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (S, heads, L, d)
+        rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
+        return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
+
+    causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
+    mask = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(
+        pad(query),
+        pad(key),
+        pad(value),
+        attn_mask=None if causal else mask,
+        dropout_p=dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # (S, heads, L, d)
+    flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
+    return flat.index_select(0, scatter)[None], None
+
+
+AttentionInterface.register(PACKED, _packed_attention_forward)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
 def _converted(gguf: Path) -> Path:
