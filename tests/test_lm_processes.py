@@ -21,7 +21,8 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode
 from llm2rec.lm.iem import MaskedBatches, TitleBatches, contrastive, distinct_texts, mntp
-from llm2rec.training import Optimizer, Processes, TrainSettings, train
+from llm2rec.processes import Processes
+from llm2rec.training import Optimizer, TrainSettings, train
 
 SECONDS = 100
 

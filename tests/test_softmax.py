@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llm2rec import softmax
 from llm2rec.softmax import linear_cross_entropy
 
 
@@ -27,6 +28,15 @@ def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, chunk_rows):
     assert found[0] == pytest.approx(expected[0], rel=1e-3)
     assert torch.allclose(found[1], expected[1], atol=tolerance)
     assert torch.allclose(found[2], expected[2], atol=tolerance)
+
+
+def test_rows_at_a_time_give_the_gradients_of_whole_matrices_to_the_bit(monkeypatch):
+    found = []
+    for rows in (7, 1000):  # of 50
+        monkeypatch.setattr(softmax, "CACHED_ROWS", rows)
+        found.append(gradients(lambda *a: linear_cross_entropy(*a, chunk_rows=5), torch.bfloat16, upstream=0.3))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][2], found[1][2])
 
 
 def test_a_frozen_head_receives_no_gradient():

@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "llm2rec"
 
 # A module may import modules of its own level or of earlier ones; lm and rec share a level but never meet.
 LEVELS = [
-    {"version", "errors"},
+    {"version", "errors", "processes"},
+    {"loggers"},
     {"progress", "artifacts", "config"},
     {"loading"},
     {"runs"},

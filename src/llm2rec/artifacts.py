@@ -248,6 +248,15 @@ def take_over(source: Path, folder: Path, run_folder: Path) -> None:
 
 
 @contextmanager
+def turn(lock: Path) -> Iterator[None]:
+    """Waits until no other process is inside `turn` with the same file, then keeps others waiting."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds the operating system's lock on a run folder; a killed process leaves none behind.
 

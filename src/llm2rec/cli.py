@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llm2rec as lr
+from llm2rec import processes
 from llm2rec.errors import Llm2RecError
 
 INTERRUPTED = 130
@@ -230,6 +231,8 @@ def models_fetch(name: Annotated[str, typer.Argument(help="a name from `models l
 def _show_run(run: lr.Run) -> None:
     from llm2rec.display import show
 
+    if not processes.is_main():
+        return
     for part in show(run):
         out.print(part)
 

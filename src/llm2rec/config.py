@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from llm2rec.errors import ConfigError
+from llm2rec.loggers import LoggerName
 
 FLOORS = ("popularity", "markov", "item-knn", "ease")
 ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
@@ -208,6 +209,7 @@ class ModelConfig(Section):
         "auto", description="weights and arithmetic; auto takes the faster matrix product of this machine"
     )
     max_title_tokens: Annotated[int, Field(ge=2)] = Field(64, description="longer titles are truncated")
+    compile: bool = Field(False, description="compile its layers: some minutes first, same numbers up to rounding")
 
 
 class OptimizerConfig(Section):
@@ -402,6 +404,7 @@ class Recipe(Section):
     encode: EncodeConfig = EncodeConfig()
     recommender: RecommenderConfig = RecommenderConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    loggers: tuple[LoggerName, ...] = Field((), description="told of every training, if installed: []: none")
 
     @property
     def by_domain(self) -> dict[str, DomainConfig]:

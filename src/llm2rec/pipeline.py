@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2rec import artifacts, progress, stages
+from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import DataConfig
 from llm2rec.data import sources
-from llm2rec.loading import load_recipe
+from llm2rec.loading import load_recipe, parse_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
 from llm2rec.stages.checks import check_prepared
 
 VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
+SHARED_VERBS = ("csft", "iem", "encode")
 
 
 def run(
@@ -31,7 +32,8 @@ def run(
     """Runs a whole recipe and returns the finished run.
 
     Finished stages whose inputs did not change are kept; an interrupted stage goes on from its last
-    checkpoint; results that no longer hold are moved to `superseded/`.
+    checkpoint; results that no longer hold are moved to `superseded/`. Of several processes (torchrun) the main
+    one does so; the others take part in the language stages and return when these are over.
 
     Args:
         recipe: a shipped name or a path.
@@ -44,6 +46,9 @@ def run(
         Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
     """
     folder = Path(out) if out else Path("runs") / Path(recipe).stem
+    if not processes.is_main():
+        _follow()
+        return Run(folder, load_recipe(recipe, overrides))
     load_recipe(recipe, overrides)  # a bad recipe leaves no folder behind
     refuse_foreign(folder)
     with artifacts.run_lock(folder):
@@ -102,6 +107,9 @@ def evaluate(folder: str | Path | Run) -> Run:
 
 def _verb(folder: str | Path | Run, verb: str) -> Run:
     path = folder.folder if isinstance(folder, Run) else Path(folder)
+    if not processes.is_main():
+        _follow()
+        return open_run(path)
     opened = open_run(path)
     with artifacts.run_lock(path):
         _carry_out(opened, (verb,))
@@ -109,12 +117,16 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
 
 
 def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:
+    loggers.require(run.recipe.loggers)
     _check_model(run, verbs)
-    for verb in verbs:
+    for position, verb in enumerate(verbs):
+        if set(verbs[position:]).isdisjoint(SHARED_VERBS):
+            _dismiss()
         for stage in _stages_of(run, verb):
             _carry_out_stage(run, stage, siblings)
         if verb == "prepare":
             check_prepared(run)
+    _dismiss()
     if "evaluate" in verbs and len(run.domains) > 1:
         by_domain = {domain.name: run.metrics(domain.name) for domain in run.domains}
         artifacts.write_json(run.folder / "evaluation" / "metrics.json", by_domain)
@@ -180,7 +192,7 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     run.log(stage=name, event="run", reasons=list(decision.reasons))
     _reset_peak_memory()
     with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:
-        stage.execute(summary)
+        _execute(run, stage, summary)
         summary["peak_memory_gb"] = _peak_memory_gb()
     _release_memory()
     progress.say(f"done   {name}  {_in_words(summary)}")
@@ -197,6 +209,35 @@ def _finished_elsewhere(stage: Stage, name: str, inputs: Inputs, siblings: Seque
         return None
     folders = [sibling / name for sibling in siblings]
     return next((folder for folder in folders if artifacts.decide(folder, inputs).keep), None)
+
+
+def _execute(run: Run, stage: Stage, summary: dict[str, Any]) -> None:
+    """Executes a stage, a shared one with all processes."""
+    if not (stage.shared and processes.are_several()):
+        return stage.execute(summary)
+    everyone = processes.processes()
+    everyone.agreed((str(run.folder), run.recipe.model_dump(mode="json"), str(stage.folder)))
+    stage.execute(summary)
+    everyone.wait()
+
+
+def _follow() -> None:
+    """What a process that does not lead does: its part of each stage that the main one announces, then part."""
+    everyone = processes.processes()
+    while announced := everyone.agreed(None):
+        folder, recipe, wanted = announced
+        run = Run(Path(folder), parse_recipe(recipe, folder))
+        stage = next(one for verb in SHARED_VERBS for one in _stages_of(run, verb) if str(one.folder) == wanted)
+        stage.execute({})
+        everyone.wait()
+    processes.part()
+
+
+def _dismiss() -> None:
+    """Tells the other processes that no stage of theirs is left; this one goes on by itself."""
+    if processes.are_several():
+        processes.processes().agreed(None)
+        processes.part()
 
 
 def _in_words(summary: dict[str, Any]) -> str:

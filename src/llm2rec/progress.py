@@ -17,8 +17,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from llm2rec import processes
+
 T = TypeVar("T")
-console = Console(stderr=True)
+console = Console(stderr=True, quiet=not processes.is_main())  # of several processes one speaks
 
 
 class Bar:

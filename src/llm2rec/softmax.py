@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 CHUNK_BYTES = 24 * 2**20
 # Chunks of fewer rows spend their time on the (V, H) matrices; measured where the two ways take equally long.
 FEWEST_ROWS = 48
+# On a CPU a sum or product of two dtypes converts one operand whole; a few rows at a time that stays in the cache.
+# Measured for (16384, 576): bfloat16 added to float32 takes 33 ms whole, 8 ms so.
+CACHED_ROWS = 256
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
@@ -133,8 +136,17 @@ def _scaled_gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor
     if grad_hidden is not None:
         grad_hidden = (grad_hidden * upstream).to(ctx.weight_dtype)
     if grad_weight is not None:
-        grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
+        grad_weight = _scaled(grad_weight, upstream, ctx.weight_dtype)
     return grad_hidden, grad_weight, None, None
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient` times `upstream` in another dtype."""
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    rows = CACHED_ROWS if gradient.device.type == "cpu" else len(gradient)
+    for part, into in zip(gradient.split(rows), scaled.split(rows), strict=True):
+        torch.mul(part, upstream, out=into)
+    return scaled
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -158,4 +170,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if right.dtype == total.dtype:
         total.addmm_(left, right)
     else:
-        total.add_(left @ right)
+        product = left @ right
+        rows = CACHED_ROWS if total.device.type == "cpu" else len(total)
+        for part, into in zip(product.split(rows), total.split(rows), strict=True):
+            into.add_(part)

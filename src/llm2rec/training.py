@@ -23,8 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +31,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from llm2rec import artifacts, progress
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
+from llm2rec.processes import processes
 
 COMPLETE = "complete"
 STATE = "trainer_state.json"
@@ -109,6 +109,7 @@ class TrainSettings(Optimizer):
 
     metric: what validation is judged by, greater being better unless `greater_is_better` is False.
     patience: validations without a gain before the training stops; None never stops it.
+    loggers: what is told of the training's course, by the main process.
     """
 
     max_steps: int
@@ -119,6 +120,7 @@ class TrainSettings(Optimizer):
     patience: int | None = None
     metric: str = "ndcg@10"
     greater_is_better: bool = True
+    loggers: Loggers = NO_LOGGERS
 
     @property
     def warmup_steps(self) -> int:
@@ -151,32 +153,6 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this one is; the main one (rank 0) alone writes results."""
-
-    rank: int
-    count: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Returns when every process has come here."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-
-def processes() -> Processes:
-    """The processes that torchrun started; one, without any setting up, where it did not."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1)
-    state = PartialState(cpu=default_device().type == "cpu")
-    return Processes(state.process_index, state.num_processes)
 
 
 def train(
@@ -215,7 +191,7 @@ def train(
             "processes; make their number a multiple of the processes, or start one process"
         )
     checkpoints = out / artifacts.CHECKPOINTS
-    with _own_randomness(), progress.bar(description, settings.max_steps) as running:
+    with _own_randomness(), settings.loggers.around(out), progress.bar(description, settings.max_steps) as running:
         trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, running)
         last = _last_complete_checkpoint(checkpoints)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
@@ -310,12 +286,10 @@ class _StageTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._measure is not None
         self.model.eval()
-        measured: list[dict[str, float]] = [{}]
         with torch.no_grad():
-            if self.accelerator.is_main_process:
-                measured = [self._measure()]
-            measured = broadcast_object_list(measured)  # all stop, or none
-        metrics = {f"eval_{name}": value for name, value in measured[0].items()}
+            measured = self._measure() if processes().is_main else {}
+        measured = processes().agreed(measured)  # all stop, or none
+        metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -357,6 +331,7 @@ class _Watch(TrainerCallback):
 
 def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     every = settings.evaluate_every if evaluates else settings.checkpoint_every
+    loggers = settings.loggers
     decay = {"num_decay_steps": settings.decay_steps, "decay_type": settings.decay}
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -382,7 +357,9 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         seed=settings.seed,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(loggers.names),
+        run_name=loggers.name_of(checkpoints.parent),
+        project=PROJECT,
         use_cpu=default_device().type == "cpu",
         dataloader_pin_memory=default_device().type != "cpu",
     )
@@ -485,7 +462,9 @@ def _require_disk(model: nn.Module, out: Path, settings: TrainSettings) -> None:
 
 
 def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    path.write_text("".join(json.dumps(log) + "\n" for log in history), encoding="utf-8")
+    """One line a log, without the timing that ends a training: equal trainings leave equal files."""
+    lines = [json.dumps(log) + "\n" for log in history if "train_runtime" not in log]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ No release is trusted to honour that: `probe` changes the last token and looks a
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm.packing import Packed, TokenisedTexts
-from llm2rec.training import default_device, processes
+from llm2rec.processes import processes
+from llm2rec.training import default_device
 
 PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
@@ -107,6 +109,22 @@ class Backbone:
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
         )
 
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers when they are first used: one graph for all, for any number of tokens.
+
+        The same numbers up to rounding. Worth its minute or two in long stages only.
+
+        Raises:
+            ConfigError: no C++ compiler, or gradient checkpointing, which compiled layers do not do.
+        """
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.body.layers):
+            raise ConfigError("model.compile and gradient_checkpointing exclude each other; turn one of them off")
+        compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+        if self.body.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
+            raise ConfigError("model.compile needs a C++ compiler (g++ or clang++); install one, or turn it off")
+        for layer in self.body.layers:
+            layer.compile(dynamic=True)
+
     def check_readable(self, texts: TokenisedTexts, longest: int) -> None:
         """Checks, before anything is computed, that the model can read sequences made of `texts`.
 
@@ -138,17 +156,20 @@ def load_for_training(
     causal: bool,
     head: bool = True,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Backbone:
     """`load`, attending as told, on the device that trains.
 
     Raises:
-        ConfigError, ArtifactError: as `load`, `Backbone.set_causal` and `Backbone.checkpoint_gradients`.
+        ConfigError, ArtifactError: as `load` and the methods of `Backbone` that it calls.
     """
     lm = load(source, dtype, head=head)
     lm.set_causal(causal)
     lm.model.to(default_device())
     if gradient_checkpointing:
         lm.checkpoint_gradients()
+    if compiled:
+        lm.compile_layers()
     return lm
 
 
@@ -202,14 +223,14 @@ def resolve_dtype(name: str) -> torch.dtype:
     """`auto` as a dtype: bfloat16 where its matrix product is the faster one (AMX, GPU), else float32.
 
     Measured, not looked up: there are processors that list bfloat16 instructions and run them at half the
-    speed of float32.
+    speed of float32. Of several processes, which must all come here, the main one measures.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
         return torch.bfloat16
     seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    return processes().agreed(min(seconds, key=lambda dtype: seconds[dtype]))
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
@@ -330,23 +351,28 @@ def _converted(gguf: Path) -> Path:
     if not gguf.is_file():
         raise ConfigError(f"there is no GGUF file {gguf}")
     folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
-    if not (folder / artifacts.MANIFEST).exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16
-            )
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
-            raise ConfigError(
-                f"{gguf} is not a whole GGUF file of a known family ({error}); fetch it again"
-            ) from error
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
-        model.hf_quantizer = None
-        save(Backbone(model, tokenizer), folder)
-        artifacts.write_manifest(folder, "converted", {"gguf": gguf.name}, {})
+    manifest = folder / artifacts.MANIFEST
+    if not manifest.exists():
+        with artifacts.turn(folder.with_suffix(".lock")):
+            if not manifest.exists():  # another process may have converted it meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                _convert(gguf, folder)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
+        raise ConfigError(
+            f"{gguf} is not a whole GGUF file of a known family ({error}); fetch it again"
+        ) from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are plain now; saving refuses otherwise
+    model.hf_quantizer = None
+    save(Backbone(model, tokenizer), folder)
+    artifacts.write_manifest(folder, "converted", {"gguf": gguf.name}, {})
 
 
 def save(backbone: Backbone, folder: Path) -> None:

@@ -37,7 +37,9 @@ from llm2rec.lm.packing import (
 )
 from llm2rec.lm.samples import Samples
 from llm2rec.lm.text import SEPARATOR, item_texts
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
+from llm2rec.loggers import NO_LOGGERS, Loggers
+from llm2rec.processes import processes
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
 
 EVALUATED_USERS = 128
 MODES = ("packed", "paper", "tree")
@@ -66,6 +68,8 @@ def csft(
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
     user_shares: np.ndarray | None = None,
+    loggers: Loggers = NO_LOGGERS,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Fine-tunes a causal language model on the training events and writes it to `out`.
 
@@ -79,6 +83,7 @@ def csft(
         patience: evaluations without a gain before the stage stops.
         lora: trains adapters instead of the model's weights and merges them before saving.
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
+        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: tokens and targets trained on, tokens per second, held-out perplexity before and after.
@@ -88,13 +93,18 @@ def csft(
     """
     began = time.perf_counter()
     _check_arguments(mode, paper_separator, evaluations, patience)
-    lm = backbones.load_for_training(model, dtype, causal=True, gradient_checkpointing=gradient_checkpointing)
+    recompute = gradient_checkpointing
+    lm = backbones.load_for_training(
+        model, dtype, causal=True, gradient_checkpointing=recompute, compiled=compiled
+    )
     merge = attach(lm, lora, stage_seed(seed, "csft adapters")) if lora else None
     seed = stage_seed(seed, "csft")
-    budget = Budget(min(micro_batch_tokens, batch_tokens), max_tokens, epochs)
+    share = max(1, batch_tokens // processes().count)  # a step is as large with any number of processes
+    budget = Budget(min(micro_batch_tokens, share), max_tokens, epochs)
     form = Form(mode, history_length, max_title_tokens, paper_separator)
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
-    settings = _settings(optimizer, batches, budget, batch_tokens, checkpoints, evaluations, patience, seed)
+    course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
+    settings = TrainSettings(**asdict(optimizer), **course, patience=patience, seed=seed, loggers=loggers)
     summary = _train(lm, batches, held_out, settings, merge, out)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -165,16 +175,10 @@ class Budget:
     epochs: float | None
 
 
-def _settings(
-    optimizer: Optimizer,
-    batches: BudgetBatches,
-    budget: Budget,
-    batch_tokens: int,
-    checkpoints: int,
-    evaluations: int,
-    patience: int | None,
-    seed: int,
-) -> TrainSettings:
+def _course(
+    batches: BudgetBatches, budget: Budget, batch_tokens: int, checkpoints: int, evaluations: int
+) -> dict[str, Any]:
+    """How many steps, of how many micro-batches, and what happens how often."""
     sharing = processes().count
     accumulation = sharing * max(1, round(batch_tokens / (sharing * budget.micro_batch_tokens)))
     steps = len(batches) // accumulation
@@ -183,17 +187,14 @@ def _settings(
             f"the csft budget gives {batches.tokens:,} tokens in {len(batches)} micro-batches, under one step of "
             f"{batch_tokens:,} tokens; raise csft.max_tokens (or csft.epochs), or lower csft.batch_tokens"
         )
-    return TrainSettings(
-        **asdict(optimizer),
-        max_steps=steps,
-        accumulation=accumulation,
-        checkpoint_every=math.ceil(steps / checkpoints) if checkpoints else 0,
-        evaluate_every=math.ceil(steps / evaluations) if evaluations else 0,
-        patience=patience,
-        metric="perplexity",
-        greater_is_better=False,
-        seed=seed,
-    )
+    return {
+        "max_steps": steps,
+        "accumulation": accumulation,
+        "checkpoint_every": math.ceil(steps / checkpoints) if checkpoints else 0,
+        "evaluate_every": math.ceil(steps / evaluations) if evaluations else 0,
+        "metric": "perplexity",
+        "greater_is_better": False,
+    }
 
 
 def training_data(

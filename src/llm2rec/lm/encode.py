@@ -26,7 +26,8 @@ from llm2rec.lm.csft import to_device
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.text import item_texts, template_hash
-from llm2rec.training import default_device, processes
+from llm2rec.processes import processes
+from llm2rec.training import default_device
 
 SHARD_TEXTS = 65_536
 ROWS_AT_ONCE = 16_384
@@ -46,6 +47,7 @@ def encode(
     out: Path,
     pooling: Pooling = MEAN,
     shard_texts: int = SHARD_TEXTS,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Writes the pooled vectors of a whole catalogue to `out`, raw, one row an item.
 
@@ -55,6 +57,7 @@ def encode(
         causal: whether a title's token may see only the tokens before it.
         name: what the vector set is called.
         shard_texts: distinct titles of a shard; what is in memory, and what a killed encoding loses.
+        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: vectors, dimensions, distinct titles, titles per second (of the shards made by this call).
@@ -66,10 +69,13 @@ def encode(
     lm = backbones.load(model, dtype, head=False)
     lm.set_causal(causal)
     lm.model.to(default_device())
+    if compiled:
+        lm.compile_layers()
     pooling.check_layer(lm)
     provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
     texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
+    shard_texts = min(shard_texts, -(-len(texts) // processes().count))  # every process has a share
     _require_disk(out, (len(texts) + len(item_ids)) * lm.body.config.hidden_size * 4)
     shards = out / artifacts.CHECKPOINTS
     if processes().is_main:

@@ -39,7 +39,9 @@ from llm2rec.lm.packing import (
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.positives import consumed_next, distinct_batches
 from llm2rec.lm.text import item_texts
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, processes, stage_seed, train
+from llm2rec.loggers import NO_LOGGERS, Loggers
+from llm2rec.processes import processes
+from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
 
 MASK_TEXT = "_"  # the authors' mask token: decoders have none of their own
 EVALUATED_PAIRS = 512
@@ -61,17 +63,23 @@ def mntp(
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
     shares: np.ndarray | None = None,
+    loggers: Loggers = NO_LOGGERS,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Trains a bidirectional model to fill in masked title tokens and writes it, with its head, to `out`.
 
     Args:
         lora: trains adapters instead of the model's weights and merges them before saving.
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
+        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: steps, tokens, tokens per second, loss of the first and last logged steps.
     """
-    lm = backbones.load_for_training(model, dtype, causal=False, gradient_checkpointing=gradient_checkpointing)
+    recompute = gradient_checkpointing
+    lm = backbones.load_for_training(
+        model, dtype, causal=False, gradient_checkpointing=recompute, compiled=compiled
+    )
     merge = attach(lm, lora, stage_seed(seed, "mntp adapters")) if lora else None
     seed = stage_seed(seed, "mntp")
     plain, of_texts = trained_texts(titles, shares)
@@ -81,7 +89,7 @@ def mntp(
     batches = MaskedBatches(texts, _mask_token(lm.tokenizer), steps, batch_size, mask_share, seed, parts, of_texts)
     every = math.ceil(steps / checkpoints) if checkpoints else 0
     course: dict[str, Any] = {"max_steps": steps, "accumulation": parts, "checkpoint_every": every, "seed": seed}
-    settings = TrainSettings(**asdict(optimizer), **course)
+    settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
     began = time.perf_counter()
     summary = train(lm.model, batches, TokenObjective(lm), out=out, settings=settings, description="mntp")
     seconds = time.perf_counter() - began
@@ -120,6 +128,8 @@ def contrastive(
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
     shares: np.ndarray | None = None,
+    loggers: Loggers = NO_LOGGERS,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Trains the item encoder and writes it to `out` as a SentenceTransformer folder.
 
@@ -131,6 +141,7 @@ def contrastive(
             two items consumed one after the other in the training events. `dropout` then merely regularises.
         lora: trains adapters instead of the model's weights and merges them before saving.
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
+        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: steps, tokens, AUC before and after, the step of the best state.
@@ -140,7 +151,9 @@ def contrastive(
     """
     pooling.exported()  # refused before it is trained for
     recompute = gradient_checkpointing
-    lm = backbones.load_for_training(model, dtype, causal=False, head=False, gradient_checkpointing=recompute)
+    lm = backbones.load_for_training(
+        model, dtype, causal=False, head=False, gradient_checkpointing=recompute, compiled=compiled
+    )
     merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
     seed = stage_seed(seed, "contrastive")
     pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed, pooling)
@@ -151,7 +164,7 @@ def contrastive(
         )
         course: dict[str, Any] = {"max_steps": steps, "evaluate_every": math.ceil(steps / evaluations)}
         course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": seed}
-        settings = TrainSettings(**asdict(optimizer), **course)
+        settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
         objective = ContrastiveObjective(lm, temperature, pooling)
         summary |= _train(lm, batches, objective, pairs, dropout, settings, out)
     if merge:

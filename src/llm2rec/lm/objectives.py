@@ -10,8 +10,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2rec.processes import processes
 from llm2rec.softmax import linear_cross_entropy
-from llm2rec.training import processes
 
 
 def token_loss(hidden: Tensor, head: Tensor, rows: Tensor, labels: Tensor) -> Tensor:

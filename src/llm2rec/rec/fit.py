@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llm2rec.data.sequences import TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.loggers import NO_LOGGERS, Loggers
 from llm2rec.rec import losses
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture, require_one_of
@@ -91,6 +92,7 @@ def fit(
     seed: int,
     out: Path,
     description: str = "fit",
+    loggers: Loggers = NO_LOGGERS,
 ) -> FitSummary:
     """Trains a recommender on the training events and writes the weights best on validation to `out`.
 
@@ -142,6 +144,7 @@ def fit(
             patience=optimisation.patience,
             metric=METRIC,
             seed=stage_seed(seed, "recommender dropout"),
+            loggers=loggers,
         ),
         evaluate=lambda: validate(recommender, sequences, architecture.history_length),
         description=description,

@@ -12,6 +12,7 @@ from llm2rec.artifacts import Inputs
 from llm2rec.config import DataConfig, Row
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
+from llm2rec.loggers import Loggers
 from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
@@ -30,12 +31,16 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """One artifact: its folder, the inputs that determine it, and how to make it."""
+    """One artifact: its folder, the inputs that determine it, and how to make it.
+
+    shared: whether all processes that torchrun started execute it together, rather than the main one alone.
+    """
 
     verb: str
     folder: Path
     inputs: Callable[[], Inputs]
     execute: Callable[[Summary], None]
+    shared: bool = False
 
 
 def trained_rows(run: Run) -> list[Row]:
@@ -73,6 +78,11 @@ def model_path(run: Run) -> str | Path:
     if source == TINY_RANDOM:
         return run.backbone
     return sources.fetch_model(source) if source in sources.MODELS else source
+
+
+def loggers_of(run: Run) -> Loggers:
+    """What is told of the trainings of a run."""
+    return Loggers(run.recipe.loggers, run.folder)
 
 
 def split_of(config: DataConfig, seed: int) -> Split:

@@ -15,6 +15,7 @@ from llm2rec.stages.base import (
     Summary,
     load_domain,
     load_mixture,
+    loggers_of,
     model_inputs,
     model_path,
     of_each,
@@ -107,10 +108,10 @@ def _csft_stage(run: Run) -> Stage:
             seed=run.recipe.seed,
             out=run.csft,
             user_shares=mixture.user_shares,
-            **_arguments(run.recipe.csft),
+            **_arguments(run, run.recipe.csft),
         )
 
-    return Stage("csft", run.csft, inputs, execute)
+    return Stage("csft", run.csft, inputs, execute, shared=True)
 
 
 def _mntp_stage(run: Run) -> Stage:
@@ -134,10 +135,10 @@ def _mntp_stage(run: Run) -> Stage:
             seed=run.recipe.seed,
             out=run.mntp,
             shares=mixture.item_shares,
-            **_arguments(run.recipe.iem.mntp),
+            **_arguments(run, run.recipe.iem.mntp),
         )
 
-    return Stage("iem", run.mntp, inputs, execute)
+    return Stage("iem", run.mntp, inputs, execute, shared=True)
 
 
 def _contrastive_stage(run: Run) -> Stage:
@@ -164,21 +165,24 @@ def _contrastive_stage(run: Run) -> Stage:
             out=run.iem,
             pooling=_pooling(run, "llm2rec"),
             shares=mixture.item_shares,
-            **_arguments(run.recipe.iem.contrastive),
+            **_arguments(run, run.recipe.iem.contrastive),
         )
 
-    return Stage("iem", run.iem, inputs, execute)
+    return Stage("iem", run.iem, inputs, execute, shared=True)
 
 
-def _arguments(section: LanguageConfig) -> dict[str, Any]:
-    """The values of a language stage's section: its optimizer as one `Optimizer`, its adapters as one `Lora`."""
+def _arguments(run: Run, section: LanguageConfig) -> dict[str, Any]:
+    """The values of a language stage's section: its optimizer as one `Optimizer`, its adapters as one `Lora`.
+
+    With them, what all language stages of the run share.
+    """
     from llm2rec.lm.lora import Lora
     from llm2rec.training import Optimizer
 
     values = dict(section)
     values["optimizer"] = Optimizer(**{name: values.pop(name) for name in OptimizerConfig.model_fields})
     values["lora"] = Lora(**dict(section.lora)) if section.lora else None
-    return values
+    return values | {"loggers": loggers_of(run), "compiled": run.recipe.model.compile}
 
 
 def _pooling(run: Run, name: str) -> Pooling:
@@ -207,6 +211,7 @@ def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out
         max_title_tokens=run.recipe.model.max_title_tokens,
         batch_tokens=run.recipe.encode.batch_tokens,
         shard_texts=run.recipe.encode.shard_texts,
+        compiled=run.recipe.model.compile,
         pooling=_pooling(run, name),
         name=name,
         out=out,
@@ -235,4 +240,4 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
         loaded = load_domain(run, domain)
         summary |= encode_texts(run, name, loaded.item_ids, loaded.texts, domain.embeddings(name))
 
-    return Stage("encode", domain.embeddings(name), inputs, execute)
+    return Stage("encode", domain.embeddings(name), inputs, execute, shared=True)

@@ -15,6 +15,7 @@ from llm2rec.stages.base import (
     Summary,
     catalogue_hash,
     load_domain,
+    loggers_of,
     parent_hash,
     row_variants,
     sequence_inputs,
@@ -79,6 +80,7 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
             seed=seed,
             out=folder,
             description=f"fit {name}",
+            loggers=loggers_of(run),
         )
         summary |= {"epochs": result.epochs, "best_epoch": result.best_epoch}
         summary |= {"vectors": vectors, "validation_ndcg@10": result.best_metric}

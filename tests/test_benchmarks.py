@@ -1,0 +1,56 @@
+"""The benchmarks of the language stages give figures; how fast, no test says."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import language  # noqa: E402
+import loss_memory  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return language.quick_world(Namespace(rounds=1), tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("name", sorted(set(language.MEASURES) - {"memory"}))
+def test_every_side_of_a_comparison_gives_a_figure(world, name):
+    figures = language.MEASURES[name](world)
+    assert len(figures) >= 2
+    assert all(figure.median > 0 and figure.ratio > 0 for figure in figures)
+    assert figures[-1].ratio == 1
+
+
+def test_a_side_is_measured_at_its_fastest_batch():
+    sides = {"a": {"slow": lambda: 1.0, "fast": lambda: 4.0}, "b": {"only": lambda: 2.0}}
+    ours, theirs = language.compare("x", "a second", sides, rounds=3)
+    assert (ours.batch, ours.median, ours.ratio) == ("fast", 4.0, 2.0)
+    assert (theirs.batch, theirs.ratio) == ("only", 1.0)
+
+
+def test_a_drifting_peak_voids_the_run(capsys):
+    language.show_useful([], flops=1.0, before=1e12, after=1.2e12)
+    assert "VOID" in capsys.readouterr().out
+
+
+def test_the_minimal_flops_count_no_padding_and_the_labelled_positions_only(world):
+    lm = world.load()
+    batches = language.packed_batches(world, lm, 256)
+    tokens = sum(batches[number]["input_ids"].shape[1] for number in range(len(batches)))
+    labels = sum(batches[number]["n_targets"] for number in range(len(batches)))
+    least = 6 * (2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32) * tokens + lm.head.numel() * labels)
+    attended = language.minimal_flops(lm, batches) * batches.targets - least
+    assert 0 < attended < 3 * 4 * 2 * 16 * tokens * 200  # no sequence has 200 tokens
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from /proc")
+def test_the_loss_in_chunks_needs_less_memory_than_full_logits(capsys):
+    found = loss_memory.measure([2048], [16_384], 16)
+    json.dumps(found)
+    peaks = {one["loss"]: one["mb"] for one in found}
+    assert 0 < peaks["ours"] < peaks["full logits"] / 2
