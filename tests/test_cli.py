@@ -185,7 +185,8 @@ def test_a_study_shows_its_tables_and_names_its_page(llm2rec, tmp_path, monkeypa
     monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=20))
     status, out, _ = llm2rec("study", "floors", "--out", tmp_path / "study", "--set", "evaluation.k=[3]")
     assert status == 0
-    assert "Floors, 20 users; against popularity" in out and "study.html" in out
+    said = " ".join(out.split())
+    assert "Floors, 20 users; against popularity" in said and "study.html" in out.replace("\n", "")
 
 
 def test_the_help_of_study_names_every_study(llm2rec):

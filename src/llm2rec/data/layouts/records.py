@@ -62,7 +62,7 @@ def _number(value: Any) -> float:
 
 def _whole(value: Any) -> int:
     number = value if isinstance(value, int) and not isinstance(value, bool) else _number(value)
-    if not math.isfinite(number) or number != int(number) or abs(number) > LARGEST_EXACT_FLOAT:
+    if abs(number) > LARGEST_EXACT_FLOAT or not math.isfinite(number) or number != int(number):
         raise ValueError("is not a whole number of at most 53 bits")
     return int(number)
 
