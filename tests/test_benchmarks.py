@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import language  # noqa: E402
 import loss_memory  # noqa: E402
 
+pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

@@ -24,6 +24,8 @@ from llm2rec.lm.iem import MaskedBatches, TitleBatches, contrastive, distinct_te
 from llm2rec.processes import Processes
 from llm2rec.training import Optimizer, TrainSettings, train
 
+pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
+
 SECONDS = 100
 
 

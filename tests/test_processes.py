@@ -38,6 +38,8 @@ SETTINGS = (
     "evaluation.bootstrap_samples=20",
 )
 
+pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
+
 
 def free_port():
     with socket.socket() as probe:

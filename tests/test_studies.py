@@ -34,6 +34,8 @@ TINY = (
     "evaluation.bootstrap_samples=50",
 )
 
+pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
