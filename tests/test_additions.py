@@ -88,3 +88,13 @@ def test_a_run_without_text_rows_takes_no_new_items(trained, tmp_path):
     run = lr.run("demo", tmp_path / "ids", changes)
     with pytest.raises(ConfigError, match="no row of this run reads item texts"):
         lr.add_items(run, folder / "new.csv")
+
+
+def test_a_new_item_may_lack_a_column_that_the_text_names(tmp_path):
+    write_world(tmp_path)
+    items = pl.read_csv(tmp_path / "items.csv").with_columns(brand=pl.lit("Acme"))
+    items.write_csv(tmp_path / "items.csv")
+    changes = ("recommender.max_epochs=1", "recommender.rows=[sasrec-llm2rec]", "data.text='{title}. {brand}'")
+    run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), *changes))
+    (tmp_path / "one.csv").write_text("item_id,title\nnew5,Without a brand\n")
+    assert lr.add_items(run, tmp_path / "one.csv") == 1

@@ -262,6 +262,23 @@ def test_a_stage_verb_refuses_a_parent_that_was_changed(copied):
         lr.fit(copied)
 
 
+def test_a_stage_verb_refuses_to_go_on_from_a_stage_whose_data_changed(copied, world, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    lr.run("demo", copied, overrides(tmp_path / "world"))
+    text = (tmp_path / "world" / "interactions.csv").read_text()
+    (tmp_path / "world" / "interactions.csv").write_text(text.replace("u000,i00,0\n", "u000,i05,0\n"))
+    lr.prepare(copied)
+    with pytest.raises(ArtifactError, match="not up to date .*sequences"):
+        lr.evaluate(copied)
+
+
+def test_a_recipe_edited_in_its_run_folder_is_heeded(copied):
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("patience: 16", "patience: 16\n  weight_decay: 0.5"))
+    assert lr.open_run(copied).recipe.recommender.weight_decay == 0.5
+    assert lr.open_run(copied).recipe.data.interactions.is_file()  # overrides are kept
+
+
 def test_repeated_titles_are_told_apart_by_their_id():
     catalogue = Catalogue.from_frame(
         pl.DataFrame({"item_id": ["1", "2", "3"], "title": ["Emma", "Emma", "Persuasion"]}), "books"

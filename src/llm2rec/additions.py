@@ -60,7 +60,8 @@ def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Pa
     table = new if before is None else added.joined(before, new)
     folder.mkdir()
     table.write(folder / added.CATALOGUE)
-    texts = item_texts(new, domain.config.text)
+    whole = added.joined(added.load_catalogue(domain), new)  # a column that the new table lacks is empty there
+    texts = item_texts(Catalogue(whole.frame.tail(len(new))), domain.config.text)
     for name in sets:
         encode_texts(run, name, new.item_ids, texts, folder / name)
         if before is not None:

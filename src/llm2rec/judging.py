@@ -17,6 +17,7 @@ from llm2rec import artifacts
 from llm2rec.config import FLOORS, SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import clean
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.probes import principal_plane
@@ -213,8 +214,8 @@ def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
 
 def distinct_names(catalogue: Catalogue) -> dict[str, str]:
     """Item id -> what it is called in lists: its title, shortened; with the id where others share the title."""
-    shared = {title for title, count in Counter(catalogue.titles).items() if count > 1}
-    pairs = zip(catalogue.item_ids, catalogue.titles, strict=True)
+    shared = {title for title, count in Counter(map(clean, catalogue.titles)).items() if count > 1}
+    pairs = zip(catalogue.item_ids, map(clean, catalogue.titles), strict=True)
     return {
         item_id: shorten(title, SHOWN_CHARACTERS, placeholder=" ...")
         + (f" [{item_id}]" if title in shared else "")

@@ -36,10 +36,12 @@ def recipe_path(recipe: str | Path) -> Path:
     raise ConfigError(f"recipe {str(recipe)!r} is neither a file nor one of: {', '.join(recipe_names())}")
 
 
-def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(
+    recipe: str | Path, overrides: tuple[str, ...] | list[str] = (), base: Path | None = None
+) -> Recipe:
     """The validated recipe of a shipped name or a path, with `KEY=VALUE` overrides applied.
 
-    Paths inside a recipe file are relative to its folder, paths in overrides to the working directory;
+    Paths inside a recipe file are relative to its folder (or `base`), those in overrides to the working directory;
     environment variables (`${NAME}`) are filled in.
 
     Raises:
@@ -52,7 +54,7 @@ def load_recipe(recipe: str | Path, overrides: tuple[str, ...] | list[str] = ())
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
-    _anchor_paths(content, path.parent)
+    _anchor_paths(content, base or path.parent)
     for override in sorted(overrides, key=_names_no_origin):  # first what would put columns aside
         apply_override(content, override)
     return parse_recipe(content, str(path))

@@ -13,6 +13,7 @@ from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import DataConfig
 from llm2rec.data import sources
+from llm2rec.errors import ArtifactError
 from llm2rec.loading import load_recipe, parse_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
@@ -112,8 +113,22 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
         return open_run(path)
     opened = open_run(path)
     with artifacts.run_lock(path):
+        _require_current(opened, VERBS[: VERBS.index(verb)])
         _carry_out(opened, (verb,))
     return opened
+
+
+def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
+    """Raises ArtifactError where an earlier stage is unfinished, or was made from what has changed since."""
+    for verb in verbs:
+        for stage in _stages_of(run, verb):
+            decision = artifacts.decide(stage.folder, stage.inputs())
+            if not decision.keep:
+                name = stage.folder.relative_to(run.folder)
+                raise ArtifactError(
+                    f"{name} is not up to date ({', '.join(decision.reasons)}); run `llm2rec {verb} {run.folder}` "
+                    "first"
+                )
 
 
 def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:

@@ -80,7 +80,7 @@ class Run:
             if domain.name == name:
                 return domain
         known = ", ".join(domain.name for domain in self.domains)
-        got = "has several domains; name one" if name is None else f"has no domain {name!r}"
+        got = "has several domains (--domain); name one" if name is None else f"has no domain {name!r}"
         raise ConfigError(f"{self.folder} {got}: {known}")
 
     @property
@@ -148,7 +148,13 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if (folder / RESOLVED).exists():
-        return Run(folder, parse_recipe(_read_resolved(folder)["recipe"], str(folder / RESOLVED)))
+        resolved = _read_resolved(folder)
+        if (folder / RECIPE).exists() and artifacts.hash_file(folder / RECIPE) != resolved.get("recipe_sha256"):
+            base = Path(resolved.get("recipe_folder", folder))  # the recipe was edited in the run folder
+            run = Run(folder, load_recipe(folder / RECIPE, resolved["overrides"], base))
+            write_resolved(run, tuple(resolved["overrides"]), base)
+            return run
+        return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
     if (folder / RECIPE).exists():
         return create_run(folder / RECIPE, folder)
     raise ArtifactError(
@@ -171,7 +177,7 @@ def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()
     if source.resolve() != (folder / RECIPE).resolve():
         shutil.copyfile(source, folder / RECIPE)
     run = Run(folder, loaded)
-    write_resolved(run, overrides)
+    write_resolved(run, overrides, source.resolve().parent)
     return run
 
 
@@ -188,16 +194,20 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def write_resolved(run: Run, overrides: tuple[str, ...] | None = None) -> None:
+def write_resolved(run: Run, overrides: tuple[str, ...] | None = None, base: Path | None = None) -> None:
     """Writes every value of the recipe, the versions, and the fingerprints of the finished stages.
 
-    Without `overrides` those already recorded stay.
+    Without `overrides` and `base`, the folder that paths of the recipe start from, those already recorded stay.
     """
-    if overrides is None:
-        overrides = tuple(_read_resolved(run.folder)["overrides"])
+    if overrides is None or base is None:
+        recorded = _read_resolved(run.folder)
+        overrides = tuple(recorded["overrides"])
+        base = Path(recorded.get("recipe_folder", run.folder))
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
         "overrides": list(overrides),
+        "recipe_folder": str(base),
+        "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
         "seed": run.recipe.seed,
         "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
         | {name: metadata.version(name) for name in VERSIONED},
@@ -227,5 +237,6 @@ def _fingerprints(folder: Path) -> dict[str, str]:
 
 def require_row(run: Run, row: str) -> None:
     """Raises ConfigError where the run has no such row."""
-    if row not in run.recipe.recommender.rows:
-        raise ConfigError(f"this run has no row {row!r}; its rows: {', '.join(run.recipe.recommender.rows)}")
+    rows = run.recipe.recommender.rows
+    if row not in rows:
+        raise ConfigError(f"this run has no row {row!r}; its rows (--row): {', '.join(rows)}")

@@ -125,7 +125,8 @@ class TrainSettings(Optimizer):
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up, rounded up."""
-        return math.ceil(self.warmup_share * self.max_steps)
+        # The rate is 0 in the first step of a warm-up: a training of one step has none.
+        return min(math.ceil(self.warmup_share * self.max_steps), self.max_steps - 1)
 
     @property
     def decay_steps(self) -> int:

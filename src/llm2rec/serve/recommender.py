@@ -14,6 +14,7 @@ from llm2rec.config import FLOORS, Row
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import clean
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
@@ -60,6 +61,8 @@ def recommend(
     require_row(run, row)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
+    if isinstance(history, str):
+        raise ConfigError(f"history is the text {history!r}; give a list of item ids")
     if not history:
         raise ConfigError("the history is empty; give at least one item id")
     catalogue = added.load_catalogue(place)
@@ -189,7 +192,7 @@ def listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[
     """Items with id and title by item_index (K,) and score (K,); index 0 is left out."""
     titles, ids = catalogue.titles, catalogue.item_ids
     return [
-        ScoredItem(ids[item - 1], titles[item - 1], float(score))
+        ScoredItem(ids[item - 1], clean(titles[item - 1]), float(score))
         for item, score in zip(items.tolist(), scores.tolist(), strict=True)
         if item > 0
     ]
