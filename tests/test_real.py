@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llm2rec.data import sources
+from llm2rec.data import mirrors, sources
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.errors import DataError
@@ -45,8 +45,8 @@ def test_movielens_is_what_is_published(movielens):
 
 @pytest.mark.parametrize("name", ["amazon-games", "amazon-industrial"])
 def test_local_sets_have_the_registered_content(name):
-    if not os.environ.get(sources.DATA_DIR):
-        pytest.skip(f"{sources.DATA_DIR} is not set")
+    if not os.environ.get(mirrors.DATA_DIR):
+        pytest.skip(f"{mirrors.DATA_DIR} is not set")
     interactions, catalogue = had(sources.fetch_data, name)
     assert sources.tables_hash(interactions, catalogue) == sources.data_content_hash(name)
 
