@@ -72,7 +72,8 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict[s
 
 def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict[str, float]]:
     from llm2rec.lm import backbone as backbones
-    from llm2rec.lm.probes import future_sensitivity, next_title_perplexity
+    from llm2rec.lm.backbone import future_sensitivity
+    from llm2rec.lm.probes import next_title_perplexity
 
     sets = vector_sets(run)
     causal = {"backbone": model_path(run), "csft": run.csft} if sets else {}

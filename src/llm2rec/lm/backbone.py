@@ -246,22 +246,32 @@ def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> fl
     return best
 
 
+def future_sensitivity(lm: Backbone, length: int = 8) -> float:
+    """How far the first hidden state moves when the last token changes, over its norm (>= 0).
+
+    0 for a causal model; above 0 for one that sees the whole text.
+    """
+    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
+    first = torch.arange(5, 5 + length).remainder(vocabulary)[None].to(lm.body.device)
+    second = first.clone()
+    second[0, -1] = (first[0, -1] + 7) % vocabulary
+    training = lm.body.training
+    lm.body.eval()
+    with torch.no_grad():
+        before, after = (
+            lm.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0].float() for ids in (first, second)
+        )
+    lm.body.train(training)
+    return float((after - before).norm() / before.norm())
+
+
 def probe(backbone: Backbone, causal: bool) -> None:
     """Checks by experiment that the model attends as told: does the last token move the first hidden state?
 
     Raises:
         ArtifactError: a bidirectional model does not see the future, or a causal one does.
     """
-    vocabulary = backbone.body.get_input_embeddings().weight.shape[0]
-    first = torch.arange(5, 5 + 8).remainder(vocabulary)[None].to(backbone.body.device)
-    second = first.clone()
-    second[0, -1] = (first[0, -1] + 7) % vocabulary
-    training = backbone.body.training
-    backbone.body.eval()
-    with torch.no_grad():
-        states = [backbone.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0] for ids in (first, second)]
-    backbone.body.train(training)
-    sees_future = bool((states[0] - states[1]).abs().max() > 0)
+    sees_future = future_sensitivity(backbone) > 0
     if sees_future == causal:
         wanted, got = ("causal", "sees") if causal else ("bidirectional", "does not see")
         raise ArtifactError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,8 @@ def attach(lm: Backbone, lora: Lora, seed: int) -> Callable[[], None]:
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise ConfigError("LoRA needs the package peft: pip install 'llm2rec[lora]', or leave it out") from error
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
+    values: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.targets)}
+    config = LoraConfig(**values)  # peft says `lora_alpha: int`, and takes any number
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = LoraModel(lm.model, config, "default")

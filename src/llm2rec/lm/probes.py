@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from llm2rec.data.sequences import Sequences
 from llm2rec.lm.backbone import Backbone
@@ -11,23 +10,6 @@ from llm2rec.lm.csft import csft_texts, held_out_items, perplexity, supervise
 from llm2rec.lm.packing import TokenisedTexts, token_budget_batches
 
 BATCH_TOKENS = 2048
-
-
-def future_sensitivity(lm: Backbone, length: int = 8) -> float:
-    """How far the first hidden state moves when the last token changes, over its norm (>= 0).
-
-    0 for a causal model; above 0 for one that sees the whole text.
-    """
-    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
-    first = torch.arange(5, 5 + length).remainder(vocabulary)[None].to(lm.body.device)
-    second = first.clone()
-    second[0, -1] = (first[0, -1] + 7) % vocabulary
-    lm.body.eval()
-    with torch.no_grad():
-        before, after = (
-            lm.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0].float() for ids in (first, second)
-        )
-    return float((after - before).norm() / before.norm())
 
 
 def next_title_perplexity(

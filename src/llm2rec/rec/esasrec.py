@@ -10,39 +10,23 @@ last, item vectors are scaled by the root of H and weights drawn from N(0, 0.02)
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.dropout import dropout
-from llm2rec.rec.items import INITIAL_STD, ItemTable, lookup
-from llm2rec.rec.sasrec import causal_attention, initialise_linears
-from llm2rec.rec.sequential import SequentialRecommender
+from llm2rec.rec.sasrec import SASRec, causal_attention, initialise_linears
 
 WIDENING = 4
 
 
-class ESASRec(SequentialRecommender):
-    """Causal transformer of LiGR blocks over item vectors and positions."""
+class ESASRec(SASRec):
+    """SASRec of LiGR blocks, without a last normalisation."""
 
-    def __init__(self, items: ItemTable, architecture: Architecture) -> None:
-        super().__init__(items, architecture)
-        hidden_size, heads = architecture.hidden_size, architecture.heads
-        self.positions = nn.Parameter(torch.empty(architecture.history_length, hidden_size))
-        self.blocks = nn.ModuleList(
-            LiGRBlock(hidden_size, heads, architecture.dropout) for _ in range(architecture.layers)
-        )
-        nn.init.normal_(self.positions, std=INITIAL_STD)
+    def _block(self, hidden_size: int, heads: int, dropout: float) -> nn.Module:
+        return LiGRBlock(hidden_size, heads, dropout)
 
-    def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """(B, L) -> (B, L, H); see the base class."""
-        vectors = self.items.vectors() if vectors is None else vectors
-        states = lookup(vectors, histories) * self.hidden_size**0.5 + self.positions[: histories.shape[1]]
-        states = dropout(states, self.dropout, self.training)  # (B, L, H)
-        for block in self.blocks:
-            states = block(states)
-        return states
+    def _last_norm(self, hidden_size: int) -> nn.Module:
+        return nn.Identity()
 
 
 class LiGRBlock(nn.Module):

@@ -134,18 +134,7 @@ def fit(
         batches,
         NextItemObjective(recommender, optimisation, trainable),
         out=out,
-        settings=TrainSettings(
-            max_steps=optimisation.max_epochs * len(batches),
-            learning_rate=optimisation.learning_rate,
-            weight_decay=optimisation.weight_decay,
-            schedule=optimisation.schedule,
-            warmup_share=optimisation.warmup_share,
-            evaluate_every=len(batches),
-            patience=optimisation.patience,
-            metric=METRIC,
-            seed=stage_seed(seed, "recommender dropout"),
-            loggers=loggers,
-        ),
+        settings=_course(optimisation, len(batches), seed, loggers),
         evaluate=lambda: validate(recommender, sequences, architecture.history_length),
         description=description,
     )
@@ -155,6 +144,22 @@ def fit(
         epochs=summary.steps // len(batches),
         best_epoch=summary.best_step // len(batches),
         best_metric=summary.best_metric,
+    )
+
+
+def _course(optimisation: Optimisation, epoch_steps: int, seed: int, loggers: Loggers) -> TrainSettings:
+    """The engine's settings of a training that validates after every epoch of `epoch_steps` steps."""
+    return TrainSettings(
+        max_steps=optimisation.max_epochs * epoch_steps,
+        learning_rate=optimisation.learning_rate,
+        weight_decay=optimisation.weight_decay,
+        schedule=optimisation.schedule,
+        warmup_share=optimisation.warmup_share,
+        evaluate_every=epoch_steps,
+        patience=optimisation.patience,
+        metric=METRIC,
+        seed=stage_seed(seed, "recommender dropout"),
+        loggers=loggers,
     )
 
 

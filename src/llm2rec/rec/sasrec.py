@@ -25,9 +25,9 @@ class SASRec(SequentialRecommender):
         hidden_size, heads = architecture.hidden_size, architecture.heads
         self.positions = nn.Parameter(torch.empty(architecture.history_length, hidden_size))
         self.blocks = nn.ModuleList(
-            Block(hidden_size, heads, architecture.dropout) for _ in range(architecture.layers)
+            self._block(hidden_size, heads, architecture.dropout) for _ in range(architecture.layers)
         )
-        self.norm = nn.LayerNorm(hidden_size)
+        self.norm = self._last_norm(hidden_size)
         nn.init.normal_(self.positions, std=INITIAL_STD)
 
     def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
@@ -40,6 +40,12 @@ class SASRec(SequentialRecommender):
             states = block(states)
         normed: Tensor = self.norm(states)
         return normed
+
+    def _block(self, hidden_size: int, heads: int, dropout: float) -> nn.Module:
+        return Block(hidden_size, heads, dropout)
+
+    def _last_norm(self, hidden_size: int) -> nn.Module:
+        return nn.LayerNorm(hidden_size)
 
     def _places(self, histories: Tensor, times: Tensor | None) -> Tensor:
         """What tells positions apart, (L, H) or (B, L, H)."""

@@ -92,7 +92,6 @@ def _csft_stage(run: Run) -> Stage:
         return {**data, **model_inputs(run), **settings, **window}
 
     def execute(summary: Summary) -> None:
-        from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.csft import csft
         from llm2rec.lm.iem import check_titles
 
@@ -102,10 +101,7 @@ def _csft_stage(run: Run) -> Stage:
             mixture.sequences,
             mixture.texts,
             model=model_path(run),
-            dtype=resolve_dtype(run.recipe.model.dtype),
             history_length=trained_history_length(run),
-            max_title_tokens=run.recipe.model.max_title_tokens,
-            seed=run.recipe.seed,
             out=run.csft,
             user_shares=mixture.user_shares,
             **_arguments(run, run.recipe.csft),
@@ -123,16 +119,12 @@ def _mntp_stage(run: Run) -> Stage:
         return {**_parent_inputs(run, start), **data, **settings}
 
     def execute(summary: Summary) -> None:
-        from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import mntp
 
         mixture = _checked_mixture(run)
         summary |= mntp(
             mixture.texts,
             model=start or model_path(run),
-            dtype=resolve_dtype(run.recipe.model.dtype),
-            max_title_tokens=run.recipe.model.max_title_tokens,
-            seed=run.recipe.seed,
             out=run.mntp,
             shares=mixture.item_shares,
             **_arguments(run, run.recipe.iem.mntp),
@@ -151,7 +143,6 @@ def _contrastive_stage(run: Run) -> Stage:
         return {**_parent_inputs(run, start), **data, **settings}
 
     def execute(summary: Summary) -> None:
-        from llm2rec.lm.backbone import resolve_dtype
         from llm2rec.lm.iem import contrastive
 
         mixture = _checked_mixture(run)
@@ -159,9 +150,6 @@ def _contrastive_stage(run: Run) -> Stage:
             mixture.sequences,
             mixture.texts,
             model=start or model_path(run),
-            dtype=resolve_dtype(run.recipe.model.dtype),
-            max_title_tokens=run.recipe.model.max_title_tokens,
-            seed=run.recipe.seed,
             out=run.iem,
             pooling=_pooling(run, "llm2rec"),
             shares=mixture.item_shares,
@@ -176,13 +164,16 @@ def _arguments(run: Run, section: LanguageConfig) -> dict[str, Any]:
 
     With them, what all language stages of the run share.
     """
+    from llm2rec.lm.backbone import resolve_dtype
     from llm2rec.lm.lora import Lora
     from llm2rec.training import Optimizer
 
+    model = run.recipe.model
     values = dict(section)
     values["optimizer"] = Optimizer(**{name: values.pop(name) for name in OptimizerConfig.model_fields})
     values["lora"] = Lora(**dict(section.lora)) if section.lora else None
-    return values | {"loggers": loggers_of(run), "compiled": run.recipe.model.compile}
+    values |= {"dtype": resolve_dtype(model.dtype), "max_title_tokens": model.max_title_tokens}
+    return values | {"seed": run.recipe.seed, "loggers": loggers_of(run), "compiled": model.compile}
 
 
 def _pooling(run: Run, name: str) -> Pooling:
