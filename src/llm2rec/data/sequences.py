@@ -148,7 +148,7 @@ def prepare(
     if len(kept) < before:
         dropped["events with a cold item that are no test event"] = before - len(kept)
     if only_consumed:
-        present = kept.ids(ITEM).gather(np.unique(kept.codes(ITEM)))
+        present = kept.ids(ITEM).gather(np.flatnonzero(kept.counts(ITEM)))
         catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
     sequences = _flat(kept, parts, catalogue)
     check_leakage(sequences, kept, split=split, cold=cold)
@@ -168,9 +168,9 @@ def cold_items(folder: Path) -> pl.Series:
 
 
 def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequences:
-    codes = log.codes(USER)
-    users, counts = np.unique(codes, return_counts=True)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    counts = log.counts(USER)
+    users = np.flatnonzero(counts)
+    offsets = np.concatenate([[0], np.cumsum(counts[users])])
     index = pl.DataFrame({ITEM: catalogue.item_ids}).with_row_index("item_index", offset=1)
     places = log.ids(ITEM).to_frame(ITEM).with_columns(pl.col(ITEM).cast(pl.String))
     known = places.join(index, on=ITEM, how="left", maintain_order="left")["item_index"].fill_null(0).to_numpy()
@@ -197,7 +197,7 @@ def _long_enough(
     short = too_short(interactions, split)
     if not short:
         return interactions, {}
-    users = len(np.unique(interactions.codes(USER)))
+    users = np.count_nonzero(interactions.counts(USER))
     if short_histories == "error":
         raise DataError(
             f"{len(short):,} of {users:,} users have too few events for the split (data.split: by {split.by}, "
@@ -226,6 +226,14 @@ def check_leakage(
         DataError: an event that is not the interactions' at its place, a part that breaks the rule of the split
             (`check_parts`), or training views that hold anything but the training events.
     """
+    _check_events(sequences, interactions)
+    parts = np.asarray(sequences.parts)
+    check_parts(interactions, parts, split, pl.Series([], dtype=pl.String) if cold is None else cold)
+    _check_training_views(sequences, history_length)
+
+
+def _check_events(sequences: Sequences, interactions: Interactions) -> None:
+    """Each event of the sequences is the interactions' at its place: item and user."""
     if len(sequences.items) != len(interactions):
         raise DataError(f"leak: sequences hold {len(sequences.items):,} events, the log {len(interactions):,}")
     places = pl.Series(sequences.item_ids, dtype=pl.String).to_frame(ITEM).with_row_index("item_index", offset=1)
@@ -237,36 +245,40 @@ def check_leakage(
     )
     expected = known["item_index"].fill_null(0).to_numpy()[interactions.codes(ITEM)]
     wrong = np.flatnonzero(expected != np.asarray(sequences.items))
-    owners = np.repeat(np.arange(sequences.n_users), np.diff(np.asarray(sequences.offsets)))
-    _, expected_owners = np.unique(interactions.codes(USER), return_inverse=True)
-    wrong = np.union1d(wrong, np.flatnonzero(owners != expected_owners))
+    if not len(wrong):
+        users = (
+            np.cumsum(interactions.counts(USER) > 0, dtype=np.int32) - 1
+        )  # those without an event stand in none
+        wrong = np.flatnonzero(_owners(sequences) != users[interactions.codes(USER)])
     if len(wrong):
         row = interactions.frame.row(int(wrong[0]))
         raise DataError(
             f"leak: event {wrong[0]} of the sequences is not that of the log {row}; run `prepare` again"
         )
-    parts = np.asarray(sequences.parts)
-    check_parts(interactions, parts, split, pl.Series([], dtype=pl.String) if cold is None else cold)
-    _check_training_views(sequences, history_length)
+
+
+def _owners(sequences: Sequences) -> np.ndarray:
+    """(E,) int32: user index of each event."""
+    return np.repeat(np.arange(sequences.n_users, dtype=np.int32), np.diff(np.asarray(sequences.offsets)))
 
 
 def _check_training_views(sequences: Sequences, history_length: int) -> None:
     """`training()` and `windows()` place by place: right items, right users, each target exactly once."""
-    places = np.flatnonzero(np.asarray(sequences.parts) == TRAIN)
+    train = np.asarray(sequences.parts) == TRAIN
     items, offsets = sequences.training()
-    own = np.bincount(sequences.users_of(places), minlength=sequences.n_users)
+    own = np.bincount(_owners(sequences)[train], minlength=sequences.n_users)
     other = np.flatnonzero(own != np.diff(offsets))
     if len(other):
         user, given = sequences.user_ids[int(other[0])], int(np.diff(offsets)[other[0]])
         raise DataError(f"leak: training gives user {user!r} {given} events instead of {own[other[0]]}")
 
     def refuse(place: int, what: str) -> None:
-        event = int(places[place])
+        event = int(np.flatnonzero(train)[place])
         user = sequences.user_ids[int(sequences.users_of(np.array([event]))[0])]
         item = sequences.item_ids[int(sequences.items[event]) - 1]
         raise DataError(f"leak: training event {place} (user {user!r}, item {item!r}) {what}; run `prepare` again")
 
-    wrong = np.flatnonzero(items != np.asarray(sequences.items)[places])
+    wrong = np.flatnonzero(items != np.asarray(sequences.items)[train])
     if len(wrong):
         refuse(int(wrong[0]), "is not the event that training reads at its place")
     starts, ends = sequences.windows(history_length)
@@ -274,11 +286,13 @@ def _check_training_views(sequences: Sequences, history_length: int) -> None:
     outside = (starts < 0) | (ends > offsets[owners + 1]) | (ends - starts > history_length + 1)
     if outside.any():
         refuse(max(int(starts[outside.argmax()]), 0), "begins a window that leaves its user or is too long")
-    edges = np.bincount(starts + 1, minlength=len(items) + 1) - np.bincount(ends, minlength=len(items) + 1)
-    supervised = np.cumsum(edges)[: len(items)]
-    wanted = np.ones(len(items), dtype=np.int64)
-    wanted[offsets[:-1][np.diff(offsets) > 0]] = 0  # a user's first event has nothing before it
-    wrong = np.flatnonzero(supervised != wanted)
+    edges = np.bincount(starts + 1, minlength=len(items) + 1)
+    edges -= np.bincount(ends, minlength=len(items) + 1)
+    supervised = np.cumsum(edges[: len(items)], out=edges[: len(items)])
+    first = offsets[:-1][np.diff(offsets) > 0]  # nothing stands before a user's first event
+    if supervised[first].any():
+        refuse(int(first[supervised[first].argmax()]), "is a target, but has nothing before it")
+    supervised[first] = 1
+    wrong = np.flatnonzero(supervised != 1)
     if len(wrong):
-        place = int(wrong[0])
-        refuse(place, f"is a target {supervised[place]} times instead of {wanted[place]}")
+        refuse(int(wrong[0]), f"is a target {supervised[wrong[0]]} times instead of once")

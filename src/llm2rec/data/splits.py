@@ -53,8 +53,7 @@ def assign_parts(log: Interactions, split: Split) -> np.ndarray:
     first = np.diff(log.codes(USER), prepend=-1) != 0
     parts[first & (parts != TRAIN)] = CONTEXT
     _require_parts(parts, split)
-    trained = log.codes(USER)[parts == TRAIN]
-    if len(trained) == len(np.unique(trained)):
+    if np.bincount(log.codes(USER)[parts == TRAIN]).max() < 2:
         raise DataError(
             f"the split (data.split.by: {split.by}) leaves no user two training events, so no next item to learn; "
             "gather longer histories, or hold out fewer events"
@@ -70,8 +69,7 @@ def _require_parts(parts: np.ndarray, split: Split) -> None:
 
 def from_end(log: Interactions) -> np.ndarray:
     """(E,) int64: 1 for a user's last event, 2 for the one before, ..."""
-    counts = np.bincount(log.codes(USER), minlength=len(log.ids(USER)))
-    ends = np.cumsum(counts)
+    ends = np.cumsum(log.counts(USER))
     return ends[log.codes(USER)] - np.arange(len(log))
 
 
@@ -121,7 +119,7 @@ def _moment(text: str) -> datetime:
 
 def _by_users(log: Interactions, split: Split) -> np.ndarray:
     codes = log.codes(USER)
-    places = _hash_places(log.ids(USER), np.unique(codes), split.seed)
+    places = _hash_places(log.ids(USER), np.flatnonzero(log.counts(USER)), split.seed)
     validation, test = split.ratio[0], split.ratio[0] + split.ratio[1]
     last = from_end(log) <= split.holdout
     held_out = np.where(places[codes] >= test, TEST, VALIDATION)
@@ -151,7 +149,7 @@ def split_events(log: Interactions, split: Split) -> tuple[Interactions, np.ndar
     if not split.cold_items:
         return log, parts, ids.head(0)
     codes = log.codes(ITEM)
-    cold = _hash_places(ids, np.unique(codes), split.seed) >= 1 - split.cold_items - 1e-9
+    cold = _hash_places(ids, np.flatnonzero(log.counts(ITEM)), split.seed) >= 1 - split.cold_items - 1e-9
     kept = ~cold[codes] | (parts == TEST)
     log, parts = log.kept(kept), parts[kept]
     while True:  # a cold target that has become its user's first event has no history left
@@ -201,7 +199,7 @@ def check_parts(log: Interactions, parts: np.ndarray, split: Split, cold: pl.Ser
         _check_order_within_users(log, user, train, held_out)
     if split.by == "last":
         counts = [np.bincount(user[mask], minlength=len(log.ids(USER))) for mask in (parts == VALIDATION, test)]
-        present = np.bincount(user, minlength=len(log.ids(USER))) > 0
+        present = log.counts(USER) > 0
         wrong = np.flatnonzero(present & ((counts[0] != split.holdout) | (counts[1] != split.holdout)))
         if len(wrong) and not split.cold_items:
             name, numbers = log.ids(USER)[int(wrong[0])], [int(count[wrong[0]]) for count in counts]
@@ -235,6 +233,6 @@ def _refuse(log: Interactions, place: int, what: str) -> None:
 def too_short(log: Interactions, split: Split) -> list[str]:
     """Users with too few events for the split: under `last` one training event must be left."""
     shortest = 2 * split.holdout + 1 if split.by == "last" else split.holdout + 1 if split.by == "users" else 1
-    counts = np.bincount(log.codes(USER), minlength=len(log.ids(USER)))
+    counts = log.counts(USER)
     short = np.flatnonzero((counts > 0) & (counts < shortest))
     return [log.ids(USER)[int(code)] for code in short]

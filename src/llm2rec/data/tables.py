@@ -81,6 +81,10 @@ class Interactions:
         """(E,) int32: the place of each event's id among `ids(column)`."""
         return self.frame[column].to_physical().to_numpy().astype(np.int32, copy=False)
 
+    def counts(self, column: str) -> np.ndarray:
+        """(ids,) int64: how many events each of `ids(column)` has."""
+        return np.bincount(self.codes(column), minlength=len(self.ids(column)))
+
     def ids(self, column: str) -> pl.Series:
         """The ids that the codes of `user_id` or `item_id` stand for, sorted; some may have no event."""
         return self.frame[column].dtype.categories  # type: ignore[attr-defined]
@@ -210,7 +214,7 @@ def check_known_items(interactions: Interactions, catalogue: Catalogue, origin: 
     """Raises DataError where an interaction names an item that the catalogue lacks."""
     ids = interactions.ids(ITEM)
     lacking = np.flatnonzero(~ids.is_in(catalogue.frame[ITEM].implode()).to_numpy())
-    unknown = np.bincount(interactions.codes(ITEM), minlength=len(ids))[lacking]
+    unknown = interactions.counts(ITEM)[lacking]
     if unknown.sum():
         items = [ids[int(place)] for place in lacking[unknown > 0]]
         raise DataError(
