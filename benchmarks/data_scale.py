@@ -114,7 +114,7 @@ def run_one(way: str, folder: Path) -> None:
     found = {"ours": ours, "pandas": pandas_way}[way](folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = time.perf_counter() - began
-    print(json.dumps({"seconds": seconds, "gb": peak, "events": found["events"], "users": found["users"]}))
+    print(json.dumps({"seconds": seconds, "gib": peak, "events": found["events"], "users": found["users"]}))
 
 
 def main() -> None:
@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         return run_one(arguments.run, arguments.folder)
-    print("| millions | way | seconds (min–max) | peak GB | events left | users left |")
+    print("| millions | way | seconds (min–max) | peak GiB | events left | users left |")
     print("| ---: | --- | ---: | ---: | ---: | ---: |")
     for millions in arguments.millions:
         with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ def main() -> None:
             for way, found in results.items():
                 seconds = [one["seconds"] for one in found]
                 spread = f"{statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"
-                peak = max(one["gb"] for one in found)
+                peak = max(one["gib"] for one in found)
                 left = f"{found[0]['events']:,} | {found[0]['users']:,}"
                 print(f"| {millions:g} | {way} | {spread} | {peak:.2f} | {left} |", flush=True)
 

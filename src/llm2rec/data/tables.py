@@ -21,6 +21,7 @@ LARGEST_EXACT_FLOAT = 2**53
 SECONDS_BELOW = 10**11  # a whole-number time below this is in seconds (until the year 5138), above in milliseconds
 _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
 _SHOWN_ROWS = 5
+_EVENTS_A_GROUP = 2**24  # every group of rows repeats all ids: small groups take time that grows with the square
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Interactions:
 
     def write(self, path: Path) -> None:
         """Writes parquet."""
-        self.frame.write_parquet(path)
+        self.frame.write_parquet(path, row_group_size=_EVENTS_A_GROUP)
 
     @classmethod
     def read(cls, path: Path) -> Interactions:
