@@ -7,14 +7,14 @@
 Each side is a process in an interpreter of its own (`peer_sides/`), because the peers need older libraries:
 
     python -m venv rectools && rectools/bin/pip install torch==2.13.0
-    rectools/bin/pip install "rectools[torch]==0.19.*" "pytorch-lightning<=2.5.2" "numpy<2" "pandas<3"
+    rectools/bin/pip install "rectools[torch]==0.19.*"
     python -m venv recbole && recbole/bin/pip install torch==2.13.0
     recbole/bin/pip install recbole==1.2.1 ranx==0.3.21 "numpy==1.26.*" "pandas<3"
 
-All read one log and build one model: 128 wide, 2 layers, 2 heads, window 10, dropout 0.3, learned ids, softmax over
-all items, Adam at 1e-3, through their own loaders and trainers. A round trains each side on a share of an epoch, or
-has it rank all users; the sides take turns, each at its fastest batch. What else differs is said in the files of the
-sides. `--quick` takes a small made log.
+All read one log and build one model: 128 wide, 2 layers, 2 heads, window 10, dropout 0.3, learned ids, softmax
+over all items, Adam at 1e-3, and train through their own loaders and trainers. A round trains each side on a share
+of an epoch, or has it rank all users; the sides take turns, each at its fastest batch. Where they still differ is
+said in the files of the sides. `--quick` takes a small made log.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ from types import TracebackType
 import numpy as np
 import polars as pl
 import torch
-from peer_sides.side import LENGTH, LISTS, RANKS, TRAINING, Log
+from peer_sides.side import LENGTH, LISTS, RANKS, TRAINING, Done, Log
 from recommenders import prepared
 
 from llm2rec.data.sequences import Sequences
+from llm2rec.data.splits import TEST, TRAIN, VALIDATION
 from llm2rec.evaluation.ranking import measure, ranks
 
 SIDES = Path(__file__).parent / "peer_sides"
@@ -79,13 +80,18 @@ class Worker:
         """What the side says of itself once it is built."""
         return self._answer()
 
-    def rate(self, what: str, batch: int) -> float:
-        """How many targets or users a second, measured now."""
+    def measure(self, what: str, batch: int) -> Done:
+        """How many targets or users in how many seconds, measured now."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"what": what, "batch": batch}) + "\n")
         self._process.stdin.flush()
         done = self._answer()
-        return done["count"] / done["seconds"]
+        return done["count"], done["seconds"]
+
+    def rate(self, what: str, batch: int) -> float:
+        """The same, a second."""
+        count, seconds = self.measure(what, batch)
+        return count / seconds
 
     def _answer(self) -> dict:
         assert self._process.stdout is not None
@@ -134,7 +140,7 @@ def compare(what: str, sides: dict[str, Worker], batches: dict[str, list[int]], 
     ]
 
 
-def measure_sides(log: Log, pythons: dict[str, str | None], arguments: argparse.Namespace) -> list[Figure]:
+def measure_sides(log: Log, pythons: dict[str, str | None], arguments: argparse.Namespace) -> None:
     """Starts the sides that have an interpreter, measures what each can do, and prints the table."""
     with ExitStack() as stack:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log.npz"
@@ -146,16 +152,14 @@ def measure_sides(log: Log, pythons: dict[str, str | None], arguments: argparse.
                 workers[name] = stack.enter_context(worker)
                 says[name] = worker.start()  # one after the other: they share the cores
         show_head(log, says, arguments)
-        figures = []
         for what, whole in ((TRAINING, log.targets), (RANKS, log.n_users), (LISTS, log.n_users)):
             able = {name: worker for name, worker in workers.items() if what in says[name]["batches"]}
             batches = {name: says[name]["batches"][what] for name in able}
             for figure in compare(what, able, batches, arguments.rounds):
                 print(figure.line(whole), flush=True)
-                figures.append(figure)
-    for name in pythons.keys() - workers.keys():
-        print(f"| all | {name} | left out: no --{name}-python | | | | |")
-    return figures
+    for name in pythons:
+        if name not in workers:
+            print(f"| all | {name} | left out: no --{name}-python | | | | |")
 
 
 def show_head(log: Log, says: dict[str, dict], arguments: argparse.Namespace) -> None:
@@ -166,7 +170,7 @@ def show_head(log: Log, says: dict[str, dict], arguments: argparse.Namespace) ->
     print(f"training: an epoch's seconds are computed from {share:.0%} of it a round; sets-up are not counted")
     print("ranks: from histories to recall, NDCG and MRR at 10 (torch: within the 10 best alone)")
     print("lists: from histories to the 10 best items (llm2rec: and to ranks; rectools: as a data frame)\n")
-    print("| what | side | batch | median | min–max | epoch, or all users | ours / theirs (min–max) |")
+    print("| what | side | batch | median | min–max | epoch (computed), or all users | ours / theirs (min–max) |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
 
 
@@ -189,8 +193,8 @@ def quick_sequences(users: int = 200, n_items: int = 60) -> Sequences:
     generator = np.random.default_rng(0)
     offsets = np.concatenate([[0], np.cumsum(generator.integers(4, 31, users))])
     items = generator.integers(1, n_items + 1, offsets[-1]).astype(np.int32)
-    parts = np.zeros(len(items), dtype=np.uint8)
-    parts[offsets[1:] - 2], parts[offsets[1:] - 1] = 1, 2  # validation, test
+    parts = np.full(len(items), TRAIN, dtype=np.uint8)
+    parts[offsets[1:] - 2], parts[offsets[1:] - 1] = VALIDATION, TEST
     return Sequences(items, offsets, parts, [str(item) for item in range(n_items)], pl.Series(range(users)))
 
 
@@ -234,7 +238,9 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=32_768, help="training targets a round, about")
     parser.add_argument("--threads", type=int, default=2)
     for name in ("rectools", "recbole", "ranx"):
-        parser.add_argument(f"--{name}-python", metavar="PYTHON", help=f"interpreter that has {name}")
+        # Absolute, because a side runs in a folder of its own.
+        about = f"path of an interpreter that has {name}"
+        parser.add_argument(f"--{name}-python", type=os.path.abspath, metavar="PYTHON", help=about)
     arguments = parser.parse_args()
     if arguments.parity:
         differences = parity({"recbole": arguments.recbole_python, "ranx": arguments.ranx_python})

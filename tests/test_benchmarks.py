@@ -1,16 +1,18 @@
-"""The benchmarks of the language stages give figures; how fast, no test says."""
+"""The benchmarks give figures; how fast, no test says."""
 
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import language  # noqa: E402
 import loss_memory  # noqa: E402
+import peers  # noqa: E402
 
 pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
 
@@ -56,3 +58,29 @@ def test_the_loss_in_chunks_needs_less_memory_than_full_logits(capsys):
     json.dumps(found)
     peaks = {one["loss"]: one["mb"] for one in found}
     assert 0 < peaks["ours"] < peaks["full logits"] / 2
+
+
+def test_the_sides_without_an_interpreter_are_left_out_of_the_table_of_peers(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--quick", "--rounds", "2", "--threads", "1"])
+    peers.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {(row[0].removeprefix("| "), row[1]) for row in rows}
+    assert found >= {("training", "llm2rec"), ("ranks", "llm2rec"), ("ranks", "torch"), ("lists", "torch")}
+    assert {("all", "rectools"), ("all", "recbole")} <= found
+
+
+def test_an_epoch_of_ours_trains_every_target_once(tmp_path):
+    log = peers.log_of(peers.quick_sequences(users=20))
+    assert log.targets == (np.diff(log.offsets) - 3).sum()  # all but the first and the last two
+    log.save(tmp_path / "log.npz")
+    with peers.Worker("llm2rec", sys.executable, tmp_path / "log.npz", log.targets, threads=1) as worker:
+        worker.start()
+        count, seconds = worker.measure("training", 8)
+    assert count == log.targets
+    assert seconds > 0
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    worker = peers.Worker("llm2rec", sys.executable, tmp_path / "absent.npz", 1, threads=1)
+    with pytest.raises(SystemExit, match="(?s)the side llm2rec ended.*absent.npz"), worker:
+        worker.start()

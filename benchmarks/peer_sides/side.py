@@ -1,9 +1,9 @@
 """What the sides of `peers.py` share: the log they read, the sizes they build, and how they answer.
 
 A side is a process in an interpreter of its own, `python with_NAME.py LOG ROUND_TARGETS`. It reads the log, builds
-its model, says what it is on one line of JSON, and then measures on demand: a line in, `{"what": "training", "batch":
-128}`, a line out, `{"count": ..., "seconds": ...}`. Only numpy and torch are imported here: the interpreters of the
-peers have no llm2rec.
+its model and says what it is on one line of JSON. Then it measures on demand, a line of JSON in and one out:
+`{"what": "training", "batch": 128}`, `{"count": 32768, "seconds": 2.5}`. Only numpy and torch are imported here,
+because the interpreters of the peers have no llm2rec.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RecTools: `SASRecModel.fit` under its Lightning trainer, and `recommend`.
 
-Kept as it ships: Adam's betas (0.9, 0.98), dropout on the item table, pads among the logits, a class for the pad.
+Kept as it ships: Adam's betas (0.9, 0.98), pads up to LENGTH, whose logits are computed too, a class for the pad.
 It trains on each user's last LENGTH + 1 events alone, so each of our windows stands for a user here: an epoch then
 has the same targets as ours.
 """
