@@ -1,7 +1,7 @@
 """RecBole: `Trainer._train_epoch` over its data loader, and `Trainer.evaluate` in full mode.
 
-Kept as it ships: one sample a target, supervised at its end; pads up to LENGTH; post-norm blocks; a class for the pad.
-Its feed-forward network is set to the width and activation of the others.
+Kept as it ships: one sample a target, supervised at its end; pads up to LENGTH; a class for the pad; norms after
+the blocks. Its feed-forward network is set to the width and activation of the others.
 """
 
 import itertools
