@@ -29,10 +29,10 @@ class ContextSASRec(SASRec):
         super().__init__(items, architecture)
         self.gaps = learned(BUCKETS, architecture.hidden_size)
 
-    def _places(self, histories: Tensor, times: Tensor | None) -> Tensor:
+    def _position_vectors(self, histories: Tensor, times: Tensor | None) -> Tensor:
         if times is None:
             raise ValueError("the forward pass of sasrec-context needs the times of the events; give them")
-        return super()._places(histories, times) + F.embedding(gap_buckets(times), self.gaps)
+        return super()._position_vectors(histories, times) + F.embedding(gap_buckets(times), self.gaps)
 
 
 def gap_buckets(times: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2rec.rec.dropout import dropout
+from llm2rec.rec.histories import Places
 from llm2rec.rec.sasrec import SASRec, causal_attention, initialise_linears
 
 WIDENING = 4
@@ -46,10 +47,10 @@ class LiGRBlock(nn.Module):
         self.feed_forward_gate = nn.Linear(hidden_size, hidden_size)
         initialise_linears(self)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(B, L, H) -> (B, L, H); position i sees positions 0..i."""
+    def forward(self, states: Tensor, places: Places) -> Tensor:
+        """(T, H) -> (T, H); position i of a history sees its positions 0..i."""
         share = self.dropout if self.training else 0.0
-        attended = causal_attention(self.query_key_value(self.attention_norm(states)), self.heads, share)
+        attended = causal_attention(self.query_key_value(self.attention_norm(states)), places, self.heads, share)
         states = states + self.attention_gate(states).sigmoid() * self._drop(self.attention_out(attended))
         bent, straight = self.feed_forward_in(self.feed_forward_norm(states)).chunk(2, dim=-1)
         inner = self.feed_forward_out(self._drop(F.silu(bent) * straight))

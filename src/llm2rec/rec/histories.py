@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,6 +43,33 @@ def checked_times(times: Tensor, histories: Tensor) -> Tensor:
     if ((times[:, 1:] < times[:, :-1]) & (histories[:, 1:] > 0)).any():
         raise ValueError("times fall within a history; sort its events, oldest first")
     return times
+
+
+@dataclass(frozen=True)
+class Places:
+    """The places of a batch that count: work on them alone and no product sees padding.
+
+    A place holds an item or is the first of its history, from which an empty one is answered. shape: (B, L).
+    rows: (T,) int64, the places in the flattened (B * L,).
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+
+    @classmethod
+    def of(cls, histories: Tensor) -> Places:
+        """The places of (B, L) histories."""
+        real = F.pad(histories[:, 1:] > 0, (1, 0), value=True)
+        return cls((histories.shape[0], histories.shape[1]), real.flatten().nonzero()[:, 0])
+
+    def flat(self, values: Tensor) -> Tensor:
+        """(B, L, ...) -> (T, ...)."""
+        return values.flatten(0, 1).index_select(0, self.rows)
+
+    def padded(self, values: Tensor) -> Tensor:
+        """(T, ...) -> (B, L, ...), zeros elsewhere."""
+        full = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+        return full.index_copy(0, self.rows, values).unflatten(0, self.shape)
 
 
 def lengths(histories: Tensor) -> Tensor:

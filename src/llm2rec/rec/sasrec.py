@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.dropout import dropout
+from llm2rec.rec.histories import Places
 from llm2rec.rec.items import INITIAL_STD, ItemTable, lookup
 from llm2rec.rec.sequential import SequentialRecommender
 
@@ -33,13 +34,14 @@ class SASRec(SequentialRecommender):
     def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """(B, L) -> (B, L, H); see the base class."""
         vectors = self.items.vectors() if vectors is None else vectors
+        places = Places.of(histories)
         # The item vectors are small (std 0.02) beside what the blocks add: scaled as in the paper.
-        states = lookup(vectors, histories) * self.hidden_size**0.5 + self._places(histories, times)
-        states = dropout(states, self.dropout, self.training)  # (B, L, H)
+        states = lookup(vectors, places.flat(histories)) * self.hidden_size**0.5  # (T, H)
+        states = states + places.flat(self._position_vectors(histories, times))
+        states = dropout(states, self.dropout, self.training)
         for block in self.blocks:
-            states = block(states)
-        normed: Tensor = self.norm(states)
-        return normed
+            states = block(states, places)
+        return places.padded(self.norm(states))
 
     def _block(self, hidden_size: int, heads: int, dropout: float) -> nn.Module:
         return Block(hidden_size, heads, dropout)
@@ -47,9 +49,9 @@ class SASRec(SequentialRecommender):
     def _last_norm(self, hidden_size: int) -> nn.Module:
         return nn.LayerNorm(hidden_size)
 
-    def _places(self, histories: Tensor, times: Tensor | None) -> Tensor:
-        """What tells positions apart, (L, H) or (B, L, H)."""
-        return self.positions[: histories.shape[1]]
+    def _position_vectors(self, histories: Tensor, times: Tensor | None) -> Tensor:
+        """What tells positions apart, (B, L, H)."""
+        return self.positions[: histories.shape[1]].expand(len(histories), -1, -1)
 
 
 class Block(nn.Module):
@@ -66,27 +68,31 @@ class Block(nn.Module):
         self.feed_forward_out = nn.Linear(hidden_size, hidden_size)
         initialise_linears(self)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(B, L, H) -> (B, L, H); position i sees positions 0..i."""
-        states = states + self._drop(self._attend(self.attention_norm(states)))
+    def forward(self, states: Tensor, places: Places) -> Tensor:
+        """(T, H) -> (T, H); position i of a history sees its positions 0..i."""
+        states = states + self._drop(self._attend(self.attention_norm(states), places))
         inner = self._drop(F.relu(self.feed_forward_in(self.feed_forward_norm(states))))
         return states + self._drop(self.feed_forward_out(inner))
 
-    def _attend(self, states: Tensor) -> Tensor:
+    def _attend(self, states: Tensor, places: Places) -> Tensor:
         share = self.dropout if self.training else 0.0
-        attended: Tensor = self.attention_out(causal_attention(self.query_key_value(states), self.heads, share))
+        mixed = causal_attention(self.query_key_value(states), places, self.heads, share)
+        attended: Tensor = self.attention_out(mixed)
         return attended
 
     def _drop(self, states: Tensor) -> Tensor:
         return dropout(states, self.dropout, self.training)
 
 
-def causal_attention(query_key_value: Tensor, heads: int, dropped_share: float) -> Tensor:
-    """(B, L, 3H) queries, keys and values side by side -> (B, L, H); position i sees positions 0..i."""
-    split = query_key_value.unflatten(-1, (3, heads, -1))  # (B, L, 3, heads, H / heads)
+def causal_attention(query_key_value: Tensor, places: Places, heads: int, dropped_share: float) -> Tensor:
+    """(T, 3H) queries, keys and values side by side -> (T, H); position i of a history sees its positions 0..i.
+
+    Padding stands at the end, where causal attention never looks.
+    """
+    split = places.padded(query_key_value).unflatten(-1, (3, heads, -1))  # (B, L, 3, heads, H / heads)
     query, key, value = split.permute(2, 0, 3, 1, 4)  # (B, heads, L, H / heads) each
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropped_share)
-    return mixed.transpose(1, 2).flatten(2)
+    return places.flat(mixed.transpose(1, 2)).flatten(1)
 
 
 def initialise_linears(module: nn.Module) -> None:
