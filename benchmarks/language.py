@@ -47,6 +47,7 @@ from llm2rec.lm.iem import (
     export,
 )
 from llm2rec.lm.text import item_texts
+from llm2rec.precision import resolve_dtype
 from llm2rec.training import Batch, Batches, Objective, TrainSettings, train
 
 MODEL = "smollm2-135m-instruct-q4"
@@ -421,7 +422,7 @@ def real_world(arguments: argparse.Namespace) -> World:
     sequences = prepared(interactions, catalogue)
     ids = {item: place for place, item in enumerate(catalogue.item_ids)}
     titles = [catalogue.titles[ids[item]] for item in sequences.item_ids]
-    dtype = backbones.resolve_dtype(arguments.dtype)
+    dtype = resolve_dtype(arguments.dtype)
     print(f"{name}, {MODEL}, {dtype}, {torch.get_num_threads()} threads\n")
     return World(sequences, titles, sources.fetch_model(MODEL), dtype, Sizes(), arguments.rounds)
 

@@ -14,6 +14,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import export
+from llm2rec.precision import resolve_dtype
 from llm2rec.training import Optimizer
 
 pytestmark = pytest.mark.slow
@@ -72,7 +73,7 @@ def test_a_few_csft_steps_lower_the_perplexity_of_held_out_titles(smollm2, movie
         Sequences.load(tmp_path / "data"),
         movielens[1].titles,
         model=smollm2,
-        dtype=backbones.resolve_dtype("auto"),
+        dtype=resolve_dtype("auto"),
         history_length=3,
         max_title_tokens=32,
         max_tokens=8192,

@@ -13,7 +13,7 @@ from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.rec.baselines import FLOORS, ItemKNN
-from llm2rec.rec.fit import NextItemObjective, WindowBatches
+from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
 from llm2rec.rec.items import Categories
 
 N, LENGTH = 12, 5
@@ -334,3 +334,35 @@ def test_cosine_scores_are_cosines_divided_by_the_temperature():
     items = dot.items.vectors().numpy()
     expected = items @ states / (np.linalg.norm(items, axis=1) * np.linalg.norm(states)) / 0.1
     assert np.allclose(cosine.score(HISTORIES)[1], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_follow_the_weights_though_the_catalogue_is_kept(case):
+    model, other = built(case), built(case, seed=1)
+    before = score(model, HISTORIES)
+    assert torch.equal(score(model, HISTORIES), before)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(score(model, HISTORIES), score(other, HISTORIES))
+    with torch.no_grad():
+        for parameter in model.items.parameters():
+            parameter.mul_(2.0)
+    assert not torch.equal(score(model, HISTORIES), score(other, HISTORIES))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_products_change_a_gradient_by_rounding_alone(case):
+    exact, rounded = gradients(case, "float32"), gradients(case, "bfloat16")
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert torch.cosine_similarity(rounded[name].flatten(), gradient.flatten(), dim=0) > 0.97 or (
+            gradient.abs().max() < 1e-2 * max(one.abs().max() for one in exact.values())
+        ), name
+
+
+def gradients(case, dtype):
+    model, sequences = built(case).train(), random_sequences()
+    timed = dataclasses.replace(sequences, times=np.arange(len(sequences.items)) * 1_000)
+    batch = WindowBatches(timed, LENGTH, 64, 0, with_times=model.needs_times)[0]
+    loss = NextItemObjective(model, Optimisation(1e-3, 0.0, 64, 1, 1, dtype=dtype))(model, batch)
+    loss.backward()
+    return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

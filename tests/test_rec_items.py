@@ -10,6 +10,7 @@ from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.rec import model as models
+from llm2rec.rec import vectors as vectors_module
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.context import BUCKETS, gap_buckets
 from llm2rec.rec.items import Categories, CategorisedItems, DeltaItems, FrozenItems, make_adapter
@@ -36,38 +37,43 @@ def make(**changes):
     return models.build(architecture(**changes), n_items=N, seed=0, vectors=vectors()).eval()
 
 
+def transformed(matrix, **how):
+    """As `freeze` transforms vectors, before it rounds them."""
+    return measure(matrix, **how).apply(matrix)
+
+
 class TestFrozenVectors:
     def test_they_are_standardised_and_constant_dimensions_survive(self):
         matrix = vectors()
         matrix[:, 0] = 7.0
-        values = freeze(matrix).values
+        values = transformed(matrix)
         assert np.allclose(values.mean(0), 0, atol=1e-5)
         assert np.allclose(values[:, 1:].std(0), 1, atol=1e-5)
         assert np.array_equal(values[:, 0], np.zeros(N))
 
     def test_full_whitening_leaves_uncorrelated_dimensions_of_unit_variance(self):
-        values = freeze(many(), whitening="full").values
+        values = transformed(many(), whitening="full")
         assert np.allclose(values.T @ values / len(values), np.eye(6), atol=1e-3)
 
     def test_half_whitening_takes_the_roots_of_the_standard_deviations(self):
-        plain, half = (freeze(many(), whitening=way, dimensions=6).values.std(0) for way in ("none", "half"))
+        plain, half = (transformed(many(), whitening=way, dimensions=6).std(0) for way in ("none", "half"))
         assert plain[0] > 2 * plain[-1]  # premise
         assert np.allclose(half / half[0], np.sqrt(plain / plain[0]), rtol=1e-3)
 
     @pytest.mark.parametrize("whitening", ["none", "half", "full"])
     def test_whitened_vectors_have_a_mean_variance_of_one(self, whitening):
-        values = freeze(many(), whitening=whitening, dimensions=4).values
+        values = transformed(many(), whitening=whitening, dimensions=4)
         assert values.shape == (400, 4)
         assert (values**2).mean() == pytest.approx(1.0, rel=1e-3)
 
     def test_the_first_components_are_the_strongest(self):
-        three = freeze(many(), dimensions=3).values
-        six = freeze(many(), dimensions=6).values
+        three = transformed(many(), dimensions=3)
+        six = transformed(many(), dimensions=6)
         assert (np.diff(six.std(0)) < 0).all()
         assert np.allclose(three / three.std(), six[:, :3] / six[:, :3].std(), atol=1e-4)
 
     def test_unwhitened_components_keep_distances_up_to_scale(self):
-        standard, turned = freeze(many()).values, freeze(many(), dimensions=6).values
+        standard, turned = transformed(many()), transformed(many(), dimensions=6)
         ratios = [np.linalg.norm(one[1:50] - one[0], axis=1) for one in (turned, standard)]
         assert np.allclose(ratios[0] / ratios[1], (ratios[0] / ratios[1])[0], rtol=1e-3)
 
@@ -86,10 +92,19 @@ class TestFrozenVectors:
     def test_added_items_are_transformed_with_the_statistics_of_training(self, whitening):
         far = np.full((1, 6), 1000.0, dtype=np.float32)
         grown = freeze(vectors(), whitening=whitening, added=far).values
-        assert np.array_equal(grown[:N], freeze(vectors(), whitening=whitening).values)
-        assert np.allclose(grown[N], measure(vectors(), whitening).apply(far)[0])
+        assert torch.equal(grown[:N], freeze(vectors(), whitening=whitening).values)
+        assert torch.allclose(
+            grown[N].float(), torch.from_numpy(measure(vectors(), whitening).apply(far)[0]), rtol=1e-2
+        )
         again = freeze(np.concatenate([vectors(), far]), whitening=whitening).values
-        assert not np.allclose(again[:N], grown[:N], atol=0.1)  # premise
+        assert not torch.allclose(again[:N], grown[:N], atol=0.1)  # premise
+
+    def test_values_are_rounded_to_bfloat16_chunk_by_chunk(self, monkeypatch):
+        whole = freeze(many(), whitening="half").values
+        assert whole.dtype == torch.bfloat16
+        assert torch.equal(whole, torch.from_numpy(transformed(many(), whitening="half")).bfloat16())
+        monkeypatch.setattr(vectors_module, "_CHUNK_ROWS", 7)
+        assert (freeze(many(), whitening="half").values - whole).abs().max() <= 2**-7 * whole.abs().max()
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_values_that_are_not_finite_are_refused(self, bad):
@@ -131,7 +146,7 @@ class TestTables:
         with torch.no_grad():
             items.delta.copy_(torch.randn(items.delta.shape, generator=torch.Generator().manual_seed(0)))
             items.delta[::2] *= 0.01
-        bounded, lengths = items.bounded_delta(), items.frozen.norm(dim=1)
+        bounded, lengths = items.bounded_delta(), items.frozen.float().norm(dim=1)
         assert (bounded[1::2].norm(dim=1) / lengths[1::2]).max() <= 0.25 + 1e-5
         assert torch.cosine_similarity(bounded, items.delta).min() > 0.9999
         assert torch.allclose(bounded[::2], items.delta[::2], rtol=1e-4)  # short enough: as they are

@@ -18,7 +18,7 @@ LEVELS = [
     {"runs"},
     {"data"},
     {"evaluation"},
-    {"softmax", "training"},
+    {"softmax", "training", "precision"},
     {"lm", "rec"},
     {"models"},
     {"serve"},

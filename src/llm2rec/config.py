@@ -341,6 +341,9 @@ class RecommenderConfig(Section):
     negatives: Positive = Field(256, description="sampled items a step; the full softmax samples none")
     sampling: Literal["uniform", "popularity"] = "uniform"
     calibration: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="of gBCE, its t")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the matrix products of training; auto takes the faster; ranking is float32"
+    )
     hidden_size: Positive = 128
     layers: Positive = 2
     heads: Positive = 2

@@ -74,12 +74,13 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict
     from llm2rec.lm import backbone as backbones
     from llm2rec.lm.backbone import future_sensitivity
     from llm2rec.lm.probes import next_title_perplexity
+    from llm2rec.precision import resolve_dtype
 
     sets = vector_sets(run)
     causal = {"backbone": model_path(run), "csft": run.csft} if sets else {}
     encoders = {"mntp": run.mntp, "llm2rec": run.iem}
     found: dict[str, dict[str, float]] = {}
-    dtype = backbones.resolve_dtype(run.recipe.model.dtype)
+    dtype = resolve_dtype(run.recipe.model.dtype)
     for name, path in causal.items():
         if name == "backbone" or (run.csft / artifacts.MANIFEST).exists():
             lm = backbones.load(path, dtype)

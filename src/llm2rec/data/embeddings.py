@@ -67,11 +67,13 @@ class ItemEmbeddings:
         return cls(vectors, item_ids, artifacts.read_json(folder / PROVENANCE))
 
     def aligned_to(self, item_ids: list[str]) -> np.ndarray:
-        """The vectors of `item_ids` in that order, (N, D) float32.
+        """The vectors of `item_ids` in that order, (N, D) float32; still mapped where the order is their own.
 
         Raises:
             ArtifactError: an item has no vector; names the first.
         """
+        if item_ids == self.item_ids:
+            return np.asarray(self.vectors)
         rows = {item_id: row for row, item_id in enumerate(self.item_ids)}
         missing = [item_id for item_id in item_ids if item_id not in rows]
         if missing:

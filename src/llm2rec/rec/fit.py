@@ -13,6 +13,7 @@ from llm2rec.data.sequences import TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.loggers import NO_LOGGERS, Loggers
+from llm2rec.precision import DTYPES, resolve_dtype
 from llm2rec.rec import losses
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture, require_one_of
@@ -35,7 +36,8 @@ class Optimisation:
     window a target, supervised at its end, which is the authors' way and costs history_length times as much.
     negatives: K, sampled anew for each step and shared in it; sampling: one of `losses.SAMPLINGS`; calibration: t
     of gBCE. The full softmax looks at none of the three, the sampled softmax not at `calibration`. schedule,
-    warmup_share: of the learning rate over `max_epochs`, as in `training.Optimizer`.
+    warmup_share: of the learning rate over `max_epochs`, as in `training.Optimizer`. dtype: of the matrix products
+    of training (`precision.resolve_dtype`); weights, their updates and the ranking are float32 throughout.
 
     Raises:
         ConfigError: an unknown name, a value out of range, or gBCE with popularity sampling.
@@ -53,10 +55,12 @@ class Optimisation:
     calibration: float = 0.75
     schedule: str = "constant"
     warmup_share: float = 0.0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         require_one_of("loss", self.loss, losses.LOSSES)
         require_one_of("targets", self.targets, (ALL, LAST))
+        require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("sampling", self.sampling, losses.SAMPLINGS)
         for size in ("batch_size", "max_epochs", "patience", "negatives"):
             if getattr(self, size) < 1:
@@ -247,16 +251,18 @@ class NextItemObjective:
         if trainable is not None and not trainable.all():
             self._columns = torch.from_numpy(np.flatnonzero(trainable))
             self._places = torch.from_numpy(np.cumsum(trainable) - 1)  # item -> column among the trainable
+        self._dtype = torch.float32 if optimisation is None else resolve_dtype(optimisation.dtype)
         self._loss = losses.FULL if optimisation is None else optimisation.loss
         self._calibration = 0.0 if optimisation is None else optimisation.calibration
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch from `WindowBatches`, summed over its targets."""
-        # `model` may be the engine's wrapper of the recommender, which has only its forward.
-        vectors = self._recommender.items.vectors()
-        states = model(batch["histories"], vectors, batch.get("times"))
+        with torch.autocast(batch["histories"].device.type, self._dtype, enabled=self._dtype != torch.float32):
+            # `model` may be the engine's wrapper of the recommender, which has only its forward.
+            vectors = self._recommender.items.vectors()
+            states = model(batch["histories"], vectors, batch.get("times"))
         labelled = states.flatten(0, 1).index_select(0, batch["rows"])  # (M, H)
-        queries, candidates = self._recommender.comparable(labelled, vectors)
+        queries, candidates = (part.to(self._dtype) for part in self._recommender.comparable(labelled, vectors))
         targets = batch["targets"]
         if self._loss == losses.FULL:
             if self._columns is not None and self._places is not None:

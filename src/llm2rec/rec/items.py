@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2rec.errors import DataError
+from llm2rec.rec.table_linear import TableLinear
 from llm2rec.rec.vectors import FrozenVectors
 
 INITIAL_STD = 0.02
@@ -158,7 +159,7 @@ class FrozenItems(ItemTable):
             if values is not None:
                 self.register_buffer(name, torch.from_numpy(values))
         # (N + M, K); neither saved nor written into checkpoints.
-        self.register_buffer("frozen", torch.from_numpy(frozen.values), persistent=False)
+        self.register_buffer("frozen", frozen.values, persistent=False)
         self.adapter = make_adapter(adapter, frozen.values.shape[1], hidden_size)
 
     @property
@@ -167,7 +168,7 @@ class FrozenItems(ItemTable):
         return len(self.frozen)
 
     def vectors(self) -> Tensor:
-        """(N + M, H) float32: the adapter applied to the whole catalogue."""
+        """(N + M, H): the adapter applied to the whole catalogue."""
         return self._adapted(self.frozen)
 
     def _adapted(self, values: Tensor) -> Tensor:
@@ -227,7 +228,7 @@ class DeltaItems(FrozenItems):
 
     def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, share: float) -> None:
         super().__init__(frozen, hidden_size, adapter)
-        trained = self.frozen[: len(self.frozen) - self.n_added]
+        trained = self.frozen[: len(self.frozen) - self.n_added].float()
         self.longest: Tensor
         self.register_buffer("longest", share * trained.norm(dim=1, keepdim=True), persistent=False)  # (N, 1)
         self.delta = nn.Parameter(torch.zeros_like(trained))
@@ -259,8 +260,8 @@ def make_adapter(kind: str, width: int, hidden_size: int) -> nn.Module:
         width: K.
     """
     if kind == "linear":
-        return _initialised(nn.Linear(width, hidden_size), INITIAL_STD / width**0.5)
-    inner = _initialised(nn.Linear(width, hidden_size), width**-0.5)
+        return _initialised(TableLinear(width, hidden_size), INITIAL_STD / width**0.5)
+    inner = _initialised(TableLinear(width, hidden_size), width**-0.5)
     outer = _initialised(nn.Linear(hidden_size, hidden_size), INITIAL_STD / (_GELU_SQUARE * hidden_size) ** 0.5)
     return nn.Sequential(inner, nn.GELU(), outer)
 

@@ -28,6 +28,7 @@ class SequentialRecommender(nn.Module, ABC):
         self.architecture = architecture
         self.hidden_size, self.dropout = architecture.hidden_size, architecture.dropout
         self.history_length = architecture.history_length
+        self._kept: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
 
     @property
     def n_items(self) -> int:
@@ -52,7 +53,7 @@ class SequentialRecommender(nn.Module, ABC):
         temperature = self.architecture.temperature
         if temperature is None:
             return states, vectors
-        return F.normalize(states, dim=-1) / temperature, F.normalize(vectors, dim=-1)
+        return F.normalize(states.float(), dim=-1) / temperature, F.normalize(vectors.float(), dim=-1)
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
         """Scores of the whole catalogue after each history, (B, N + M) float32, no gradient; set `eval()` first.
@@ -79,9 +80,27 @@ class SequentialRecommender(nn.Module, ABC):
                     )
                 times = recent(histories, self.history_length, checked_times(times.to(device), histories))
             seen = recent(histories, self.history_length)
-            vectors = self.items.vectors()
+            vectors, candidates = self._catalogue()
             newest = (lengths(seen) - 1).clamp(min=0)
             states = self(seen, vectors, times)[torch.arange(len(seen), device=device), newest]  # (B, H)
-            queries, candidates = self.comparable(states, vectors)
+            queries, _ = self.comparable(states, vectors[:0])
             scores = [queries @ part.T for part in self.items.parts(candidates)]
-            return (torch.cat(scores, dim=1) if len(scores) > 1 else scores[0]).float()
+            return torch.cat(scores, dim=1) if len(scores) > 1 else scores[0]
+
+    def _catalogue(self) -> tuple[Tensor, Tensor]:
+        """Item vectors to read histories with, and to score against; kept from call to call while nothing changes.
+
+        Else every call would put the whole catalogue through the adapter again, which costs more than the scores.
+        """
+        tensors = [*self.items.parameters(), *self.items.buffers()]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if self.training or self._kept is None or self._kept[0] != state:
+            vectors = self.items.vectors()
+            _, candidates = self.comparable(vectors[:0], vectors)
+            self._kept = state, vectors, candidates
+        return self._kept[1:]
+
+    def train(self, mode: bool = True) -> SequentialRecommender:
+        """Sets training or evaluation mode, as in torch; forgets what `score` has kept."""
+        self._kept = None
+        return super().train(mode)

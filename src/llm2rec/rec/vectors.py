@@ -8,9 +8,12 @@ on the training catalogue and saved with the weights, so that items added later 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError
 
@@ -39,11 +42,12 @@ class Statistics:
 class FrozenVectors:
     """Transformed vectors, ready for an item table.
 
-    values: (N + M, K) float32, the N items of training before the M added ones.
+    values: (N + M, K) bfloat16, the N items of training before the M added ones: rounded to 8 bits a value, which
+    is far finer than what a catalogue's vectors differ by, they take half the memory.
     n_added: M. statistics: of the N. sha256: of the raw vectors of the N.
     """
 
-    values: np.ndarray
+    values: Tensor
     n_added: int
     statistics: Statistics
     sha256: str
@@ -71,7 +75,7 @@ def freeze(
     """
     vectors = checked_vectors(vectors)
     statistics = statistics or measure(vectors, whitening, dimensions)
-    values, n_added = statistics.apply(vectors), 0
+    values, n_added = [_transformed(vectors, statistics)], 0
     if added is not None:
         added = checked_vectors(added)
         if added.shape[1] != vectors.shape[1]:
@@ -79,8 +83,22 @@ def freeze(
                 f"added item vectors have {added.shape[1]} dimensions, those of training {vectors.shape[1]}; "
                 "encode the added items with the same encoder"
             )
-        values, n_added = np.concatenate([values, statistics.apply(added)]), len(added)
-    return FrozenVectors(values, n_added, statistics, hash_vectors(vectors))
+        values, n_added = [*values, _transformed(added, statistics)], len(added)
+    return FrozenVectors(torch.cat(values) if n_added else values[0], n_added, statistics, hash_vectors(vectors))
+
+
+def _transformed(vectors: np.ndarray, statistics: Statistics) -> Tensor:
+    """(N, D) -> (N, K) bfloat16, never held in float32."""
+    width = vectors.shape[1] if statistics.projection is None else statistics.projection.shape[1]
+    values = torch.empty(len(vectors), width, dtype=torch.bfloat16)
+    for rows in _chunks(vectors):
+        values[rows] = torch.from_numpy(statistics.apply(vectors[rows])).bfloat16()
+    return values
+
+
+def _chunks(vectors: np.ndarray) -> Iterator[slice]:
+    for start in range(0, len(vectors), _CHUNK_ROWS):
+        yield slice(start, start + _CHUNK_ROWS)
 
 
 def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None = None) -> Statistics:
@@ -107,8 +125,8 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
     if whitening == "none" and dimensions is None:
         return standardised
     covariance = np.zeros((vectors.shape[1],) * 2)
-    for start in range(0, len(vectors), _CHUNK_ROWS):
-        chunk = standardised.apply(vectors[start : start + _CHUNK_ROWS]).astype(np.float64)
+    for rows in _chunks(vectors):
+        chunk = standardised.apply(vectors[rows]).astype(np.float64)
         covariance += chunk.T @ chunk / len(vectors)
     variances, directions = np.linalg.eigh(covariance)
     variances, directions = variances[::-1], directions[:, ::-1]  # strongest first
@@ -137,7 +155,9 @@ def checked_vectors(vectors: np.ndarray) -> np.ndarray:
     """
     if vectors.ndim != 2 or not vectors.shape[1]:
         raise ArtifactError(f"item vectors have shape {vectors.shape}; expected (items, dimensions)")
-    finite = np.isfinite(vectors).all(axis=1)
+    finite = np.ones(len(vectors), dtype=bool)
+    for rows in _chunks(vectors):
+        finite[rows] = np.isfinite(vectors[rows]).all(axis=1)
     if not finite.all():
         raise ArtifactError(
             f"{(~finite).sum():,} of {len(vectors):,} item vectors hold NaN or infinite values (first: row "
@@ -151,8 +171,12 @@ def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Summed in float64: language models have dimensions with means of hundreds and a spread below one.
     """
-    mean = vectors.mean(axis=0, dtype=np.float64)
-    scale = vectors.std(axis=0, dtype=np.float64)
+    mean, squares = np.zeros(vectors.shape[1]), np.zeros(vectors.shape[1])
+    for rows in _chunks(vectors):
+        mean += vectors[rows].sum(axis=0, dtype=np.float64) / len(vectors)
+    for rows in _chunks(vectors):
+        squares += np.square(vectors[rows] - mean).sum(axis=0)
+    scale = np.sqrt(squares / len(vectors))
     # Exact: the standard deviation of equal float32 values may come out as 1e-17 instead of 0.
     scale[vectors.min(axis=0) == vectors.max(axis=0)] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)

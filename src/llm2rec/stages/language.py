@@ -164,8 +164,8 @@ def _arguments(run: Run, section: LanguageConfig) -> dict[str, Any]:
 
     With them, what all language stages of the run share.
     """
-    from llm2rec.lm.backbone import resolve_dtype
     from llm2rec.lm.lora import Lora
+    from llm2rec.precision import resolve_dtype
     from llm2rec.training import Optimizer
 
     model = run.recipe.model
@@ -190,8 +190,8 @@ def encode_stages(run: Run) -> list[Stage]:
 
 def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out: Path) -> Summary:
     """Writes the vectors of a vector set for some items, made by the model that the set stands for."""
-    from llm2rec.lm.backbone import resolve_dtype
     from llm2rec.lm.encode import encode
+    from llm2rec.precision import resolve_dtype
 
     return encode(
         item_ids,

@@ -86,10 +86,11 @@ def _ranked_directly(run: Run, domain: Domain, sampled: Sequences, label: str, f
     def make() -> pl.DataFrame:
         from llm2rec.lm import backbone as backbones
         from llm2rec.lm.direct import TitleRanker
+        from llm2rec.precision import resolve_dtype
         from llm2rec.training import default_device
 
         source = run.csft if label == TRAINED else model_path(run)
-        lm = backbones.load(source, backbones.resolve_dtype(run.recipe.model.dtype))
+        lm = backbones.load(source, resolve_dtype(run.recipe.model.dtype))
         lm.model.to(default_device())
         ranker = TitleRanker(
             lm,
