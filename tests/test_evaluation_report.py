@@ -1,4 +1,3 @@
-import io
 import re
 from dataclasses import replace
 from html import unescape
@@ -7,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import polars as pl
 import pytest
-from rich.console import Console
 
+from conftest import printed
 from llm2rec.evaluation import probes, protocol, report, slices
 from llm2rec.evaluation.diagnosis import data_probes
 from llm2rec.evaluation.maps import EmbeddingMap
@@ -75,16 +74,9 @@ def test_figures_take_their_colours_from_the_page(data):
     assert not re.findall(r"(?:fill|stroke): #[^\"]*", report.render_html(data))
 
 
-def printed(renderable, width=80):
-    """What a terminal of that width shows."""
-    console = Console(width=width, file=io.StringIO())
-    console.print(renderable)
-    return console.file.getvalue()
-
-
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_terminal_table_marks_what_is_within_noise(data, width):
-    shown = printed(report.render_table(data.metrics), width)
+    shown = printed(report.render_table(data.metrics), width=width)
     line = next(line for line in shown.splitlines() if "sasrec-llm2rec" in line)
     assert "not distinguishable" in line
 
@@ -105,7 +97,7 @@ def test_long_names_and_several_seeds_cut_no_number_at_80_columns():
 
 
 def test_every_table_says_what_competes_with_a_target(data, compared):
-    terminal, page = printed(report.render_table(data.metrics), 500), report.render_html(data)
+    terminal, page = printed(report.render_table(data.metrics), width=500), report.render_html(data)
     pages = [page, report.render_comparison_html(compared)]
     texts = (terminal, report.markdown_table(data.metrics), *map(unescape, pages))
     assert all(RANKING in " ".join(text.split()) for text in texts)
@@ -116,7 +108,7 @@ def test_a_slice_is_shown_in_the_terminal(full):
     shown = printed(report.render_slice(metrics, "target", "novel", "Novel targets"))
     assert "Novel targets: 80 test events of 80 users" in shown and "▼ worse" in shown
     assert f"{full.slices['target']['slices']['novel']['rows']['sasrec-id']['mean']:.4f}" in shown
-    assert "Only 20 test users" in printed(report.render_slice(metrics, "target", "repeat", "Repeats"), 500)
+    assert "Only 20 test users" in printed(report.render_slice(metrics, "target", "repeat", "Repeats"), width=500)
     assert report.render_slice(metrics, "target", "seen", "Nothing of the kind") is None
 
 

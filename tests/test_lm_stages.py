@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TITLES, cyclic_log
+from conftest import TITLES, prepared_cycle
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
@@ -38,11 +35,7 @@ OPTIMIZER = Optimizer(learning_rate=1e-2)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Sequences and titles of the cyclic log."""
-    folder = tmp_path_factory.mktemp("world")
-    log, items = cyclic_log()
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder), catalogue.titles
+    return prepared_cycle(tmp_path_factory.mktemp("world"))
 
 
 def run_csft(world, model, out, **changes):

@@ -1,6 +1,5 @@
 """The whole job on a toy world with a known answer, and what a user can do to a run folder."""
 
-import io
 import json
 import os
 import shutil
@@ -12,11 +11,10 @@ import time
 import polars as pl
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 import llm2rec as lr
-from conftest import cyclic_log
+from conftest import cyclic_log, printed
 from llm2rec import artifacts
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
@@ -339,16 +337,8 @@ def test_a_verb_without_anything_to_do_says_so(floors, capsys, verb):
 
 
 def test_held_out_items_have_a_table_of_their_own_in_the_terminal(floors, finished):
-    assert "Targets never trained on: " in printed(show(floors))
-    assert "Targets never trained on" not in printed(show(finished))
-
-
-def printed(parts):
-    """What a terminal of 80 columns shows."""
-    console = Console(file=io.StringIO(), width=80)
-    for part in parts:
-        console.print(part)
-    return console.file.getvalue()
+    assert "Targets never trained on: " in printed(*show(floors))
+    assert "Targets never trained on" not in printed(*show(finished))
 
 
 def command(world, folder):
@@ -412,7 +402,7 @@ def test_probes_of_every_vector_set_fit_into_80_columns():
     }
     model = {"future_sensitivity": 0.5, "true": 123456.789, "random": 234567.891}
     content = {"vectors": dict.fromkeys(("data", *sets), readings), "language_model": {"backbone": model}}
-    said = printed(show_probes(content | {"order": {}, "diagnosis": []}))
+    said = printed(*show_probes(content | {"order": {}, "diagnosis": []}))
     heads = next(line for line in said.splitlines() if line.startswith("vectors"))
     assert heads.split() == ["vectors", "backbone", "causal", "csft", "causal", "mntp", "llm2rec", "chance"]
     assert said.count("1234.568") == len(sets) and "123456.789" in said and "…" not in said
