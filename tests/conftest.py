@@ -1,5 +1,6 @@
 """Small worlds for tests: a tiny random decoder, and logs with a known answer."""
 
+import io
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers of the suite must not wait for each other
@@ -8,7 +9,11 @@ import numpy as np  # noqa: E402
 import polars as pl  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
 
+from llm2rec.data.sequences import Sequences, prepare  # noqa: E402
+from llm2rec.data.splits import Split  # noqa: E402
+from llm2rec.data.tables import Catalogue, Interactions  # noqa: E402
 from llm2rec.lm import backbone as backbones  # noqa: E402
 
 TITLES = [
@@ -45,6 +50,22 @@ def cyclic_log(users=40, items=12, events=8):
             "timestamp": np.tile(np.arange(events), users),
         }
     ), pl.DataFrame({"item_id": [f"i{item:02d}" for item in range(items)], "title": TITLES[:items]})
+
+
+def prepared_cycle(folder, **sizes):
+    """Sequences and titles of a cyclic log, prepared in `folder`; each user's last two events are held out."""
+    log, items = cyclic_log(**sizes)
+    catalogue = Catalogue.from_frame(items, "items")
+    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
+    return Sequences.load(folder), catalogue.titles
+
+
+def printed(*parts, width=80):
+    """What a terminal of that width shows of them."""
+    console = Console(file=io.StringIO(), width=width)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue()
 
 
 @pytest.fixture

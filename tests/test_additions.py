@@ -6,21 +6,22 @@ import polars as pl
 import pytest
 
 import llm2rec as lr
-from llm2rec.errors import ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from test_pipeline import overrides, write_world
 
 NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["The red boat (1980) again", "Something else"]})
+
+CHANGES = (
+    "recommender.max_epochs=3",
+    "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum]",
+)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("added")
     write_world(folder)
-    changes = (
-        "recommender.max_epochs=3",
-        "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum]",
-    )
-    run = lr.run("demo", folder / "run", (*overrides(folder), *changes))
+    run = lr.run("demo", folder / "run", (*overrides(folder), *CHANGES))
     NEW.write_csv(folder / "new.csv")
     return run
 
@@ -74,6 +75,38 @@ def test_items_are_added_to_those_added_before(run, tmp_path):
     both = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}
     assert "new3" in both
     assert all(both[item] == pytest.approx(score, abs=1e-5) for item, score in first.items())
+
+
+def test_an_unchanged_rerun_keeps_the_added_items(run, trained):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    before = listed(run, ["i03", "new1"])
+    again = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *CHANGES))
+    assert listed(again, ["i03", "new1"]) == before
+
+
+def test_after_another_training_added_items_are_refused(run, trained):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    changes = (*CHANGES, "iem.contrastive.temperature=0.2")
+    again = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *changes))
+    for call in (lambda: lr.similar(again, "i03"), lambda: lr.recommend(again, ["i03"])):
+        with pytest.raises(ArtifactError, match="earlier model of this run; move that folder away"):
+            call()
+    assert lr.probe(again)["vectors"].keys() == {"data", "llm2rec"}  # of the trained items, as before
+    shutil.rmtree(again.folder / "added")
+    assert lr.add_items(again, run.folder.parent / "new.csv") == 2
+
+
+def test_items_are_not_added_to_vectors_that_the_recipe_no_longer_makes(run):
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "encode: {pooling: last}\n")
+    with pytest.raises(ArtifactError, match=r"llm2rec is not up to date \(encode.pooling\)"):
+        lr.add_items(run.folder, run.folder.parent / "new.csv")
+
+
+def test_items_are_not_added_twice(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    with pytest.raises(DataError, match="2 items are in the catalogue already: 'new1', 'new2'"):
+        lr.add_items(run, run.folder.parent / "new.csv")
 
 
 def test_an_item_that_is_there_already_is_refused(run, tmp_path):

@@ -47,6 +47,37 @@ def test_a_stage_that_fails_leaves_no_manifest_and_keeps_its_checkpoints(tmp_pat
     assert not (folder / artifacts.CHECKPOINTS).exists()
 
 
+def test_of_an_interrupted_stage_a_changed_input_is_named_as_well(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "csft", "csft", {"a": 1, "b": 1}, tmp_path):
+        raise RuntimeError
+    assert artifacts.decide(tmp_path / "csft", {"a": 2, "b": 1}).reasons == ("interrupted", "a")
+    (tmp_path / "csft" / artifacts.STARTED).write_text("{")
+    assert artifacts.decide(tmp_path / "csft", {"a": 2, "b": 1}).reasons == ("interrupted",)
+
+
+def test_many_reasons_are_counted_rather_than_listed():
+    assert artifacts.Decision(False, ("a", "b", "c")).in_words == "a, b, c"
+    assert artifacts.Decision(False, ("a", "b", "c", "d", "e")).in_words == "a, b, c and 2 more"
+
+
+def test_a_stage_that_fails_before_it_writes_leaves_the_finished_one(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1}, "old")
+    with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "data", "prepare", {"a": 2}, tmp_path):
+        raise RuntimeError
+    assert artifacts.decide(tmp_path / "data", {"a": 1}).keep
+    assert artifacts.decide(tmp_path / "data", {"a": 2}).reasons == ("a",)
+
+
+def test_a_stage_that_fails_after_it_has_written_does_not_bring_the_old_one_back(tmp_path):
+    finish(tmp_path / "data", tmp_path, {"a": 1}, "old")
+    with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "data", "prepare", {"a": 2}, tmp_path):
+        (tmp_path / "data" / "out.txt").write_text("half")
+        raise RuntimeError
+    assert artifacts.decide(tmp_path / "data", {"a": 2}).reasons == ("interrupted",)
+    (old,) = (tmp_path / artifacts.SUPERSEDED).rglob("out.txt")
+    assert old.read_text() == "old"
+
+
 def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
     folder = tmp_path / "csft"
     with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):

@@ -140,6 +140,21 @@ def test_a_hub_that_cannot_be_asked_is_one_message_with_the_known_models(run_on,
     assert "no route to host" in err and "smollm2-135m-instruct-q4" in err
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("recommender.dimensions=17", "vectors of tiny-random have 16"),
+        ("recommender.dimensions=6", "6 different item texts of main vary in at most 5 directions"),
+        ("encode.layer=3", "tiny-random has the layers 0 (embeddings) to 2"),
+        ("iem.contrastive.positives=consumed-next", "of a batch of 8 without a title twice"),
+    ],
+)
+def test_what_the_model_or_the_data_cannot_give_is_refused_before_csft(run_on, change, words):
+    status, err = run_on(None, None, change)
+    assert status == 1
+    assert words in err and "done   csft" not in err
+
+
 @pytest.mark.parametrize(("title", "words"), [("Same film", "'Same film'"), (None, "single token")])
 def test_titles_without_text_are_refused_before_csft(run_on, title, words):
     log, items = cyclic_log(users=4, items=6, events=5)
@@ -174,6 +189,8 @@ def test_the_verbs_print_titles(llm2rec, tmp_path):
     status, out, _ = llm2rec("recommend", tmp_path / "run", "--history", everything)
     assert status == 0 and "covers the whole catalogue" in out
     status, out, _ = llm2rec("similar", tmp_path / "run", "i00", "-k", "2")
+    assert status == 0 and "The " in out
+    status, out, _ = llm2rec("similar", tmp_path / "run", "i00", "--vectors", "backbone")
     assert status == 0 and "The " in out
     status, out, _ = llm2rec("compare", tmp_path / "run", tmp_path / "run")
     assert status == 1  # the same folder twice is one run

@@ -60,6 +60,15 @@ def test_no_gain_in_spite_of_enough_events_is_said_so():
     assert found.startswith("CSFT taught nothing measurable")
 
 
+def test_a_csft_that_leaves_the_perplexity_as_it_was_did_not_learn():
+    healthy = probed(backbone=BACKBONE, csft=CSFT)
+    models = {"backbone": {"true": 20.0, "random": 21.0}, "csft": {"true": 19.95, "random": 21.0}}
+    (found,) = diagnose(healthy, models)
+    assert found.startswith("CSFT did not learn: the perplexity of the true next title is 19.95 after it, 20.00")
+    assert diagnose(healthy, {**models, "csft": {"true": 12.0, "random": 21.0}}) == []
+    assert diagnose(healthy, {"backbone": models["backbone"], "llm2rec": {"future_sensitivity": 1.0}}) == []
+
+
 def test_a_backbone_without_categories_means_text_that_does_not_describe():
     (found,) = diagnose(probed(backbone=vectors_of(text=0.0)))
     assert found.startswith("Text does not describe the item") and "same category, chance is 0.25" in found

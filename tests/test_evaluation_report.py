@@ -1,17 +1,19 @@
-import io
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
 import polars as pl
 import pytest
-from rich.console import Console
 
+from conftest import printed
 from llm2rec.evaluation import probes, protocol, report, slices
 from llm2rec.evaluation.diagnosis import data_probes
 from llm2rec.evaluation.maps import EmbeddingMap
 from test_evaluation_protocol import BAD, GOOD, table
+
+RANKING = protocol.ranking_in_words(mask_history=True)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def data():
     per_user = table(popularity=[BAD], **{"sasrec-id": [GOOD], "sasrec-llm2rec": [GOOD]})
     metrics = protocol.summarise(per_user, [5, 10], samples=100)
     metrics["comparisons"] = protocol.compare_rows(per_user, "sasrec-id", samples=300)
-    metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {"test_events": 100}}
+    metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {"ranking": RANKING, "test_events": 100}}
     return report.ReportData(
         title="toy",
         facts={"users": 100},
@@ -74,10 +76,40 @@ def test_figures_take_their_colours_from_the_page(data):
 
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_terminal_table_marks_what_is_within_noise(data, width):
-    console = Console(width=width, file=io.StringIO())
-    console.print(report.render_table(data.metrics))
-    line = next(line for line in console.file.getvalue().splitlines() if "sasrec-llm2rec" in line)
+    shown = printed(report.render_table(data.metrics), width=width)
+    line = next(line for line in shown.splitlines() if "sasrec-llm2rec" in line)
     assert "not distinguishable" in line
+
+
+def test_long_names_and_several_seeds_cut_no_number_at_80_columns():
+    names = ["esasrec-backbone-bidirectional", "esasrec-llm2rec+concatenation"]
+    metrics = protocol.summarise(table(**{names[0]: [BAD, GOOD], names[1]: [GOOD, BAD]}), [10], samples=50)
+    compared = protocol.compare_rows(table(**{name: [BAD, GOOD] for name in names}), names[0], samples=50)
+    metrics |= {"reference": names[0], "comparisons": compared, "protocol": {"ranking": RANKING}}
+    shown = printed(report.render_table(metrics))
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    folded = "".join(line[:19].strip() for line in shown.splitlines())  # the column of the names
+    assert all(name in folded for name in names)
+    for values in metrics["rows"].values():
+        for name in ("ndcg@10", "recall@10"):
+            assert f"{values[name]['mean']:.4f}" in shown and f"± {values[name]['std']:.4f}" in shown
+        assert f"{values['ndcg@10']['low']:.4f}–{values['ndcg@10']['high']:.4f}" in shown
+
+
+def test_every_table_says_what_competes_with_a_target(data, compared):
+    terminal, page = printed(report.render_table(data.metrics), width=500), report.render_html(data)
+    pages = [page, report.render_comparison_html(compared)]
+    texts = (terminal, report.markdown_table(data.metrics), *map(unescape, pages))
+    assert all(RANKING in " ".join(text.split()) for text in texts)
+
+
+def test_a_slice_is_shown_in_the_terminal(full):
+    metrics = full.metrics | {"slices": full.slices}
+    shown = printed(report.render_slice(metrics, "target", "novel", "Novel targets"))
+    assert "Novel targets: 80 test events of 80 users" in shown and "▼ worse" in shown
+    assert f"{full.slices['target']['slices']['novel']['rows']['sasrec-id']['mean']:.4f}" in shown
+    assert "Only 20 test users" in printed(report.render_slice(metrics, "target", "repeat", "Repeats"), width=500)
+    assert report.render_slice(metrics, "target", "seen", "Nothing of the kind") is None
 
 
 def test_the_headline_does_not_claim_what_is_within_noise(data):
@@ -120,6 +152,7 @@ def compared():
         runs={run: protocol.summarise(frame, [10], samples=50)["rows"] for run, frame in runs.items()},
         comparisons=protocol.compare_runs(runs, samples=300),
         settings={"runs/old": {"csft": {"steps": 1, "seed": 0}}, "runs/<new>": {"csft": {"steps": 2, "seed": 0}}},
+        ranking=RANKING,
     )
 
 
@@ -244,7 +277,7 @@ def test_too_few_users_are_warned_of_everywhere(data):
     per_user = table(popularity=[BAD[:20]], **{"sasrec-id": [GOOD[:20]]})
     metrics = protocol.summarise(per_user, [10], samples=50)
     metrics["comparisons"] = protocol.compare_rows(per_user, "sasrec-id", samples=50)
-    metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {}}
+    metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {"ranking": RANKING}}
     shown = text_of(report.render_html(replace(data, metrics=metrics)))
     assert "Only 20 test users" in shown and "– – " in shown and "? too few users" in shown
     assert "too few users" in report.markdown_table(metrics) and "Only 20 test users" in report.markdown_table(

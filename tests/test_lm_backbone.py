@@ -136,3 +136,11 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tiny, tmp_path):
     backbones.save(tiny, tmp_path)
     with pytest.raises(ArtifactError, match="pad token None"):
         backbones.load(tmp_path, torch.float32)
+
+
+def test_the_shape_of_a_model_is_read_from_its_configuration(tiny_folder, tiny, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_folder / "config.json").read_text())  # and no weights
+    config = tiny.body.config
+    assert backbones.model_shape(tmp_path) == (config.hidden_size, config.num_hidden_layers) == (16, 2)
+    with pytest.raises(ConfigError, match="cannot read the configuration"):
+        backbones.model_shape(tmp_path / "nowhere")

@@ -13,10 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from conftest import cyclic_log
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
+from conftest import prepared_cycle
 from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
@@ -31,11 +28,7 @@ FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConf
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Sequences and titles of a small cyclic log."""
-    folder = tmp_path_factory.mktemp("world")
-    log, items = cyclic_log(users=12)
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder), catalogue.titles
+    return prepared_cycle(tmp_path_factory.mktemp("world"), users=12)
 
 
 def save_random(config_class, tokenizer, folder, **changes):

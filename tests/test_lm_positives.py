@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, cyclic_log
-from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
+from conftest import TITLES, prepared_cycle
+from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.iem import ContrastiveObjective, TitleBatches, contrastive, distinct_texts
@@ -93,11 +91,7 @@ def test_a_chunk_holds_its_first_titles_and_then_their_partners(tiny):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    log, items = cyclic_log()
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder), catalogue.titles
+    return prepared_cycle(tmp_path_factory.mktemp("world"))
 
 
 def run(world, model, out, **changes):

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, cyclic_log
+from conftest import TITLES, prepared_cycle
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.data.sequences import Sequences
+from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
@@ -92,14 +91,7 @@ def free_port():
 def folders(tiny_folder, tmp_path_factory):
     """The results of one process and of two."""
     root = tmp_path_factory.mktemp("processes")
-    log, items = cyclic_log(users=12)
-    prepare(
-        Interactions.from_frame(log, "log"),
-        Catalogue.from_frame(items, "items"),
-        split=Split(),
-        short_histories="error",
-        out=root / "data",
-    )
+    prepared_cycle(root / "data", users=12)
     backbones.save(backbones.load(tiny_folder, torch.float32), root / "tiny")
     command = "import sys; from pathlib import Path; from test_lm_processes import work; "
     command += "work(*map(Path, sys.argv[1:]))"

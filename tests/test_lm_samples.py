@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, cyclic_log
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
+from conftest import TITLES, prepared_cycle
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import SampleBatches, TokenObjective, csft, csft_texts, supervise
@@ -21,11 +18,7 @@ from llm2rec.training import Optimizer, TrainSettings, train
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Sequences and titles of the cyclic log: 6 training events a user."""
-    folder = tmp_path_factory.mktemp("world")
-    log, items = cyclic_log(users=12)
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder), catalogue.titles
+    return prepared_cycle(tmp_path_factory.mktemp("world"), users=12)
 
 
 def samples_of(tokenizer, item_sequences, separator=False, trees=None):

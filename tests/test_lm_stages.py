@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TITLES, cyclic_log
+from conftest import TITLES, prepared_cycle
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
-from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
@@ -38,11 +35,7 @@ OPTIMIZER = Optimizer(learning_rate=1e-2)
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Sequences and titles of the cyclic log."""
-    folder = tmp_path_factory.mktemp("world")
-    log, items = cyclic_log()
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder), catalogue.titles
+    return prepared_cycle(tmp_path_factory.mktemp("world"))
 
 
 def run_csft(world, model, out, **changes):
@@ -90,6 +83,23 @@ def test_the_token_budget_is_kept(tiny, world):
     tokens = sum(batches[i]["input_ids"].shape[1] for i in range(len(batches)))
     assert 900 < tokens <= 1000
     assert tokens == batches.tokens
+
+
+def test_what_a_shorter_training_spends_is_counted(tiny, world):
+    sequences, titles = world
+    texts = csft_texts(tiny.tokenizer, titles, 64)
+    batches = WindowBatches(texts, sequences, 3, 64, max_tokens=1000, epochs=None, seed=0)
+    tokens, targets = batches.spent(5)
+    assert tokens == sum(batches[i]["input_ids"].shape[1] for i in range(5)) < batches.tokens
+    separator = tiny.tokenizer("\n")["input_ids"][0]
+    assert targets == sum(int((batches[i]["labels"] == separator).sum()) for i in range(5)) < batches.targets
+
+
+def test_a_csft_that_stops_early_reports_the_tokens_it_was_trained_on(world, tiny_folder, tmp_path):
+    options = {"evaluations": 8, "patience": 1, "optimizer": Optimizer(learning_rate=1e-15)}
+    summary = run_csft(world, tiny_folder, tmp_path, max_tokens=6000, **options)
+    assert summary["steps"] < 10
+    assert summary["tokens"] <= summary["steps"] * 256
 
 
 def test_held_out_text_ends_with_the_validation_title_alone_labelled(tiny, world):
@@ -303,6 +313,13 @@ def test_the_exported_encoder_of_a_chat_model_reads_titles_as_they_are(tiny_fold
     export(lm, TITLES, 64, tmp_path / "encoder")
     theirs = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(TITLES)
     assert np.abs(encode_titles(lm, TITLES, 64, 1000)[0] - theirs).max() < 1e-4
+
+
+def test_exporting_a_bfloat16_encoder_warns_of_nothing(tiny_folder, tmp_path, caplog):
+    lm = backbones.load(tiny_folder, torch.bfloat16, head=False)
+    lm.set_causal(False)
+    export(lm, TITLES, 64, tmp_path / "encoder")
+    assert caplog.text == ""
 
 
 def test_vectors_do_not_depend_on_the_batch(tiny):

@@ -14,13 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 import llm2rec as lr
-from conftest import cyclic_log
+from conftest import cyclic_log, printed
 from llm2rec import artifacts
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
+from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.judging import distinct_names
+from llm2rec.probing import show_probes
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
 
@@ -262,6 +264,17 @@ def test_a_stage_verb_refuses_a_parent_that_was_changed(copied):
         lr.fit(copied)
 
 
+def test_an_evaluation_that_fails_leaves_the_old_one(copied, finished, world, monkeypatch):
+    def gone(*args, **kwargs):
+        raise ArtifactError("the vectors are gone")
+
+    with monkeypatch.context() as patched, pytest.raises(ArtifactError, match="vectors are gone"):
+        patched.setattr("llm2rec.judging.load_scorer", gone)
+        rerun(copied, world, "evaluation.k=[1, 3]")
+    assert lr.open_run(copied).metrics() == finished.metrics()
+    assert rerun(copied, world, "evaluation.k=[1, 3]") == [("evaluation", ["evaluation.k"])]
+
+
 def test_a_stage_verb_refuses_to_go_on_from_a_stage_whose_data_changed(copied, world, tmp_path):
     shutil.copytree(world, tmp_path / "world")
     lr.run("demo", copied, overrides(tmp_path / "world"))
@@ -308,6 +321,24 @@ def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
     run = lr.run("demo", tmp_path / "ids", (*overrides(world), "recommender.rows=[popularity, sasrec-id]"))
     assert not run.csft.exists()
     assert set(run.metrics()["rows"]) == {"popularity", "sasrec-id"}
+
+
+@pytest.fixture(scope="module")
+def floors(world, tmp_path_factory):
+    """A run of floors alone, a fifth of the items held out."""
+    changes = ("recommender.rows=[popularity, markov]", "data.split.cold_items=0.2")
+    return lr.run("demo", tmp_path_factory.mktemp("floors") / "run", (*overrides(world), *changes))
+
+
+@pytest.mark.parametrize("verb", ["csft", "iem", "encode", "fit"])
+def test_a_verb_without_anything_to_do_says_so(floors, capsys, verb):
+    getattr(lr, verb)(floors)
+    assert f"skip   {verb}  (no row of this run needs it: popularity, markov)" in capsys.readouterr().err
+
+
+def test_held_out_items_have_a_table_of_their_own_in_the_terminal(floors, finished):
+    assert "Targets never trained on: " in printed(*show(floors))
+    assert "Targets never trained on" not in printed(*show(finished))
 
 
 def command(world, folder):
@@ -361,6 +392,20 @@ def test_probes_see_what_the_toy_world_teaches(copied):
     assert values["as it was"] > values["shuffled"] and values["as it was"] > values["reversed"]
     assert found["vectors"].keys() >= {"data", "backbone", "csft", "llm2rec"}
     assert (copied / "evaluation" / "probes.json").is_file()
+
+
+def test_probes_of_every_vector_set_fit_into_80_columns():
+    sets = ("backbone", "backbone-causal", "csft", "csft-causal", "mntp", "llm2rec")
+    readings = {
+        "same_category_share": {"value": 0.25, "chance": 0.1},
+        "effective_rank": {"value": 1234.5678, "chance": None},
+    }
+    model = {"future_sensitivity": 0.5, "true": 123456.789, "random": 234567.891}
+    content = {"vectors": dict.fromkeys(("data", *sets), readings), "language_model": {"backbone": model}}
+    said = printed(*show_probes(content | {"order": {}, "diagnosis": []}))
+    heads = next(line for line in said.splitlines() if line.startswith("vectors"))
+    assert heads.split() == ["vectors", "backbone", "causal", "csft", "causal", "mntp", "llm2rec", "chance"]
+    assert said.count("1234.568") == len(sets) and "123456.789" in said and "…" not in said
 
 
 @pytest.fixture(scope="module")

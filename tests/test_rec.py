@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 import torch
 
-from conftest import cyclic_log
+from conftest import prepared_cycle
 from llm2rec.data.sequences import TEST, Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
@@ -28,11 +28,7 @@ HISTORIES = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8], [9, 0, 0, 0, 0]])
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rec")
-    log, items = cyclic_log()
-    catalogue = Catalogue.from_frame(items, "items")
-    prepare(Interactions.from_frame(log, "log"), catalogue, split=Split(), short_histories="error", out=folder)
-    return Sequences.load(folder)
+    return prepared_cycle(tmp_path_factory.mktemp("rec"))[0]
 
 
 def counted(items, users):

@@ -1,6 +1,7 @@
 """The engine: what it optimises, and that a killed training goes on to the same weights."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,26 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, eval
     summary = run(tmp_path / "killed", resumed, squared_error)
     assert torch.equal(weights(whole), weights(resumed))
     assert summary.best_step == expected.best_step
+
+
+def test_the_seconds_of_a_resumed_training_are_those_of_all_its_parts(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("llm2rec.training.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def objective(model, batch):  # a second each; killed in the sixth step, after the checkpoint of the fourth
+        now[0] += 1
+        if now[0] == 6:
+            raise Killed
+        return squared_error(model, batch)
+
+    def run():
+        options = settings(max_steps=8, checkpoint_every=4)
+        return train(network(), Numbers(), objective, out=tmp_path, settings=options, description="x")
+
+    with pytest.raises(Killed):
+        run()
+    assert run().seconds == 8
+    assert run().seconds == 8  # finished: nothing is trained further
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_ignored(tmp_path):

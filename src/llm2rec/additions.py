@@ -13,11 +13,11 @@ from llm2rec.data import readers
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
-from llm2rec.errors import ConfigError, DataError, first_few
+from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve import added
 from llm2rec.stages.base import vector_sets
-from llm2rec.stages.language import encode_texts
+from llm2rec.stages.language import encode_stages, encode_texts
 
 
 def add_items(run: str | Path | Run, items: str | Path, domain: str | None = None) -> int:
@@ -32,7 +32,7 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
     Raises:
         DataError: the table is not valid, or an id is in the catalogue or was added already.
         ConfigError: the run has no row over text; several domains and none named.
-        ArtifactError: the run is not encoded, or another process works in it.
+        ArtifactError: the run is not encoded, or not as its recipe now says; another process works in it.
     """
     run = run if isinstance(run, Run) else open_run(run)
     place = run.domain(domain)
@@ -40,6 +40,7 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
     if not sets:
         raise ConfigError("no row of this run reads item texts, so items cannot be added without training")
     with artifacts.run_lock(run.folder):
+        _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
         known = added.load_catalogue(place)
         repeated = sorted(set(new.item_ids) & set(known.item_ids))
@@ -52,6 +53,18 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
             place.added.parent.mkdir(exist_ok=True)
             os.replace(Path(made) / "items", place.added)
     return len(new)
+
+
+def _require_current(run: Run, folders: list[Path]) -> None:
+    """Raises ArtifactError where vectors were made otherwise than those of new items would be."""
+    for stage in encode_stages(run):
+        if stage.folder in folders:
+            decision = artifacts.decide(stage.folder, stage.inputs())
+            if not decision.keep:
+                raise ArtifactError(
+                    f"{stage.folder} is not up to date ({decision.in_words}), and new items must be encoded as "
+                    f"the others are; run the recipe again, at least `llm2rec encode {run.folder}`"
+                )
 
 
 def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Path) -> None:

@@ -31,6 +31,7 @@ SUPERSEDED = "superseded"
 TAKEN = ".taken"
 FORMAT = 1
 HASHED_UP_TO_BYTES = 16 * 2**20
+SHOWN_REASONS = 3
 
 Inputs = dict[str, Any]
 
@@ -56,6 +57,12 @@ class Decision:
 
     keep: bool
     reasons: tuple[str, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """The first reasons, and how many there are besides: short enough for a line."""
+        more = len(self.reasons) - SHOWN_REASONS
+        return ", ".join(self.reasons[:SHOWN_REASONS]) + (f" and {more} more" if more > 0 else "")
 
 
 def hash_file(path: Path) -> str:
@@ -142,19 +149,29 @@ def decide(folder: Path, inputs: Inputs) -> Decision:
     except ArtifactError:
         return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
-        return Decision(False, ("interrupted",) if (folder / STARTED).exists() else ("not run yet",))
-    changed = sorted(
-        key
-        for key in manifest.inputs.keys() | inputs.keys()
-        if manifest.inputs.get(key, _MISSING) != inputs.get(key, _MISSING)
-    )
+        return Decision(False, _unfinished(folder / STARTED, inputs))
+    changed = _changed(manifest.inputs, inputs)
     if changed:
-        return Decision(False, tuple(changed))
+        return Decision(False, changed)
     damaged = _damaged(folder, manifest)
     return Decision(not damaged, tuple(f"damaged {path}" for path in damaged))
 
 
 _MISSING = object()
+
+
+def _changed(before: Inputs, inputs: Inputs) -> tuple[str, ...]:
+    """The keys whose values differ, sorted."""
+    keys = sorted(before.keys() | inputs.keys())
+    return tuple(key for key in keys if before.get(key, _MISSING) != inputs.get(key, _MISSING))
+
+
+def _unfinished(started: Path, inputs: Inputs) -> tuple[str, ...]:
+    """Why a stage without a manifest runs: it never ran, or it was interrupted, perhaps with other inputs."""
+    if not started.exists():
+        return ("not run yet",)
+    before = _inputs_at_start(started)
+    return ("interrupted", *(() if before is None else _changed(before, inputs)))
 
 
 def _damaged(folder: Path, manifest: Manifest) -> list[str]:
@@ -172,27 +189,37 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
     Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
-    resume from; anything else in the folder is moved to `run_folder/superseded`.
+    resume from; anything else in the folder is moved to `run_folder/superseded`. A block that fails before it
+    has written anything (its checks) leaves the finished stage that was there.
     """
     started = folder / STARTED
-    resumable = not (folder / MANIFEST).exists() and _started_with(started, inputs)
-    if not resumable:
-        move_aside(folder, run_folder)
+    aside = None
+    if (folder / MANIFEST).exists() or _inputs_at_start(started) != inputs:
+        aside = move_aside(folder, run_folder)
         write_json(started, inputs)
     summary: dict[str, Any] = {}
     began = time.perf_counter()
-    yield summary
+    try:
+        yield summary
+    except BaseException:
+        if aside is not None and (aside / MANIFEST).exists() and list(folder.iterdir()) == [started]:
+            started.unlink()
+            os.replace(aside, folder)  # over the empty folder
+            progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
+        raise
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
     started.unlink()
 
 
-def _started_with(started: Path, inputs: Inputs) -> bool:
+def _inputs_at_start(started: Path) -> Inputs | None:
+    """What an unfinished stage was started with; None where that is not known: no such file, or a damaged one."""
     try:
-        return bool(read_json(started) == inputs)
-    except ArtifactError:  # missing, or damaged: nothing says what the checkpoints belong to
-        return False
+        content = read_json(started)
+    except ArtifactError:
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, Any]) -> None:
@@ -206,11 +233,15 @@ def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, A
     write_json(folder / MANIFEST, content)
 
 
-def move_aside(folder: Path, run_folder: Path) -> None:
-    """Moves a superseded stage folder to `run_folder/superseded/<time>/<its path>`: results are never deleted."""
+def move_aside(folder: Path, run_folder: Path) -> Path | None:
+    """Moves a superseded stage folder to `run_folder/superseded/<time>/<its path>`: results are never deleted.
+
+    Returns:
+        Where it lies now; None where there was nothing to move.
+    """
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # optimizer states: large, useless elsewhere
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+        return None
     base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")
     target = base / folder.relative_to(run_folder)
     number = 1
@@ -220,6 +251,7 @@ def move_aside(folder: Path, run_folder: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(folder, target)
     progress.say(f"moved  {folder.relative_to(run_folder)}  to {target.relative_to(run_folder)}")
+    return target
 
 
 def take_over(source: Path, folder: Path, run_folder: Path) -> None:

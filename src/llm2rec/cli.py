@@ -124,7 +124,7 @@ def recommend(
     row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
     domain: DomainName = None,
 ) -> None:
-    """The next items for any history of catalogue items, also of a user never seen."""
+    """The next items for any history of catalogue items, also of a user never seen; none of the history."""
     ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
     _show_items(lr.recommend(run_folder, ids, k, row, domain=domain), "score")
 
@@ -153,10 +153,11 @@ def similar(
     run_folder: RunFolder,
     item: Annotated[str, typer.Argument(help="an item id")],
     k: Count = 10,
+    vectors: Annotated[str, typer.Option(help="which vector set of the run")] = "llm2rec",
     domain: DomainName = None,
 ) -> None:
-    """The items nearest to an item by LLM2Rec cosine."""
-    _show_items(lr.similar(run_folder, item, k, domain=domain), "cosine")
+    """The items nearest to an item by cosine of the run's vectors."""
+    _show_items(lr.similar(run_folder, item, k, vectors, domain), "cosine")
 
 
 @app.command()
@@ -238,12 +239,9 @@ def _show_run(run: lr.Run) -> None:
 
 
 def _show_items(items: list[lr.ScoredItem], score: str) -> None:
-    if not items:
-        return out.print("nothing is left to show: the history covers the whole catalogue")
-    table = Table("", "item", "title", score)
-    for number, item in enumerate(items, 1):
-        table.add_row(str(number), item.item_id, item.title, f"{item.score:.3f}")
-    out.print(table)
+    from llm2rec.display import show_items
+
+    out.print(show_items(items, score))
 
 
 def _show_sources(sources: list[Any]) -> None:

@@ -29,8 +29,9 @@ def compare(
         page: where to write the comparison as a self-contained HTML page.
 
     Returns:
-        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}}}`,
-        runs by folder name; settings are the recipe keys whose values differ, each run's value.
+        `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}},
+        "ranking": words}`, runs by folder name; settings are the recipe keys whose values differ, each run's
+        value; ranking says what competes with a target.
 
     Raises:
         ArtifactError: a run is not evaluated, or catalogues or test events differ (the difference is named).
@@ -50,14 +51,22 @@ def compare(
     }
     comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples)
     settings = {name: run.recipe.model_dump(mode="json") for name, run in by_name.items()}
+    ranking = _ranking_in_words([run.recipe.evaluation.mask_history for run in opened])
     if page is not None:
-        data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings)
+        data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings, ranking)
         Path(page).write_text(report.render_comparison_html(data), encoding="utf-8")
     return {
         "runs": {name: {row: one[METRIC]["mean"] for row, one in rows.items()} for name, rows in metrics.items()},
         "comparisons": comparisons,
         "settings": report.differing_settings(settings),
+        "ranking": ranking,
     }
+
+
+def _ranking_in_words(masked: list[bool]) -> str:
+    if len(set(masked)) == 1:
+        return protocol.ranking_in_words(masked[0])
+    return "the runs differ in it (evaluation.mask_history), so do not judge by their means"
 
 
 def require_same_catalogue(runs: Mapping[str, Run], domain: str | None = None) -> None:
@@ -88,8 +97,9 @@ def comparison_table(compared: dict[str, Any]) -> Table:
     """The result of `compare` for the terminal."""
     first, *others = compared["runs"]
     tests = sum(len(rows) for rows in compared["comparisons"].values())
-    caption = f"paired bootstrap over users; p after Holm over {tests} tests"
-    table = Table("row", first, *others, title=f"{METRIC}, each run against {first}", caption=caption)
+    caption = f"paired bootstrap over users; p after Holm over {tests} tests. Ranking: {compared['ranking']}"
+    title = f"{METRIC}, each run against {first}"
+    table = report.terminal_table("row", first, *others, title=title, caption=caption)
     for row in dict.fromkeys(row for rows in compared["runs"].values() for row in rows):
         cells = [_cell(compared, run, row) for run in (first, *others)]
         table.add_row(row, *cells)

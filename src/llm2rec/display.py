@@ -10,10 +10,12 @@ from rich.table import Table
 
 from llm2rec import artifacts
 from llm2rec.evaluation import report
+from llm2rec.evaluation.verdicts import COLD_TARGET
 from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
     from llm2rec.data.description import Description
+    from llm2rec.serve.recommender import ScoredItem
 
 
 def show(run: Run) -> list[RenderableType]:
@@ -26,6 +28,9 @@ def _show_domain(run: Run, domain: Domain) -> list[RenderableType]:
     shown = artifacts.read_json(domain.evaluation / "showcase.json")
     parts: list[RenderableType] = [] if domain.alone else [f"\n{domain.name}"]
     parts.append(report.render_table(metrics))
+    if domain.config.split.cold_items:
+        cold = report.render_slice(metrics, "item_training", COLD_TARGET, "Targets never trained on")
+        parts += [cold] if cold else []
     for row, choice in metrics["validation"].items():
         values = ", ".join(f"{name} {value:.4f}" for name, value in choice["ndcg@10"].items())
         parts.append(f"{row}: {choice['chosen']} (validation NDCG@10: {values})")
@@ -39,7 +44,7 @@ def show_log(what: str, described: dict[str, Description], page: Path | None) ->
     """A table and the warnings of each domain of a log; with `page`, a page with plots is written as well."""
     parts: list[RenderableType] = []
     for name, one in described.items():
-        table = Table(what if len(described) == 1 else f"{what}: {name}", "")
+        table = report.terminal_table(what if len(described) == 1 else f"{what}: {name}", "")
         for fact, value in one.facts.items():
             table.add_row(fact.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
         parts += [table, *(f"note: {warning}" for warning in one.warnings)]
@@ -49,6 +54,16 @@ def show_log(what: str, described: dict[str, Description], page: Path | None) ->
             path.write_text(text, encoding="utf-8")
             parts.append(f"page: {path}")
     return parts
+
+
+def show_items(items: list[ScoredItem], score: str) -> RenderableType:
+    """A numbered list of items for the terminal; `score` is what their number is called."""
+    if not items:
+        return "nothing is left to show: the history covers the whole catalogue"
+    table = report.terminal_table("", "item", "title", score, numbers=("", score))
+    for number, item in enumerate(items, 1):
+        table.add_row(str(number), item.item_id, item.title, f"{item.score:.3f}")
+    return table
 
 
 def _neighbour_tables(neighbours: dict[str, dict[str, list[Any]]]) -> list[RenderableType]:

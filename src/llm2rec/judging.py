@@ -46,7 +46,6 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
     sequences = load_domain(run, domain).sequences
     out = domain.evaluation
     per_user, lists = rank_rows(run, domain, sequences)
-    per_user.write_parquet(out / "per_user.parquet")
     summary = protocol.summarise(per_user, settings.k, settings.bootstrap_samples)
     compared = protocol.compare_rows(per_user, reference, settings.bootstrap_samples)
     test_events = len(sequences.held_out(TEST))
@@ -65,8 +64,10 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
             "ties": "count against the target; events of equal time are ordered by item_id",
         },
     }
+    shown = showcase(run, domain, sequences)
+    per_user.write_parquet(out / "per_user.parquet")  # written only now: a failure so far leaves the old one
     artifacts.write_json(out / "metrics.json", content)
-    artifacts.write_json(out / "showcase.json", showcase(run, domain, sequences))
+    artifacts.write_json(out / "showcase.json", shown)
     (out / "report.html").write_text(report.render_html(report_data(run, domain, per_user)), encoding="utf-8")
     return {"rows": len(summary["rows"]), "test_events": test_events}
 

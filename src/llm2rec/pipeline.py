@@ -115,7 +115,15 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
     with artifacts.run_lock(path):
         _require_current(opened, VERBS[: VERBS.index(verb)])
         _carry_out(opened, (verb,))
+        if not _stages_of(opened, verb):
+            progress.say(f"skip   {verb}  ({_why_left_out(opened, verb)})")
     return opened
+
+
+def _why_left_out(run: Run, verb: str) -> str:
+    if verb == "csft" and stages.vector_sets(run) and run.recipe.csft.max_tokens == 0:
+        return "csft.max_tokens is 0"
+    return f"no row of this run needs it: {', '.join(run.recipe.recommender.rows)}"
 
 
 def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
@@ -126,8 +134,7 @@ def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
             if not decision.keep:
                 name = stage.folder.relative_to(run.folder)
                 raise ArtifactError(
-                    f"{name} is not up to date ({', '.join(decision.reasons)}); run `llm2rec {verb} {run.folder}` "
-                    "first"
+                    f"{name} is not up to date ({decision.in_words}); run `llm2rec {verb} {run.folder}` first"
                 )
 
 
@@ -202,8 +209,7 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
         progress.say(f"share  {name}  (as in {shared})")
         run.log(stage=name, event="share", source=str(shared))
         return
-    reasons = ", ".join(decision.reasons)
-    progress.say(f"run    {name}  ({reasons})")
+    progress.say(f"run    {name}  ({decision.in_words})")
     run.log(stage=name, event="run", reasons=list(decision.reasons))
     _reset_peak_memory()
     with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import RenderableType
-from rich.table import Table
 
 from llm2rec import artifacts, progress
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
-from llm2rec.evaluation import probes, protocol
+from llm2rec.evaluation import probes, protocol, report
 from llm2rec.evaluation.diagnosis import data_probes, diagnose
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve.recommender import load_scorer, load_vectors
@@ -43,12 +42,12 @@ def probe(run: str | Path | Run, domain: str | None = None) -> dict[str, Any]:
     place = run.domain(domain)
     artifacts.require(place.evaluation, "evaluate")
     loaded = load_domain(run, place)
-    found = _vector_probes(run, place, loaded)
+    found, models = _vector_probes(run, place, loaded), _language_probes(run, place, loaded)
     content = {
         "vectors": found,
-        "language_model": _language_probes(run, place, loaded),
+        "language_model": models,
         "order": _order_probe(run, place, loaded.sequences),
-        "diagnosis": diagnose(found),
+        "diagnosis": diagnose(found, models),
     }
     artifacts.write_json(place.evaluation / PROBES, content)
     return content
@@ -138,7 +137,8 @@ def _order_probe(run: Run, domain: Domain, sequences: Sequences) -> dict[str, An
 def show_probes(content: dict[str, Any]) -> list[RenderableType]:
     """The result of `probe` for the terminal."""
     sets = [name for name in content["vectors"] if name != "data"]
-    table = Table("vectors", *sets, "chance")
+    heads = [*(name.replace("-", "\n") for name in sets), "chance"]
+    table = report.terminal_table("vectors", *heads, numbers=heads)
     for name in dict.fromkeys(name for one in sets for name in content["vectors"][one]):
         readings = [content["vectors"][one][name] for one in sets]
         chance = readings[0]["chance"]
@@ -148,7 +148,8 @@ def show_probes(content: dict[str, Any]) -> list[RenderableType]:
             "" if chance is None else f"{chance:.3f}",
         )
     parts: list[RenderableType] = [table]
-    models = Table("language model", "future sensitivity", "perplexity of the true next title", "of a random one")
+    heads = ["future\nsensitivity", "perplexity of the\ntrue next title", "of a\nrandom one"]
+    models = report.terminal_table("language model", *heads, numbers=heads)
     for name, one in content["language_model"].items():
         models.add_row(
             name, *(f"{one[key]:.3f}" if key in one else "" for key in ("future_sensitivity", "true", "random"))

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,9 +137,14 @@ class TrainSettings(Optimizer):
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """How a training went: optimizer steps taken, the best validation and every logged value."""
+    """How a training went: optimizer steps taken, the best validation and every logged value.
+
+    seconds: that the steps took, validations included; of an interrupted training all parts together, without
+        what was lost after the last checkpoint of each.
+    """
 
     steps: int
+    seconds: float
     best_step: int | None
     best_metric: float | None
     history: list[dict[str, float]] = field(default_factory=list)
@@ -192,16 +198,19 @@ def train(
             "processes; make their number a multiple of the processes, or start one process"
         )
     checkpoints = out / artifacts.CHECKPOINTS
+    last = _last_complete_checkpoint(checkpoints)
+    clock = _Clock(0.0 if last is None else artifacts.read_json(last / COMPLETE)["seconds"])
     with _own_randomness(), settings.loggers.around(out), progress.bar(description, settings.max_steps) as running:
-        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, running)
-        last = _last_complete_checkpoint(checkpoints)
+        watch = _Watch(settings, running, clock)
+        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, watch)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
         if state is not None and _is_over(state, settings, evaluate is not None):
             _load_weights(model, Path(state.best_model_checkpoint or str(last)))
+            seconds = clock.before
         else:
             _require_disk(model, out, settings)
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            state = trainer.state
+            state, seconds = trainer.state, clock.seconds
     model.eval()
     if processes().is_main:
         _write_metrics(out / "metrics.jsonl", state.log_history)
@@ -209,6 +218,7 @@ def train(
     best = validations[_best(state, settings)] if validations else None
     return TrainSummary(
         steps=state.global_step,
+        seconds=seconds,
         best_step=None if best is None else int(best["step"]),
         best_metric=None if best is None else float(best[f"eval_{settings.metric}"]),
         history=state.log_history,
@@ -229,14 +239,14 @@ class _StageTrainer(Trainer):
         checkpoints: Path,
         settings: TrainSettings,
         evaluate: Callable[[], dict[str, float]] | None,
-        running: progress.Bar,
+        watch: _Watch,
     ) -> None:
         super().__init__(
             model=model,
             args=_arguments(checkpoints, settings, evaluate is not None),
             train_dataset=batches,
             eval_dataset=batches if evaluate else None,  # only so that the parent agrees to evaluate
-            callbacks=[_Watch(settings, running)],
+            callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by all targets of the optimizer step
@@ -299,11 +309,22 @@ class _StageTrainer(Trainer):
         return 0  # the parent's estimate assumes padded `input_ids`
 
 
+class _Clock:
+    """Seconds of training from now on, and those `before`, of the parts that a resumed training goes on from."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self._began = before, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self._began
+
+
 class _Watch(TrainerCallback):
     """Moves the bar, marks checkpoints complete and stops when validation no longer gains."""
 
-    def __init__(self, settings: TrainSettings, running: progress.Bar) -> None:
-        self._settings, self._running = settings, running
+    def __init__(self, settings: TrainSettings, running: progress.Bar, clock: _Clock) -> None:
+        self._settings, self._running, self._clock = settings, running, clock
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -327,7 +348,7 @@ class _Watch(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes().wait()  # each process writes a file of its own
         if state.is_world_process_zero:
-            artifacts.write_json(folder / COMPLETE, {"step": state.global_step})
+            artifacts.write_json(folder / COMPLETE, {"step": state.global_step, "seconds": self._clock.seconds})
 
 
 def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:

@@ -16,6 +16,7 @@ CHANCE_AUC = 0.52
 COLLAPSED_UNIFORMITY = -0.1
 COLLAPSED_RANK = 0.5
 COLD_SHARE = 0.1
+LEARNED_PERPLEXITY = 0.99  # of the untrained model's
 
 DATA = "data"
 BACKBONE, CSFT, FINAL = "backbone", "csft", "llm2rec"
@@ -50,18 +51,22 @@ def data_probes(counts: np.ndarray, texts: Sequence[str], test_targets: np.ndarr
     }
 
 
-def diagnose(probes: Mapping[str, Mapping[str, Probe]]) -> list[str]:
+def diagnose(
+    probes: Mapping[str, Mapping[str, Probe]], language_model: Mapping[str, Mapping[str, float]] | None = None
+) -> list[str]:
     """The known failures that the probes show, a sentence or two each; empty where they show none.
 
-    Named are: text that does not describe the item, too little interaction data for CSFT (or a CSFT that
-    taught nothing although there is enough), a contrastive collapse, and cold items. A failure whose probes
-    are missing is not looked for.
+    Named are: text that does not describe the item, a CSFT that did not learn, too little interaction data for
+    CSFT (or a CSFT that taught nothing although there is enough), a contrastive collapse, and cold items. A
+    failure whose probes are missing is not looked for.
 
     Args:
         probes: `data` -> `data_probes`, and vector set (`backbone`, `csft`, `mntp`, `llm2rec`) ->
             `vector_probes`; as written to JSON. Any of them may be absent.
+        language_model: `backbone` and `csft` -> perplexity of the `true` next title, as `probing.probe` gives it.
     """
-    return [*_undescriptive_text(probes), *_csft_without_gain(probes), *_collapse(probes), *_cold_items(probes)]
+    of_csft = _unlearned_csft(language_model or {}) or _csft_without_gain(probes)
+    return [*_undescriptive_text(probes), *of_csft, *_collapse(probes), *_cold_items(probes)]
 
 
 def _undescriptive_text(probes: Mapping[str, Mapping[str, Probe]]) -> list[str]:
@@ -85,6 +90,18 @@ def _undescriptive_text(probes: Mapping[str, Mapping[str, Probe]]) -> list[str]:
             "0.5. Look at the titles and the neighbours; add columns to the text."
         )
     return found
+
+
+def _unlearned_csft(language_model: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not {BACKBONE, CSFT} <= language_model.keys():
+        return []
+    before, after = (language_model[name]["true"] for name in (BACKBONE, CSFT))
+    if after <= LEARNED_PERPLEXITY * before:
+        return []
+    return [
+        f"CSFT did not learn: the perplexity of the true next title is {after:.2f} after it, {before:.2f} before. "
+        "Give it more tokens or another learning rate."
+    ]
 
 
 def _csft_without_gain(probes: Mapping[str, Mapping[str, Probe]]) -> list[str]:

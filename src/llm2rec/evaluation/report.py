@@ -5,7 +5,7 @@ All three read plain values (the content of `metrics.json`), so showing a finish
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class ReportData:
         facts: name -> value of the data set.
         metrics: content of `metrics.json`: `rows` (MetricSummary by row and metric), `reference`,
             `comparisons` (row -> Comparison), `validation` (row -> `chosen` and `ndcg@10` of each variant),
-            `protocol` (name -> value, in words).
+            `protocol` (name -> value, in words; `ranking` among them).
         recall_curves: row -> (k, recall) points.
         training_curves: name -> (step, value) points.
         showcase: `neighbours` (title -> vector set -> (title, cosine) pairs) and `recommendations` of one
@@ -82,12 +82,14 @@ class ComparisonData:
         runs: run -> the `rows` of its `metrics.json`, at least two runs.
         comparisons: every later run -> row -> Comparison, from `protocol.compare_runs`.
         settings: run -> its resolved recipe, nested.
+        ranking: what competes with a target, in words.
     """
 
     title: str
     runs: Mapping[str, Mapping[str, Any]]
     comparisons: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Mapping[str, Any]]
+    ranking: str
 
 
 def render_html(data: ReportData) -> str:
@@ -270,27 +272,49 @@ def headline(metrics: Mapping[str, Any]) -> str:
     return f"{start}, {result['verdict']} than the reference {reference} ({change})."
 
 
+def terminal_table(
+    *heads: str, numbers: Collection[str] = (), title: str | None = None, caption: str | None = None
+) -> Table:
+    """An empty table for a terminal of any width: what does not fit is wrapped or folded, `numbers` are never cut.
+
+    Args:
+        numbers: the heads of the columns that hold numbers.
+    """
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for head in heads:
+        if head in numbers:
+            table.add_column(head, justify="right", no_wrap=True)
+        else:
+            table.add_column(head, overflow="fold")
+    return table
+
+
 def render_table(metrics: Mapping[str, Any]) -> Table:
     """The content of `metrics.json` for the terminal: means, intervals, verdict against the reference.
 
-    Without the p-values, so that no verdict is cut at 80 columns.
+    Narrow enough for 80 columns: without the p-values, and the spread over seeds stands below its mean.
     """
-    table = Table(
-        title=f"Test events, full ranking; against {metrics['reference']}",
-        caption=_caption(metrics),
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-        show_edge=False,
-    )
-    table.add_column("row", no_wrap=True)
-    table.add_column("Recall@10", justify="right")
-    table.add_column("NDCG@10", justify="right")
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("change", justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for (*numbers, _, word), verdict in _table_rows(metrics):
-        table.add_row(*numbers, Text(word, style=_TERMINAL_STYLES[verdict]))
+    numbers = ("Recall@10", "NDCG@10", "95 % interval", "change")
+    title = f"Test events, full ranking; against {metrics['reference']}"
+    table = terminal_table("row", *numbers, "verdict", numbers=numbers, title=title, caption=_caption(metrics))
+    for (row, recall, ndcg, interval, change, _, word), verdict in _table_rows(metrics):
+        means = [_spread_below(mean) for mean in (recall, ndcg)]
+        table.add_row(row, *means, interval, change, Text(word, style=_TERMINAL_STYLES[verdict]))
+    return table
+
+
+def render_slice(metrics: Mapping[str, Any], slicing: str, name: str, title: str) -> Table | None:
+    """One slice of `metrics.json` for the terminal; None where it holds no test event."""
+    found = metrics["slices"][slicing]["slices"].get(name)
+    if found is None:
+        return None
+    numbers = ("NDCG@10", "95 % interval")
+    counted = f"{title}: {found['events']:,} test events of {found['users']:,} users"
+    table = terminal_table("row", *numbers, "verdict", numbers=numbers, title=counted, caption=found["warning"])
+    for row, ndcg in found["rows"].items():
+        verdict = REFERENCE if row == metrics["reference"] else found["comparisons"][row]["verdict"]
+        word = Text(f"{MARKS[verdict]} {verdict}".strip(), style=_TERMINAL_STYLES[verdict])
+        table.add_row(row, _spread_below(_spread(ndcg)), f"{ndcg['low']:.4f}–{ndcg['high']:.4f}", word)
     return table
 
 
@@ -322,16 +346,21 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
     warning = _warning(metrics["comparisons"].values())
+    ranking = f"Ranking: {metrics['protocol']['ranking']}."
     if warning is not None:
-        return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning}"
+        return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning} {ranking}"
     return (
         f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users, paired, "
-        f"Holm over {len(metrics['comparisons'])} rows."
+        f"Holm over {len(metrics['comparisons'])} rows. {ranking}"
     )
 
 
 def _spread(value: Mapping[str, Any]) -> str:
     return f"{value['mean']:.4f}" if value["std"] is None else f"{value['mean']:.4f} ± {value['std']:.4f}"
+
+
+def _spread_below(mean: str) -> str:
+    return mean.replace(" ±", "\n±")
 
 
 def _percent(relative: float | None) -> str:

@@ -16,7 +16,7 @@ from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.protocol import MetricSummary, compare_rows, summarise
 from llm2rec.evaluation.ranking import HEADLINE_CUTOFF
 from llm2rec.evaluation.significance import Comparison, holm, verdict
-from llm2rec.evaluation.verdicts import COMPARED_METRIC, too_few_users
+from llm2rec.evaluation.verdicts import COLD_TARGET, COMPARED_METRIC, too_few_users
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
@@ -91,7 +91,7 @@ def slice_events(
         "target": (["repeat", "novel"], (~_consumed_before(sequences)[positions]).astype(np.int64)),
         "history_length": (_length_words(length_bounds), buckets),
         "item_popularity": (["head", "middle", "tail"], popularity_thirds(counts)[targets - 1]),
-        "item_training": (["no training event", "in training"], (counts[targets - 1] > 0).astype(np.int64)),
+        "item_training": ([COLD_TARGET, "in training"], (counts[targets - 1] > 0).astype(np.int64)),
         "user_training": (user_words, (~cold_user).astype(np.int64)),
     }
     ids = {

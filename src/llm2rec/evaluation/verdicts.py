@@ -10,6 +10,7 @@ TOO_FEW = "too few users"
 REFERENCE = "reference"
 COMPARED_METRIC = "ndcg@10"
 MARKS = {BETTER: "▲", WORSE: "▼", WITHIN_NOISE: "≈", TOO_FEW: "?", REFERENCE: ""}
+COLD_TARGET = "no training event"  # the slice of `item_training` with such targets
 MINIMUM_USERS = 30  # below, a test says more about its assumptions than about the users
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,6 +42,7 @@ from llm2rec.training import default_device
 
 PACKED = "llm2rec_packed"
 TINY_RANDOM = "tiny-random"
+TINY_HIDDEN_SIZE, TINY_LAYERS = 16, 2
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,21 @@ def load_tokenizer(source: str | Path) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = None  # sentence-transformers would wrap every title in a chat message
     return tokenizer
+
+
+def model_shape(source: str | Path) -> tuple[int, int]:
+    """Width of the hidden states and number of layers of a model, from its configuration: no weights are loaded.
+
+    Raises:
+        ConfigError: nothing loadable there.
+    """
+    path = _loadable(source)
+    try:
+        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot read the configuration of {path!r}: {reason}") from error
+    return config.hidden_size, config.num_hidden_layers
 
 
 def _loadable(source: str | Path) -> str:
@@ -389,9 +406,9 @@ def make_tiny_random(texts: list[str], folder: Path, seed: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     config = LlamaConfig(
         vocab_size=core.get_vocab_size(),
-        hidden_size=16,
+        hidden_size=TINY_HIDDEN_SIZE,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=TINY_LAYERS,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,

@@ -119,7 +119,6 @@ def _train(
 ) -> dict[str, Any]:
     """Trains, merges and saves; the summary of `csft` without its total time."""
     before = perplexity(lm, held_out)
-    began = time.perf_counter()
     summary = train(
         lm.model,
         batches,
@@ -129,17 +128,17 @@ def _train(
         evaluate=(lambda: {"perplexity": perplexity(lm, held_out)}) if settings.evaluate_every else None,
         description="csft",
     )
-    seconds = time.perf_counter() - began
     if merge:
         merge()
     after = perplexity(lm, held_out)
     backbones.save_once(lm, out)
+    tokens, targets = batches.spent(summary.steps * settings.accumulation)
     return {
         "steps": summary.steps,
-        "tokens": batches.tokens,
-        "targets": batches.targets,
-        "train_seconds": round(seconds, 1),
-        "tokens_per_second": round(batches.tokens / seconds, 1),
+        "tokens": tokens,
+        "targets": targets,
+        "train_seconds": round(summary.seconds, 1),
+        "tokens_per_second": round(tokens / summary.seconds, 1),
         "perplexity_before": round(before, 3),
         "perplexity_after": round(after, 3),
     }
@@ -277,15 +276,17 @@ class BudgetBatches(Batches):
     """The whole training as micro-batches: shuffled passes over its sequences until the budget is spent.
 
     tokens: that go through the model. targets: items whose title is written. longest: tokens of a sequence.
+
+    Args:
+        lengths, targets: (S,) of each sequence, in tokens and in items.
     """
 
-    tokens: int
-    targets: int
     longest: int
 
     def __init__(
         self,
         lengths: np.ndarray,
+        targets: np.ndarray,
         micro_batch_tokens: int,
         *,
         max_tokens: int | None,
@@ -297,12 +298,18 @@ class BudgetBatches(Batches):
         a_pass = float((lengths * shares).sum())
         budget = max_tokens if max_tokens is not None else int(round((epochs or 0) * a_pass))
         self._order = _passes(lengths, shares, budget, np.random.default_rng(seed))
-        chosen = lengths[self._order]
-        self._batches = [self._order[rows] for rows in token_budget_batches(chosen, micro_batch_tokens)]
-        self.tokens = int(chosen.sum())
+        chosen = token_budget_batches(lengths[self._order], micro_batch_tokens)
+        self._batches = [self._order[rows] for rows in chosen]
+        self._lengths, self._targets = lengths, targets
+        self.tokens, self.targets = self.spent(len(self._batches))
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def spent(self, micro_batches: int) -> tuple[int, int]:
+        """Tokens and targets of the first micro-batches: a training may stop before the last."""
+        rows = np.concatenate([self._order[:0], *self._batches[:micro_batches]])
+        return int(self._lengths[rows].sum()), int(self._targets[rows].sum())
 
 
 class WindowBatches(BudgetBatches):
@@ -326,8 +333,7 @@ class WindowBatches(BudgetBatches):
         running = np.concatenate([[0], np.cumsum(texts.lengths[np.asarray(self._items) - 1])])
         lengths = running[self._ends] - running[self._starts]
         spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
-        super().__init__(lengths, micro_batch_tokens, shares=shares, **spent)
-        self.targets = int((self._ends - self._starts)[self._order].sum() - len(self._order))
+        super().__init__(lengths, self._ends - self._starts - 1, micro_batch_tokens, shares=shares, **spent)
         self.longest = int(lengths.max(initial=0))
 
     def __getitem__(self, index: int) -> Batch:
@@ -361,8 +367,8 @@ class SampleBatches(BudgetBatches):
             lengths = np.array(sizes, dtype=np.int64)
         of_groups = None if shares is None else shares[[group[0] for group in self._groups]]
         spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
-        super().__init__(lengths, micro_batch_tokens, shares=of_groups, **spent)
-        self.targets = sum(len(self._groups[group]) for group in self._order)
+        targets = np.array([len(group) for group in self._groups], dtype=np.int64)
+        super().__init__(lengths, targets, micro_batch_tokens, shares=of_groups, **spent)
         self.longest = int(samples.texts.lengths.max(initial=0))
 
     def __getitem__(self, index: int) -> Batch:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,9 +89,7 @@ def mntp(
     every = math.ceil(steps / checkpoints) if checkpoints else 0
     course: dict[str, Any] = {"max_steps": steps, "accumulation": parts, "checkpoint_every": every, "seed": seed}
     settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
-    began = time.perf_counter()
     summary = train(lm.model, batches, TokenObjective(lm), out=out, settings=settings, description="mntp")
-    seconds = time.perf_counter() - began
     if merge:
         merge()
     backbones.save_once(lm, out)
@@ -100,7 +97,7 @@ def mntp(
     return {
         "steps": summary.steps,
         "tokens": batches.tokens,
-        "tokens_per_second": round(batches.tokens / seconds, 1),
+        "tokens_per_second": round(batches.tokens / summary.seconds, 1),
         "loss_first": round(losses[0], 4) if losses else None,
         "loss_last": round(losses[-1], 4) if losses else None,
     }
@@ -144,7 +141,7 @@ def contrastive(
         compiled: see `Backbone.compile_layers`.
 
     Returns:
-        Summary: steps, tokens, AUC before and after, the step of the best state.
+        Summary: steps, titles a step, seconds of training, AUC before and after, the step of the best state.
 
     Raises:
         ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
@@ -155,15 +152,15 @@ def contrastive(
         model, dtype, causal=False, head=False, gradient_checkpointing=recompute, compiled=compiled
     )
     merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
-    seed = stage_seed(seed, "contrastive")
-    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, seed, pooling)
+    stage = stage_seed(seed, "contrastive")
+    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, stage, pooling)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
     if steps:
         batches = contrastive_batches(
             lm, sequences, titles, max_title_tokens, positives, steps, batch_size, micro_batch_tokens, seed, shares
         )
         course: dict[str, Any] = {"max_steps": steps, "evaluate_every": math.ceil(steps / evaluations)}
-        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": seed}
+        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": stage}
         settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
         objective = ContrastiveObjective(lm, temperature, pooling)
         summary |= _train(lm, batches, objective, pairs, dropout, settings, out)
@@ -183,7 +180,6 @@ def _train(
     out: Path,
 ) -> dict[str, Any]:
     """The contrastive training itself; its part of the summary."""
-    began = time.perf_counter()
     with backbones.dropout(lm.model, dropout):
         trained = train(
             lm.model,
@@ -194,9 +190,8 @@ def _train(
             evaluate=lambda: {"auc": pairs.auc(lm)},
             description="contrastive",
         )
-    seconds = time.perf_counter() - began
     summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
-    return summary | {"train_seconds": round(seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
+    return summary | {"train_seconds": round(trained.seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
 
 
 def distinct_texts(
@@ -234,26 +229,53 @@ def contrastive_batches(
     seed: int,
     shares: np.ndarray | None = None,
 ) -> TitleBatches:
-    """Batches of pairs of titles, as `positives` says; see `contrastive`.
+    """Batches of the pairs of titles that `contrastive_pairs` chooses.
+
+    Args:
+        seed: of the recipe.
 
     Raises:
-        ConfigError: unknown positives, fewer than two titles, or a batch that cannot be filled or shared out.
+        ConfigError: see `contrastive_pairs`; or a batch that cannot be shared out.
         ArtifactError: the model cannot read the titles.
+    """
+    distinct, pairs = contrastive_pairs(sequences, titles, positives, steps, batch_size, seed, shares)
+    texts = tokenise(lm.tokenizer, distinct, max_title_tokens, special_tokens=True)
+    lm.check_readable(texts, int(texts.lengths.max()))
+    return TitleBatches(texts, pairs, micro_batch_tokens, processes().count)
+
+
+def contrastive_pairs(
+    sequences: Sequences,
+    titles: list[str],
+    positives: str,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    shares: np.ndarray | None = None,
+) -> tuple[list[str], list[np.ndarray]]:
+    """The distinct texts, and of each step the numbers (B, 2) of those that it pairs; see `contrastive`.
+
+    Needs no language model, so that what the data cannot give is refused before one is trained.
+
+    Args:
+        seed: of the recipe.
+
+    Raises:
+        ConfigError: unknown positives, fewer than two titles, or a batch that cannot be filled.
     """
     distinct, of_texts = trained_texts(titles, shares)
     if len(distinct) < 2:
         raise ConfigError("contrastive learning needs at least two different titles")
-    texts = tokenise(lm.tokenizer, distinct, max_title_tokens, special_tokens=True)
-    lm.check_readable(texts, int(texts.lengths.max()))
+    seed = stage_seed(seed, "contrastive")
     if positives == "dropout":
-        pairs = [np.stack([rows, rows], axis=1) for rows in shuffled_batches(of_texts, steps, batch_size, seed)]
-    elif positives == "consumed-next":
+        views = shuffled_batches(of_texts, steps, batch_size, seed)
+        return distinct, [np.stack([rows, rows], axis=1) for rows in views]
+    if positives == "consumed-next":
         number = {text: place for place, text in enumerate(distinct)}
         text_of_item = np.array([number.get(text, -1) for text in item_texts(titles)])  # held-out: never consumed
-        pairs = distinct_batches(consumed_next(sequences, text_of_item), steps, batch_size, seed, of_texts)
-    else:
-        raise ConfigError(f"positives must be dropout or consumed-next; got {positives!r}")
-    return TitleBatches(texts, pairs, micro_batch_tokens, processes().count)
+        following = consumed_next(sequences, text_of_item)
+        return distinct, distinct_batches(following, steps, batch_size, seed, of_texts)
+    raise ConfigError(f"positives must be dropout or consumed-next; got {positives!r}")
 
 
 def _mask_token(tokenizer: Any) -> int:
@@ -462,7 +484,8 @@ def _export(
         )
         encoder.save(str(out))
     sample = item_texts(titles)[:16]
-    reloaded = SentenceTransformer(str(out), device="cpu")
+    # Its own dtype, named: without a name the library warns of bfloat16 on a CPU.
+    reloaded = SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": lm.model.dtype})
     theirs = torch.from_numpy(reloaded.encode(sample, convert_to_numpy=True, show_progress_bar=False)).float()
     tokens = tokenise(lm.tokenizer, sample, max_title_tokens, special_tokens=True)
     ours = torch.from_numpy(encode_tokens(lm, tokens, 4096, "check", pooling))

@@ -28,7 +28,8 @@ def load(domain: Domain) -> Catalogue | None:
     manifest = artifacts.read_manifest(domain.added)
     if manifest is None:
         return None
-    if manifest.inputs != inputs(domain, list(manifest.inputs)):
+    still_there = [name for name in manifest.inputs if artifacts.read_manifest(domain.embeddings(name))]
+    if any(manifest.inputs[name] != now for name, now in inputs(domain, still_there).items()):
         raise ArtifactError(
             f"the items in {domain.added} were encoded by an earlier model of this run; move that folder away "
             "and add the items again"

@@ -45,10 +45,14 @@ def recommend(
 ) -> list[ScoredItem]:
     """The `k` best next items after any history of catalogue items, best first; no user need be known.
 
+    By default items of the history are hidden, while `evaluate` lets them compete unless the recipe sets
+    `evaluation.mask_history`: where people come back to items, lists differ from what was measured.
+
     Args:
         run: a finished run, or its folder.
-        history: item ids, oldest first; only the last `history_length` are looked at, all are excluded.
+        history: item ids, oldest first; only the last `history_length` are looked at.
         row: which recommender of the run (its seed 0).
+        exclude_history: hide the items of the history.
         domain: which log of the run, where it has several.
 
     Raises:

@@ -9,6 +9,7 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError
 from llm2rec.runs import Domain, Run
+from llm2rec.stages.base import TINY_RANDOM, model_path, vector_sets
 
 LARGEST_EASE = 30_000
 
@@ -18,20 +19,46 @@ def check_prepared(run: Run) -> None:
 
     Raises:
         ConfigError, DataError: texts or categories of columns that are not there, more sampled negatives than
-            items, EASE over too many items, adapters without the package they need.
+            items, EASE over too many items, adapters without the package they need, a layer that the language
+            model lacks, more principal components than item vectors can have.
     """
     language = (run.recipe.csft, run.recipe.iem.mntp, run.recipe.iem.contrastive)
     if any(stage.lora for stage in language) and find_spec("peft") is None:
         raise ConfigError("LoRA needs the package peft: pip install 'llm2rec[lora]', or leave `lora` out")
+    if vector_sets(run):
+        _check_shape(run)
     for domain in run.domains:
         _check_domain(run, domain)
+
+
+def _check_shape(run: Run) -> None:
+    """`encode.layer` and `recommender.dimensions`, where they are set, against the language model's shape."""
+    layer, dimensions = run.recipe.encode.layer, run.recipe.recommender.dimensions
+    if layer == -1 and dimensions is None:
+        return  # so that an unchanged rerun of most runs need not import transformers
+    from llm2rec.lm import backbone as backbones
+
+    if run.recipe.model.source == TINY_RANDOM:
+        width, layers = backbones.TINY_HIDDEN_SIZE, backbones.TINY_LAYERS
+    else:
+        width, layers = backbones.model_shape(model_path(run))
+    if layer > layers:
+        raise ConfigError(
+            f"encode.layer is {layer}, {run.recipe.model.source} has the layers 0 (embeddings) to {layers}; "
+            "choose one of them, or -1 for the last"
+        )
+    if dimensions is not None and dimensions > width:
+        raise ConfigError(
+            f"recommender.dimensions is {dimensions:,}, vectors of {run.recipe.model.source} have {width:,}; "
+            "take as many or fewer"
+        )
 
 
 def _check_domain(run: Run, domain: Domain) -> None:
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     rows = [Row.parse(name) for name in run.recipe.recommender.rows]
     if any(row.vectors for row in rows):
-        item_texts(catalogue, domain.config.text)
+        _check_components(run, domain, len(set(item_texts(catalogue, domain.config.text))))
     if domain.config.categories:
         catalogue.labels(domain.config.categories)
     settings = run.recipe.recommender
@@ -45,4 +72,13 @@ def _check_domain(run: Run, domain: Domain) -> None:
         raise ConfigError(
             f"row ease holds items x items numbers: {len(catalogue):,} items of {domain.name} are more than "
             f"{LARGEST_EASE:,}; leave it out, or filter the items (data.filters.k_core)"
+        )
+
+
+def _check_components(run: Run, domain: Domain, distinct_texts: int) -> None:
+    dimensions = run.recipe.recommender.dimensions
+    if dimensions is not None and dimensions >= distinct_texts:
+        raise ConfigError(
+            f"recommender.dimensions is {dimensions:,}, but the {distinct_texts:,} different item texts of "
+            f"{domain.name} vary in at most {distinct_texts - 1:,} directions; take fewer"
         )

@@ -55,13 +55,25 @@ def _start_of_iem(run: Run) -> Path | None:
     return run.csft if run.recipe.csft.max_tokens != 0 else None
 
 
-def _checked_mixture(run: Run) -> Mixture:
-    """What is trained on; where it is the model's first training, titles that it cannot tell apart are refused."""
-    from llm2rec.lm.iem import check_titles
+def _checked_mixture(run: Run, first: bool) -> Mixture:
+    """What is trained on, after the checks of what later stages need of it.
+
+    Args:
+        first: it is the model's first training: titles that it cannot tell apart are refused.
+
+    Raises:
+        DataError: see `check_titles`.
+        ConfigError: contrastive batches that the events cannot fill.
+    """
+    from llm2rec.lm.iem import check_titles, contrastive_pairs
 
     mixture = load_mixture(run)
-    if _start_of_iem(run) is None:
+    if first:
         check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
+    wanted = run.recipe.iem.contrastive
+    if "llm2rec" in vector_sets(run) and wanted.positives == "consumed-next" and wanted.steps:
+        sizes = wanted.steps, wanted.batch_size, run.recipe.seed
+        contrastive_pairs(mixture.sequences, mixture.texts, wanted.positives, *sizes, mixture.item_shares)
     return mixture
 
 
@@ -93,10 +105,8 @@ def _csft_stage(run: Run) -> Stage:
 
     def execute(summary: Summary) -> None:
         from llm2rec.lm.csft import csft
-        from llm2rec.lm.iem import check_titles
 
-        mixture = load_mixture(run)
-        check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
+        mixture = _checked_mixture(run, first=True)
         summary |= csft(
             mixture.sequences,
             mixture.texts,
@@ -121,7 +131,7 @@ def _mntp_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.iem import mntp
 
-        mixture = _checked_mixture(run)
+        mixture = _checked_mixture(run, first=_start_of_iem(run) is None)
         summary |= mntp(
             mixture.texts,
             model=start or model_path(run),
@@ -145,7 +155,7 @@ def _contrastive_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.iem import contrastive
 
-        mixture = _checked_mixture(run)
+        mixture = _checked_mixture(run, first=_start_of_iem(run) is None)
         summary |= contrastive(
             mixture.sequences,
             mixture.texts,

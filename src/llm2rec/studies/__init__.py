@@ -45,8 +45,8 @@ def study(
 
     Returns:
         `study`, `question`, `page`, `variants` (name -> `meaning`, `overrides`, `run`), `settings` (recipe key ->
-        value by variant, of those that differ) and `tables` (title -> `meaning`, `reference`, `users`, `rows` and
-        `comparisons`, as in `metrics.json`).
+        value by variant, of those that differ) and `tables` (title -> `meaning`, `reference`, `users`, `rows`,
+        `comparisons` and `protocol`, as in `metrics.json`).
 
     Raises:
         ConfigError: no such study, or an override that does not fit.
@@ -126,7 +126,8 @@ def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
-    return {**content, **summary, "comparisons": compared}
+    ranking = {"ranking": protocol.ranking_in_words(settings.mask_history)}
+    return {**content, **summary, "comparisons": compared, "protocol": ranking}
 
 
 def _variant(variant: Variant, run: Run) -> dict[str, Any]:
