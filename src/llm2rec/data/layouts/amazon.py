@@ -15,7 +15,7 @@ from llm2rec.data.layouts.delimited import (
     require_cells,
     whole_numbers,
 )
-from llm2rec.data.layouts.files import PACKED, matching, refuse_missing, the_one
+from llm2rec.data.files import PACKED, matching, refuse_missing, the_one
 from llm2rec.data.layouts.records import NUMBER, TEXT, TEXTS, WHOLE, read_records
 from llm2rec.data.tables import RawTables
 from llm2rec.errors import DataError, first_few

@@ -29,7 +29,7 @@ import polars as pl
 
 from llm2rec.data.layouts.assembly import assemble
 from llm2rec.data.layouts.delimited import header_of
-from llm2rec.data.layouts.files import (
+from llm2rec.data.files import (
     PACKED,
     line_chunks,
     matching,
