@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +50,9 @@ def _check_rows(path: Path, separator: str, quote: bool) -> list[str]:
                     refuse_line(path, start, raw, _UNPAIRED)
         except csv.Error as error:
             raw, start = lines.taken()
-            refuse_line(path, start, raw, _UNPAIRED if raw.count('"') % 2 else f"holds no separated cells ({error})")
+            refuse_line(
+                path, start, raw, _UNPAIRED if raw.count('"') % 2 else f"holds no separated cells ({error})"
+            )
         except _NotText as error:
             refuse_line(path, rows.line_num + 1, error.line, _NOT_UTF_8)
     if not header:

@@ -60,7 +60,9 @@ def scan_table(path: Path) -> pl.LazyFrame:
     if ending in PARQUET:
         return _scan_parquet(files)
     if ending in JSON_LINES:  # all rows of all files: a field may come late
-        return pl.concat([pl.scan_ndjson(file, infer_schema_length=None) for file in files], how="diagonal_relaxed")
+        return pl.concat(
+            [pl.scan_ndjson(file, infer_schema_length=None) for file in files], how="diagonal_relaxed"
+        )
     return pl.scan_csv(files, separator=SEPARATORS[ending], infer_schema=False, glob=False)
 
 
