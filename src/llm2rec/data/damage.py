@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from llm2rec.data.files import BYTE_ORDER_MARK, line_chunks, opened, refuse_line
 from llm2rec.errors import DataError, first_few
@@ -37,7 +37,7 @@ def _check_rows(path: Path, separator: str, quote: bool) -> list[str]:
     csv.field_size_limit(LONGEST_CELL)
     with opened(path) as stream:
         lines = _Lines(stream)
-        quoting = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE
         rows = csv.reader(lines, delimiter=separator, quoting=quoting, strict=quote)
         header = None
         try:

@@ -127,6 +127,13 @@ def _has_clock(log: Interactions) -> bool:
     return log.frame[TIME].dtype == MOMENT or bool(log.times().max() // log.ticks_per_second() > 10**8)
 
 
+def _looks_like_dates(log: Interactions) -> bool:
+    """Whether every time has the digits of a year, a month and a day."""
+    year, month, day = log.times() // 10_000, log.times() // 100 % 100, log.times() % 100
+    dates = (year > 1900) & (year < 2100) & (month > 0) & (month <= 12) & (day > 0) & (day <= 31)
+    return bool(dates.all())
+
+
 def _as_date(log: Interactions, at: int) -> str:
     """A time of the log as an ISO date, or as it is where it is a rank."""
     moment = np.datetime64(at // log.ticks_per_second(), "s")
@@ -162,6 +169,8 @@ def _time_warnings(log: Interactions, tied: int, split_by: str) -> list[str]:
             f"{tied:,} events ({tied / len(log):.1%}) share user and time with another: their order is that of "
             f"{order}, not of consumption or of the file"
         )
+    if _looks_like_dates(log):
+        warnings.append("the times look like dates written as 20191231, but are read as seconds: write 2019-12-31")
     if _has_clock(log):
         seconds = log.times() // log.ticks_per_second()
         for wrong, when in (

@@ -12,6 +12,7 @@ import polars as pl
 
 from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows
 from llm2rec.data.tables import (
+    FILE,
     ITEM,
     RATING,
     TITLE,
@@ -51,19 +52,20 @@ def scan_table(path: Path) -> pl.LazyFrame:
 
     Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. Of a
     key that a JSON line names twice the first counts. A folder of parquet may be partitioned
-    (`user=7/part-0.parquet`): the partition keys become columns.
+    (`user=7/part-0.parquet`): the partition keys become columns. Of a folder, the column FILE names the files.
 
     Raises:
         DataError: no such file, nothing readable in the folder, or an unknown ending.
     """
     files, ending = _files_of(path)
+    file = FILE if path.is_dir() else None
     if ending in PARQUET:
-        return _scan_parquet(files)
+        return _scan_parquet(files, file)
     if ending in JSON_LINES:  # all rows of all files: a field may come late
-        return pl.concat(
-            [pl.scan_ndjson(file, infer_schema_length=None) for file in files], how="diagonal_relaxed"
-        )
-    return pl.scan_csv(files, separator=SEPARATORS[ending], infer_schema=False, glob=False)
+        tables = [pl.scan_ndjson(one, infer_schema_length=None, include_file_paths=file) for one in files]
+        return pl.concat(tables, how="diagonal_relaxed")
+    separator = SEPARATORS[ending]
+    return pl.scan_csv(files, separator=separator, infer_schema=False, glob=False, include_file_paths=file)
 
 
 def read_table(path: Path) -> pl.DataFrame:
@@ -75,7 +77,7 @@ def read_table(path: Path) -> pl.DataFrame:
     with _damage_named(path):
         table = scan_table(path)
         schema_of(table, str(path))
-        return collect(table, str(path))
+        return collect(table.drop(FILE, strict=False), str(path))
 
 
 @contextmanager
@@ -127,17 +129,18 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
+def _scan_parquet(files: list[Path], file: str | None) -> pl.LazyFrame:
     """Parquet files; keys in the names of their folders (`user_id=7`) become text columns."""
     keys = {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
     if not keys:
-        return pl.scan_parquet(files, glob=False)
+        return pl.scan_parquet(files, glob=False, include_file_paths=file)
     both = keys & set(schema_of(pl.scan_parquet(files[0], glob=False), str(files[0])).names())
     if both:
         raise DataError(
             f"{files[0]}: {sorted(both)[0]!r} is a column and the name of a folder; rename one of them"
         )
-    return pl.scan_parquet(files, glob=False, hive_schema=dict.fromkeys(sorted(keys), pl.String()))
+    schema = dict.fromkeys(sorted(keys), pl.String())
+    return pl.scan_parquet(files, glob=False, hive_schema=schema, include_file_paths=file)
 
 
 def _ending(path: Path) -> str:

@@ -5,6 +5,7 @@ Logs are read lazily and in a stream; what stays in memory of an event is two co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from llm2rec.errors import ArtifactError, DataError, first_few
 
 USER, ITEM, TIME, TITLE = "user_id", "item_id", "timestamp", "title"
 RATING, PART = "rating", "part"
+FILE = "file of the row"  # which file of a folder a row stands in; readers add it, tables leave it out
 PARTS = ("train", "validation", "test")
 LARGEST_EXACT_FLOAT = 2**53 - 1
 SECONDS_BELOW = (
@@ -26,6 +28,7 @@ _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space character
 _WRITTEN_AS_FLOAT = r"^-?\d+\.0+$"
 _SHOWN_ROWS = 5
 _EVENTS_A_GROUP = 2**24  # every group of rows repeats all ids: small groups take time that grows with the square
+_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,8 @@ class Interactions:
             unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
             if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
                 _refuse(table, unreadable, name, _WRONG[name], origin)
-        log = cls(events.sort(USER, TIME, *(name for name in further if name == PART), ITEM))
-        _refuse_mixed_units(table, columns[2], log, origin)
-        return log
+        _refuse_mixed_units(table, columns[2], cls(events), origin)
+        return cls(events.sort(USER, TIME, *(name for name in further if name == PART), ITEM))
 
     def __len__(self) -> int:
         return self.frame.height
@@ -171,7 +173,7 @@ class Catalogue:
         ids = _id_column(table, frame.schema, ITEM, origin)
         _distinct(table, ids, ITEM, origin)
         items = frame.with_columns(ids, pl.col(TITLE).cast(pl.String))
-        items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE))
+        items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE, FILE))
         if items.height < at_least:
             raise DataError(f"{origin}: only one item; there is nothing to rank")
         repeated = items.filter(pl.col(ITEM).is_duplicated())[ITEM].unique(maintain_order=True).to_list()
@@ -259,8 +261,9 @@ def require_columns(names: Sequence[str], columns: Sequence[str], origin: str) -
     if missing:
         hints = [hint for sign, hint in _SIGNS.items() if any(sign in name for name in names)]
         hint = f" (it looks {hints[0]})" if hints else ""
+        shown = [name[:_SHOWN_CHARACTERS] for name in names]
         raise DataError(
-            f"{origin}: no column {first_few(missing)}; it has {first_few(list(names), 12)}{hint}. Rename the "
+            f"{origin}: no column {first_few(missing)}; it has {first_few(shown, 12)}{hint}. Rename the "
             "columns, or map them in the recipe (data.columns)"
         )
 
@@ -385,8 +388,7 @@ _FURTHER = {
     PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),  # null: history only
 }
 _SIGNS = {  # of a header that was not read as it was meant
-    "\0": "like UTF-16: save it as UTF-8",
-    "\r": "like lines that end in CR alone: save it with LF",
+    "\0": "like UTF-16, or no text at all: save it as UTF-8",
     ";": "separated by ';': save it with commas",
     "\t": "separated by tabs: call it .tsv",
     ",": "separated by commas: call it .csv",
@@ -395,7 +397,7 @@ _SIGNS = {  # of a header that was not read as it was meant
 _WRONG = {
     USER: "is empty or not a whole number",
     ITEM: "is empty or not a whole number",
-    TIME: "is empty or cannot be read as a number, date or ISO time",
+    TIME: "is empty or cannot be read as a number, date or ISO time (2019-12-31T23:59)",
     RATING: "is not a number",
     PART: f"is none of {', '.join(PARTS)}",
 }
@@ -407,10 +409,17 @@ def _require_scalar(kind: pl.DataType, name: str, allowed: str, origin: str) -> 
 
 
 def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: str) -> None:
-    numbered = table.select(pl.col(name), wrong.alias("wrong")).with_row_index("row", offset=1)
+    file = pl.col(FILE) if FILE in table.collect_schema() else pl.lit("")
+    numbered = table.select(pl.col(name), wrong.alias("wrong"), file.alias(FILE)).with_row_index("row", offset=1)
     count, total = collect(numbered.select(pl.col("wrong").sum(), pl.len()), origin).row(0)
     first = collect(numbered.filter("wrong").head(_SHOWN_ROWS), origin)
-    shown = ", ".join(f"row {row}: {value!r}" for row, value in first.select("row", name).rows())
+    before = collect(numbered.group_by(FILE).agg(before=pl.col("row").min() - 1), origin)
+    first = first.join(before, on=FILE, maintain_order="left")
+    rows = first.select(FILE, pl.col("row") - pl.col("before"), name).rows()
+    shown = ", ".join(
+        f"{os.path.relpath(file, origin)} row {row}: {value!r}" if file else f"row {row}: {value!r}"
+        for file, row, value in rows
+    )
     raise DataError(f"{origin}: {name} {what} in {count:,} of {total:,} rows ({shown}); mend or remove them")
 
 
@@ -419,7 +428,7 @@ def _refuse_mixed_units(table: pl.LazyFrame, column: pl.Expr, log: Interactions,
     times, ticks = log.frame[TIME], log.ticks_per_second()
     coarser = 1, SECONDS_BELOW * ticks // 1000 - 1
     if times.dtype == pl.Int64 and ticks > 1 and times.is_between(*coarser).any():
-        what = f"is in another unit (seconds, milliseconds, ...) than the highest, {times.max()},"
+        what = f"is in another unit (seconds, milliseconds, ...) than the highest, {int(log.times().max())},"
         _refuse(table, column.is_between(*coarser), TIME, what, origin)
 
 
