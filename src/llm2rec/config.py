@@ -195,6 +195,11 @@ class DataConfig(Section):
             raise ValueError("give `source`, or `folder`, or both `interactions` and `items`")
         return self
 
+    @property
+    def origin(self) -> str:
+        """What messages call the data: a source, a folder, or the file of the interactions."""
+        return str(self.source or self.folder or self.interactions)
+
 
 class DomainConfig(DataConfig):
     """One of several logs that share the language model; each has its own recommender and evaluation."""

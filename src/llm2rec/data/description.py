@@ -78,7 +78,7 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
     if config.categories:
         facts["categories"] = len({label for labels in catalogue.labels(config.categories) for label in labels})
     log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
-    check_known_items(log, catalogue, origins.name_of(config))
+    check_known_items(log, catalogue, config.origin)
     tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().sum()).item()
     facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
     warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)

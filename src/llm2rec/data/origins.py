@@ -37,11 +37,6 @@ def read(config: DataConfig) -> Read:
     return tables
 
 
-def name_of(config: DataConfig) -> str:
-    """What the interactions are called in errors: a file, a folder or a source."""
-    return str(config.interactions or config.folder or config.source)
-
-
 def content_hash(config: DataConfig) -> dict[str, str]:
     """What the data are: the registered hash of a source, or the hash of every file.
 
