@@ -20,9 +20,7 @@ RATING, PART = "rating", "part"
 FILE = "file of the row"  # which file of a folder a row stands in; readers add it, tables leave it out
 PARTS = ("train", "validation", "test")
 LARGEST_EXACT_FLOAT = 2**53 - 1
-SECONDS_BELOW = (
-    10**11
-)  # whole-number times below this are seconds (until the year 5138), a thousandfold milliseconds
+SECONDS_BELOW = 10**11  # whole-number times below this are seconds (until 5138), a thousandfold milliseconds
 MOMENT = pl.Datetime("us")  # what dates, ISO texts and fractions of seconds become, UTC
 _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
 _WRITTEN_AS_FLOAT = r"^-?\d+\.0+$"
