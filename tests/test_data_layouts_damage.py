@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from llm2rec.data.files import line_chunks
 from llm2rec.data.layouts import LAYOUTS, detect_layout, records
-from llm2rec.data.layouts.files import line_chunks
 from llm2rec.data.tables import RawTables
 from llm2rec.errors import DataError
 from published import (

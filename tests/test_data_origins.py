@@ -72,13 +72,13 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path):
 def test_a_truncated_gzip_file_is_refused_by_name(tmp_path):
     path = WRITERS["csv.gz"](tmp_path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(DataError, match="log.csv.gz cannot be read"):
+    with pytest.raises(DataError, match="log.csv.gz is damaged or cut off"):
         readers.read_interactions(path)
 
 
 @pytest.mark.parametrize(
     ("ids", "wanted"),
-    [(["12.0", "13.0", "12.0"], ["12", "13", "12"]), (["12.0", "x", "12"], ["12.0", "x", "12"])],
+    [(["12.0", "13.0", "12.0"], ["12", "13", "12"]), (["12.0", "x", "13"], ["12.0", "x", "13"])],
 )
 def test_ids_written_as_floats_throughout_are_whole_numbers(tmp_path, ids, wanted):
     LOG.with_columns(item_id=pl.Series(ids)).write_csv(tmp_path / "log.csv")
@@ -162,6 +162,86 @@ def test_describe_of_a_recipe_applies_its_filters(tmp_path):
     )
     (described,) = lr.data.describe(tmp_path / "mine.yaml").values()
     assert described.facts["left out: item too rare"] > 0
+
+
+def describe(folder, events, **data):
+    """The description of `events` with seven items in two categories; `data` are further keys of the recipe."""
+    frame = pl.DataFrame(events, schema=[*LOG.columns, "part"][: len(events[0])], orient="row")
+    frame.write_csv(folder / "log.csv")
+    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(7)], "title": list("abcdefg"), "kind": ["A|B"] * 7})
+    items.write_csv(folder / "items.csv")
+    budget = {"csft": {"epochs": 1}, "iem": {"mntp": {"steps": 1}, "contrastive": {"steps": 1}}}
+    recipe = {
+        "data": {"interactions": "log.csv", "items": "items.csv", **data},
+        "model": {"source": "tiny-random"},
+    }
+    (folder / "mine.yaml").write_text(json.dumps(recipe | budget))
+    (described,) = lr.data.describe(folder / "mine.yaml").values()
+    return described
+
+
+WALKS = [(f"u{user}", f"i{(user + event) % 7}", event) for user in range(9) for event in range(8)]
+
+
+@pytest.mark.parametrize("split", [{"by": "last"}, {"by": "users", "ratio": [0.6, 0.2, 0.2]}, {"cold_items": 0.3}])
+@pytest.mark.parametrize("short", ["error", "drop"])
+def test_described_parts_and_what_the_split_leaves_out_sum_to_the_events(tmp_path, split, short):
+    events = [*WALKS, ("brief", "i0", 1)]
+    described = describe(tmp_path, events, split=split, short_histories=short)
+    parts = {
+        name: described.facts.get(f"{name}_events", 0) for name in ("training", "validation", "test", "context")
+    }
+    left_out = [value for name, value in described.facts.items() if name.startswith("left out by the split")]
+    assert sum(parts.values()) + sum(left_out) == described.facts["events"] == len(events)
+    assert (parts["context"] > 0) == (split.get("by") == "users")
+    assert any("'brief'" in warning for warning in described.warnings) == (short == "error")
+
+
+def test_describe_counts_the_categories_and_refuses_a_column_that_is_not_there(tmp_path):
+    assert describe(tmp_path, WALKS, categories="kind").facts["categories"] == 2
+    with pytest.raises(DataError, match="no column 'colour'"):
+        describe(tmp_path, WALKS, categories="colour")
+
+
+@pytest.mark.parametrize(
+    ("time", "warned"),
+    [
+        ("9999-12-31", "1 events lie later than now (9999-12-31)"),
+        ("0001-01-01", "1 events lie at 1970-01-01 00:00 or before (0001-01-01)"),
+        ("2020-01-01", None),
+    ],
+)
+def test_describe_counts_moments_at_which_nobody_consumes(tmp_path, time, warned):
+    events = [(user, item, f"2020-01-0{rank + 1}") for user, item, rank in WALKS]
+    warnings = describe(tmp_path, [*events, ("u0", "i0", time)]).warnings
+    assert [warned in warning for warning in warnings] == ([True] if warned else [])
+
+
+def test_describe_shows_impossible_times_as_they_come_out(tmp_path):
+    events = [(user, item, 1_500_000_000 + rank) for user, item, rank in WALKS]
+    described = describe(tmp_path, [*events, ("u0", "i0", -(2**62))])
+    assert described.facts["first_event"].startswith("-") and "or before" in described.warnings[0]
+
+
+def test_describe_warns_of_dates_without_separators(tmp_path):
+    described = describe(tmp_path, [(user, item, 20_200_101 + rank) for user, item, rank in WALKS])
+    assert "look like dates" in described.warnings[0]
+    assert not describe(tmp_path, WALKS).warnings
+
+
+def test_describe_names_ties_of_a_given_split_however_few(tmp_path):
+    part = ["train"] * 6 + ["validation", "test"]
+    events = [(user, item, 0 if user == "u0" and rank < 2 else rank, part[rank]) for user, item, rank in WALKS]
+    (warning,) = describe(tmp_path, events, split={"by": "given"}).warnings
+    assert (
+        warning.startswith("2 events (2.8%) share user and time")
+        and "order is that of part, then item_id" in warning
+    )
+
+
+def test_unknown_items_are_refused_with_the_file_of_the_interactions(tmp_path):
+    with pytest.raises(DataError, match=r"log.csv: 1 interactions name 1 items .*'stranger'"):
+        describe(tmp_path, [*WALKS, ("u0", "stranger", 9)])
 
 
 CELLS = st.one_of(

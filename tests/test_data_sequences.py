@@ -159,6 +159,15 @@ def test_an_unknown_item_is_refused_before_anything_is_written(log, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("first", ["1960-01-01", "1971-01-01", "2020-01-01"])
+def test_times_of_dates_are_seconds_whenever_they_lie(first, log, tmp_path):
+    start = pl.lit(first).str.to_datetime("%Y-%m-%d", time_unit="ms")
+    dated = log.frame.with_columns(timestamp=start + pl.duration(hours="timestamp"))
+    prepare(Interactions.from_frame(dated, "log"), ITEMS, split=Split(), short_histories="error", out=tmp_path)
+    times = Sequences.load(tmp_path).times
+    assert times[:8].tolist() == [int(np.datetime64(first, "s").astype(int)) + 3600 * n for n in range(8)]
+
+
 def test_sequences_are_memory_mapped(log, tmp_path):
     prepare(log, ITEMS, split=Split(), short_histories="error", out=tmp_path)
     assert isinstance(Sequences.load(tmp_path).items, np.memmap)

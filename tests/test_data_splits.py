@@ -53,6 +53,14 @@ def test_dates_cut_where_they_say_in_seconds_and_milliseconds(unit):
     assert parts[:9].tolist() == [TRAIN] * 3 + [VALIDATION] * 3 + [TEST] * 3
 
 
+def test_a_log_of_dates_before_1973_is_cut_where_the_dates_say():
+    rows = [(user, f"i{n}", f"1971-01-0{n + 1}") for user in "ab" for n in range(9)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    split = Split(by="time", dates=("1971-01-04", "1971-01-07"))
+    _, parts, _ = split_events(Interactions.from_frame(frame, "log"), split)
+    assert parts[:9].tolist() == [TRAIN] * 3 + [VALIDATION] * 3 + [TEST] * 3
+
+
 @pytest.mark.parametrize("dates", [("2013-13-01", "2014-01-01"), ("2014-01-01", "2013-01-01")])
 def test_impossible_dates_are_refused(dates):
     with pytest.raises(ConfigError, match="data.split.dates"):

@@ -8,7 +8,7 @@ import pytest
 from llm2rec.data.tables import Catalogue, Interactions, check_known_items
 from llm2rec.errors import DataError
 
-DAY_MS = 86_400_000
+DAY_SECONDS = 86_400
 
 
 def interactions(**columns):
@@ -59,8 +59,36 @@ def test_whole_number_timestamps_stay_as_they_are(times):
         "1970-01-02T02:00:00+02:00",
     ],
 )
-def test_dates_become_epoch_milliseconds(time):
-    assert interactions(timestamp=[time] * 3).frame["timestamp"].to_list() == [DAY_MS] * 3
+def test_dates_become_moments_in_utc(time):
+    log = interactions(timestamp=[time] * 3)
+    assert log.frame["timestamp"].to_list() == [datetime.datetime(1970, 1, 2)] * 3
+    assert (log.times() / log.ticks_per_second()).tolist() == [DAY_SECONDS] * 3
+
+
+@pytest.mark.parametrize("digits", [0, 3, 6, 9])
+def test_whole_number_times_tell_their_unit_by_their_size(digits):
+    times = [(16_000 + day) * DAY_SECONDS * 10**digits for day in range(3)]
+    log = interactions(timestamp=times)
+    assert log.times().tolist() == times and log.ticks_per_second() == 10**digits
+
+
+@pytest.mark.parametrize("times", [[0.5, 2.25, 1.0], ["0.5", "2.25", " 1"]])
+def test_seconds_with_a_fraction_are_moments(times):
+    log = interactions(user_id=["a", "b", "a"], timestamp=times)
+    assert log.times().tolist() == [500_000, 1_000_000, 2_250_000] and log.ticks_per_second() == 10**6
+
+
+@pytest.mark.parametrize(
+    "times", [[-1, 1_500_000_000, 1_500_000_000_000], ["0", "1500000000", "1500000000000000"]]
+)
+def test_whole_number_times_in_two_units_are_refused_with_their_rows(times):
+    with pytest.raises(DataError, match=r"log.csv: timestamp is in another unit .* in 1 of 3 rows \(row 2: "):
+        interactions(timestamp=times)
+
+
+def test_dates_before_and_after_1973_stand_in_one_log():
+    log = interactions(timestamp=["2020-01-01", "1960-06-01", "1971-01-01"])
+    assert log.frame["item_id"].to_list() == ["y", "x", "x"]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +99,9 @@ def test_dates_become_epoch_milliseconds(time):
         (["1", "2", "soon"], "row 3: 'soon'"),
         (["2020-01-01", "soon", "2020-01-02"], "row 2: 'soon'"),
         ([None, None, None], "row 1: None"),
+        ([1.5, float("inf"), 3.0], "row 2: inf"),
+        (["1.5", "2020-01-01", "3"], "row 2: '2020-01-01'"),
+        ([1_500_000_000_000.5, 1.0, 2.0], "row 1: 1500000000000.5"),
     ],
 )
 def test_an_unusable_timestamp_is_refused_with_its_row(times, row):
@@ -130,9 +161,32 @@ def test_the_catalogue_keeps_row_order_and_further_columns():
     assert items.item_ids == ["y", "x"] and items.frame["brand"].to_list() == ["B", None]
 
 
-def test_interactions_with_unknown_items_are_refused():
-    with pytest.raises(DataError, match="'stranger'"):
-        check_known_items(interactions(item_id=["x", "stranger", "y"]), catalogue())
+def test_interactions_with_unknown_items_are_refused_with_their_file():
+    with pytest.raises(DataError, match="log.csv: 1 interactions name 1 items .* lacks: 'stranger'; add"):
+        check_known_items(interactions(item_id=["x", "stranger", "y"]), catalogue(), "log.csv")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("7", "007"), ("b00x", "B00X")])
+def test_an_id_that_another_table_writes_otherwise_is_shown(ours, theirs):
+    with pytest.raises(DataError, match=f"lacks: '{ours}'; it has '{theirs}': write ids alike"):
+        check_known_items(interactions(item_id=["x", ours, "x"]), catalogue(item_id=["x", theirs]))
+
+
+def test_an_id_with_and_without_a_decimal_point_is_refused():
+    with pytest.raises(DataError, match="log.csv: 1 item_id stand with and without a decimal point: '12.0'"):
+        interactions(item_id=["12", "12.0", "x"])
+
+
+def test_a_float_too_large_to_tell_from_the_next_is_no_id():
+    with pytest.raises(DataError, match="row 2"):
+        interactions(item_id=[1.0, float(2**53), 2.0])
+
+
+def test_ties_of_a_given_split_are_ordered_by_part_before_item():
+    table = {"item_id": ["x", "z", "y"], "timestamp": [7, 7, 7], "part": ["test", "train", "validation"]}
+    table = {"user_id": ["a"] * 3 + ["b"] * 3, **{name: values * 2 for name, values in table.items()}}
+    log = Interactions.from_frame(pl.DataFrame(table), "log.csv", ["part"])
+    assert log.frame["item_id"].to_list() == ["z", "y", "x"] * 2
 
 
 def test_items_without_interactions_are_fine():

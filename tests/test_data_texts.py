@@ -36,7 +36,29 @@ def test_a_template_may_begin_with_an_empty_column():
     assert item_texts(ITEMS, "{author}: {title}") == ["Austen: Emma", "Dune", "Ulysses"]
 
 
-@pytest.mark.parametrize("template", ["{titel}", "title", "{title", "{item_id}", "{title} is a book", "{}"])
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        ("{title} ({author})", ["Emma (Austen)", "Dune", "Ulysses"]),
+        ("{title} ({author}): {genres}", ["Emma (Austen): love, society", "Dune: space", "Ulysses"]),
+        (
+            "{title} [by {author} himself] {genres}",
+            ["Emma [by Austen himself] love, society", "Dune space", "Ulysses"],
+        ),
+        ("{author}'s {title}", ["Austen's Emma", "Dune", "Ulysses"]),
+        ('"{title}" - {author}, a book', ['"Emma" - Austen, a book', '"Dune"', '"Ulysses"']),
+        (
+            "The book {title} is on {genres}.",
+            ["The book Emma is on love, society.", "The book Dune is on space.", "The book Ulysses"],
+        ),
+        ("{title} {{new}}", ["Emma {new}", "Dune {new}", "Ulysses {new}"]),
+    ],
+)
+def test_an_empty_column_takes_the_plain_text_that_belongs_to_it(template, wanted):
+    assert item_texts(ITEMS, template) == wanted
+
+
+@pytest.mark.parametrize("template", ["{titel}", "title", "{title", "{item_id}", "{}"])
 def test_a_template_that_means_nothing_is_refused(template):
     with pytest.raises(ConfigError, match="data.text"):
         item_texts(ITEMS, template)

@@ -168,7 +168,11 @@ class DataConfig(Section):
     interactions: Path | None = Field(None, description="table with user_id, item_id, timestamp: file or folder")
     items: Path | None = Field(None, description="table with item_id, title and further text columns")
     columns: ColumnsConfig = ColumnsConfig()
-    text: str = Field("{title}", description="the text of an item: columns of the items table in braces")
+    text: str = Field(
+        "{title}",
+        description="the text of an item: columns of the items table in braces, '{title} ({brand})'; an empty one "
+        "is left out with the plain text before it and what closes it",
+    )
     filters: FiltersConfig = FiltersConfig()
     split: SplitConfig = SplitConfig()
     categories: str | None = Field(
@@ -190,6 +194,11 @@ class DataConfig(Section):
         if not any(given) or (given[2] and not (self.interactions and self.items)):
             raise ValueError("give `source`, or `folder`, or both `interactions` and `items`")
         return self
+
+    @property
+    def origin(self) -> str:
+        """What messages call the data: a source, a folder, or the file of the interactions."""
+        return str(self.source or self.folder or self.interactions)
 
 
 class DomainConfig(DataConfig):

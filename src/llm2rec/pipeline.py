@@ -11,7 +11,6 @@ from typing import Any
 
 from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.artifacts import Inputs
-from llm2rec.config import DataConfig
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.loading import load_recipe, parse_recipe
@@ -184,15 +183,11 @@ def _evaluated(run: Run) -> bool:
 def _plan(run: Run) -> str:
     """One line before the first stage: what goes in, and the budgets that decide how long it takes."""
     recipe = run.recipe
-    data = ", ".join(_origin(domain.config) for domain in run.domains)
+    data = ", ".join(domain.config.origin for domain in run.domains)
     csft = f"{recipe.csft.epochs:g} epochs" if recipe.csft.epochs else f"{recipe.csft.max_tokens:,} tokens"
     steps = f"MNTP {recipe.iem.mntp.steps}, contrastive {recipe.iem.contrastive.steps} steps"
     rows = f"{len(recipe.recommender.rows)} rows x {recipe.recommender.seeds} seeds"
     return f"{run.folder}: {data}, {recipe.model.source}; CSFT {csft}, {steps}, {rows}"
-
-
-def _origin(config: DataConfig) -> str:
-    return str(config.source or config.folder or config.interactions)
 
 
 def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:

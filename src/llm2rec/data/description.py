@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import polars as pl
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
-from llm2rec.data.sequences import TEST, TRAIN, VALIDATION
-from llm2rec.data.splits import Split, check_parts, split_events, too_short
-from llm2rec.data.tables import ITEM, SECONDS_BELOW, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.sequences import part_counts, split_log
+from llm2rec.data.splits import Split, check_parts, too_short
+from llm2rec.data.tables import ITEM, MOMENT, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError, DataError, first_few
 from llm2rec.loading import load_recipe, recipe_names
@@ -73,11 +73,15 @@ def _configs(what: str, items: str | Path | None) -> tuple[dict[str, DataConfig]
 
 def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -> Description:
     log, catalogue, dropped = origins.read(config)
-    check_known_items(log, catalogue)
-    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
     texts = item_texts(catalogue, config.text)
-    warnings = _text_warnings(texts)
-    facts = _event_facts(log, catalogue) | _time_facts(log) | _text_facts(catalogue, texts)
+    facts = _text_facts(catalogue, texts)
+    if config.categories:
+        facts["categories"] = len({label for labels in catalogue.labels(config.categories) for label in labels})
+    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
+    check_known_items(log, catalogue, config.origin)
+    tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().sum()).item()
+    facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
+    warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)
     curves = {"events of each item, most popular first": _popularity(log), "events a user": _lengths(log)}
     curves["events over time (years)"] = _over_time(log)
     if count_tokens is not None:
@@ -87,8 +91,9 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
         curves["tokens of an item's text"] = _histogram(tokens)
     for reason, count in (dropped | filtered_out).items():
         facts[f"left out: {reason}"] = count
-    split_facts, split_warnings = _split_facts(log, Split(**dict(config.split), seed=seed))
-    return Description(facts | split_facts, warnings + _tie_warnings(facts) + split_warnings, curves)
+    split = Split(**dict(config.split), seed=seed)
+    split_facts, split_warnings = _split_facts(log, split, config.short_histories)
+    return Description(facts | split_facts, warnings + split_warnings, curves)
 
 
 def _event_facts(log: Interactions, catalogue: Catalogue) -> dict[str, Any]:
@@ -111,19 +116,28 @@ def _event_facts(log: Interactions, catalogue: Catalogue) -> dict[str, Any]:
     }
 
 
-def _time_facts(log: Interactions) -> dict[str, Any]:
-    tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().mean()).item()
-    ends = [log.frame[TIME].min(), log.frame[TIME].max()]
-    first, last = (_as_date(int(value)) for value in ends)  # type: ignore[arg-type]
-    return {"first_event": first, "last_event": last, "share_of_events_tied_in_time": round(tied, 3)}
+def _time_facts(log: Interactions, tied: int) -> dict[str, Any]:
+    times = log.times()
+    first, last = (_as_date(log, int(at)) for at in (times.min(), times.max()))
+    return {"first_event": first, "last_event": last, "share_of_events_tied_in_time": round(tied / len(log), 3)}
 
 
-def _as_date(time: int) -> str:
-    """A whole-number time as an ISO date where it can be one, else (a rank) as it is."""
-    seconds = time if abs(time) < SECONDS_BELOW else time // 1000
-    if not 10**8 < seconds < 10**11:  # before 1973 or after 5138: a rank, or nonsense
-        return str(time)
-    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+def _has_clock(log: Interactions) -> bool:
+    """Whether the times are moments and no ranks, which end long before 1973 where they are taken for seconds."""
+    return log.frame[TIME].dtype == MOMENT or bool(log.times().max() // log.ticks_per_second() > 10**8)
+
+
+def _looks_like_dates(log: Interactions) -> bool:
+    """Whether every time has the digits of a year, a month and a day."""
+    year, month, day = log.times() // 10_000, log.times() // 100 % 100, log.times() % 100
+    dates = (year > 1900) & (year < 2100) & (month > 0) & (month <= 12) & (day > 0) & (day <= 31)
+    return bool(dates.all())
+
+
+def _as_date(log: Interactions, at: int) -> str:
+    """A time of the log as an ISO date, or as it is where it is a rank."""
+    moment = np.datetime64(at // log.ticks_per_second(), "s")
+    return str(moment.astype("datetime64[D]")) if _has_clock(log) else str(at)
 
 
 def _text_facts(catalogue: Catalogue, texts: list[str]) -> dict[str, Any]:
@@ -146,33 +160,48 @@ def _text_warnings(texts: list[str]) -> list[str]:
     return []
 
 
-def _tie_warnings(facts: dict[str, Any]) -> list[str]:
-    if facts["share_of_events_tied_in_time"] > 0.1:
-        return [
-            f"{facts['share_of_events_tied_in_time']:.0%} of the events share user and time with another: their "
-            f"order is that of {ITEM}, not of consumption"
-        ]
-    return []
+def _time_warnings(log: Interactions, tied: int, split_by: str) -> list[str]:
+    """Ties, whose order is not that of consumption, and moments at which nobody consumed anything."""
+    warnings = []
+    if tied > 0.1 * len(log) or (tied and split_by == "given"):
+        order = f"part, then {ITEM}" if split_by == "given" else ITEM
+        warnings.append(
+            f"{tied:,} events ({tied / len(log):.1%}) share user and time with another: their order is that of "
+            f"{order}, not of consumption or of the file"
+        )
+    if _looks_like_dates(log):
+        warnings.append("the times look like dates written as 20191231, but are read as seconds: write 2019-12-31")
+    if _has_clock(log):
+        seconds = log.times() // log.ticks_per_second()
+        for wrong, when in (
+            (seconds <= 0, "at 1970-01-01 00:00 or before"),
+            (seconds > time.time(), "later than now"),
+        ):
+            if wrong.any():
+                example = _as_date(log, int(log.times()[wrong.argmax()]))
+                warnings.append(
+                    f"{int(wrong.sum()):,} events lie {when} ({example}): where that stands for an unknown time, "
+                    "remove them"
+                )
+    return warnings
 
 
-def _split_facts(log: Interactions, split: Split) -> tuple[dict[str, Any], list[str]]:
-    """Events of each part, and what the split would refuse."""
+def _split_facts(log: Interactions, split: Split, short_histories: str) -> tuple[dict[str, Any], list[str]]:
+    """Events of each part, which with those that the split leaves out sum to `events`, and what it refuses."""
     warnings = []
     short = too_short(log, split)
-    if short:
+    if short and short_histories == "error":
         warnings.append(
             f"{len(short):,} users are too short for the split (by {split.by}, holdout {split.holdout}): "
             f"{first_few(short)}; data.short_histories: drop leaves them out"
         )
-        log = log.kept(~log.ids(USER).is_in(pl.Series(short).implode()).to_numpy()[log.codes(USER)])
     try:
-        log, parts, cold = split_events(log, split)
+        log, parts, cold, dropped = split_log(log, split, "drop")
         check_parts(log, parts, split, cold)
     except DataError as error:
         return {"leakage_check": "failed"}, [*warnings, str(error)]
-    named = {"training": TRAIN, "validation": VALIDATION, "test": TEST}
-    counts = {f"{name}_events": int((parts == part).sum()) for name, part in named.items()}
-    return counts | {"leakage_check": "passed"}, warnings
+    left_out = {f"left out by the split: {reason}": count for reason, count in dropped.items()}
+    return left_out | part_counts(parts) | {"leakage_check": "passed"}, warnings
 
 
 def _popularity(log: Interactions) -> Points:
@@ -193,8 +222,8 @@ def _histogram(values: np.ndarray) -> Points:
 
 
 def _over_time(log: Interactions) -> Points:
-    times = log.frame[TIME].to_numpy()
+    times = log.times()
     counts, edges = np.histogram(times.astype(np.float64) - float(times.min()), bins=POINTS)
     edges = edges + float(times.min())
-    per_year = 365.2425 * 86_400 * (1 if times.max() < SECONDS_BELOW else 1000)
+    per_year = 365.2425 * 86_400 * log.ticks_per_second()
     return [(float(edge / per_year + 1970), float(count)) for edge, count in zip(edges, counts, strict=False)]

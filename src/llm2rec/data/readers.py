@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows
 from llm2rec.data.tables import (
+    FILE,
     ITEM,
     RATING,
     TITLE,
@@ -47,37 +50,67 @@ _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 def scan_table(path: Path) -> pl.LazyFrame:
     """A CSV, TSV, JSON-lines or parquet file, or a folder of files of one kind, read when it is used.
 
-    Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. A
-    folder may be partitioned (`user=7/part-0.parquet`): the partition keys become columns.
+    Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. Of a
+    key that a JSON line names twice the first counts. A folder of parquet may be partitioned
+    (`user=7/part-0.parquet`): the partition keys become columns. Of a folder, the column FILE names the files.
 
     Raises:
         DataError: no such file, nothing readable in the folder, or an unknown ending.
     """
-    if path.is_dir():
-        return _scan_folder(path)
-    if not path.is_file():
-        raise DataError(f"there is no file {path}")
-    return _scan_files([path], _ending(path))
+    files, ending = _files_of(path)
+    file = FILE if path.is_dir() else None
+    if ending in PARQUET:
+        return _scan_parquet(files, file)
+    if ending in JSON_LINES:  # all rows of all files: a field may come late
+        tables = [pl.scan_ndjson(one, infer_schema_length=None, include_file_paths=file) for one in files]
+        return pl.concat(tables, how="diagonal_relaxed")
+    separator = SEPARATORS[ending]
+    return pl.scan_csv(files, separator=separator, infer_schema=False, glob=False, include_file_paths=file)
 
 
 def read_table(path: Path) -> pl.DataFrame:
     """The rows of `scan_table`, in memory.
 
     Raises:
-        DataError: naming the file.
+        DataError: naming the file, and the line where it is text that is damaged.
     """
-    table = scan_table(path)
-    schema_of(table, str(path))
-    return collect(table, str(path))
+    with _damage_named(path):
+        table = scan_table(path)
+        schema_of(table, str(path))
+        return collect(table.drop(FILE, strict=False), str(path))
 
 
-def _scan_folder(folder: Path) -> pl.LazyFrame:
-    files = files_below(folder)
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Where polars cannot read a text file, the error names the line that is to blame."""
+    try:
+        yield
+    except DataError as error:
+        if isinstance(error.__cause__, (OSError, pl.exceptions.PolarsError)):
+            files, ending = _files_of(path)
+            if ending in SEPARATORS:
+                refuse_damaged_rows(files, SEPARATORS[ending])
+            if ending in JSON_LINES:
+                refuse_damaged_records(files)
+        raise
+
+
+def _files_of(path: Path) -> tuple[list[Path], str]:
+    """The files of a table and their kind.
+
+    Raises:
+        DataError: there is none, there are several kinds, or the kind is not known.
+    """
+    if path.is_file():
+        return [path], _ending(path)
+    if not path.is_dir():
+        raise DataError(f"there is no file {path}")
+    files = files_below(path)
     endings = sorted({_ending(file) for file in files})
     if len(endings) != 1:
         found = f"files of several kinds ({', '.join(endings)})" if endings else "no files"
-        raise DataError(f"{folder} holds {found}; give a folder with files of one kind: {', '.join(ENDINGS)}")
-    return _scan_files(files, endings[0])
+        raise DataError(f"{path} holds {found}; give a folder with files of one kind: {', '.join(ENDINGS)}")
+    return files, endings[0]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -96,25 +129,18 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _scan_files(files: list[Path], ending: str) -> pl.LazyFrame:
-    if ending in PARQUET:
-        return _scan_parquet(files)
-    if ending in JSON_LINES:
-        return pl.scan_ndjson(files, infer_schema_length=None)  # all rows: a field may come late
-    return pl.scan_csv(files, separator=SEPARATORS[ending], infer_schema=False, glob=False)
-
-
-def _scan_parquet(files: list[Path]) -> pl.LazyFrame:
+def _scan_parquet(files: list[Path], file: str | None) -> pl.LazyFrame:
     """Parquet files; keys in the names of their folders (`user_id=7`) become text columns."""
     keys = {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
     if not keys:
-        return pl.scan_parquet(files, glob=False)
+        return pl.scan_parquet(files, glob=False, include_file_paths=file)
     both = keys & set(schema_of(pl.scan_parquet(files[0], glob=False), str(files[0])).names())
     if both:
         raise DataError(
             f"{files[0]}: {sorted(both)[0]!r} is a column and the name of a folder; rename one of them"
         )
-    return pl.scan_parquet(files, glob=False, hive_schema=dict.fromkeys(sorted(keys), pl.String()))
+    schema = dict.fromkeys(sorted(keys), pl.String())
+    return pl.scan_parquet(files, glob=False, hive_schema=schema, include_file_paths=file)
 
 
 def _ending(path: Path) -> str:
@@ -144,7 +170,8 @@ def read_interactions(
     Raises:
         DataError: naming file, column and first offending rows.
     """
-    return Interactions.from_frame(renamed(scan_table(path), columns or {}, str(path)), str(path), further)
+    with _damage_named(path):
+        return Interactions.from_frame(renamed(scan_table(path), columns or {}, str(path)), str(path), further)
 
 
 def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: int = 2) -> Catalogue:
@@ -156,9 +183,10 @@ def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: i
     Raises:
         DataError: naming file, column and first offending ids.
     """
-    table = renamed(scan_table(path), columns or {}, str(path))
-    require_columns(schema_of(table, str(path)).names(), (ITEM, TITLE), str(path))
-    return Catalogue.from_frame(collect(table, str(path)), str(path), at_least)
+    with _damage_named(path):
+        table = renamed(scan_table(path), columns or {}, str(path))
+        require_columns(schema_of(table, str(path)).names(), (ITEM, TITLE), str(path))
+        return Catalogue.from_frame(collect(table, str(path)), str(path), at_least)
 
 
 def renamed(table: pl.LazyFrame, columns: Mapping[str, str], origin: str) -> pl.LazyFrame:

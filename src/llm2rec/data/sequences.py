@@ -22,7 +22,7 @@ from llm2rec.data.splits import (
     split_events,
     too_short,
 )
-from llm2rec.data.tables import ITEM, SECONDS_BELOW, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.errors import ArtifactError, DataError, first_few
 
 FOLDER = "sequences"
@@ -126,6 +126,7 @@ def prepare(
     short_histories: Literal["error", "drop"],
     out: Path,
     only_consumed: bool = False,
+    origin: str = "the log",
 ) -> dict[str, Any]:
     """Splits the events, checks the split and writes `out`.
 
@@ -134,6 +135,7 @@ def prepare(
 
     Args:
         only_consumed: leave items without an event out of the catalogue (after a k-core).
+        origin: names the interactions in errors.
 
     Returns:
         Summary: users, items, events, events of each part, and what was dropped.
@@ -141,12 +143,8 @@ def prepare(
     Raises:
         DataError: unknown items, users too short for the split, fewer than two users, or a leak.
     """
-    check_known_items(interactions, catalogue)
-    kept, dropped = _long_enough(interactions, split, short_histories)
-    before = len(kept)
-    kept, parts, cold = split_events(kept, split)
-    if len(kept) < before:
-        dropped["events with a cold item that are no test event"] = before - len(kept)
+    check_known_items(interactions, catalogue, origin)
+    kept, parts, cold, dropped = split_log(interactions, split, short_histories)
     if only_consumed:
         present = kept.ids(ITEM).gather(np.flatnonzero(kept.counts(ITEM)))
         catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
@@ -155,11 +153,31 @@ def prepare(
     _write(sequences, kept, catalogue, cold, out)
     summary: dict[str, Any] = {"users": sequences.n_users, "items": len(catalogue), "events": len(kept)}
     summary["events_per_user"] = round(len(kept) / sequences.n_users, 1)
-    counts = np.bincount(parts, minlength=len(PART_NAMES))
-    summary |= {f"{PART_NAMES[part]}_events": int(counts[part]) for part in PART_NAMES if counts[part]}
+    summary |= part_counts(parts)
     if len(cold):
         summary["cold_items"] = len(cold)
     return summary | {"dropped": dropped} if dropped else summary
+
+
+def split_log(
+    interactions: Interactions, split: Split, short_histories: str
+) -> tuple[Interactions, np.ndarray, pl.Series, dict[str, int]]:
+    """What is kept of a log, its parts (E,), the ids of its cold items, and reason -> events left out.
+
+    Raises:
+        DataError: users too short for the split where they are not to be dropped; see `split_events`.
+    """
+    long, dropped = _long_enough(interactions, split, short_histories)
+    kept, parts, cold = split_events(long, split)
+    if len(kept) < len(long):
+        dropped["events with a cold item that are no test event"] = len(long) - len(kept)
+    return kept, parts, cold, dropped
+
+
+def part_counts(parts: np.ndarray) -> dict[str, int]:
+    """Events of each part that has any, as `training_events`."""
+    counts = np.bincount(parts, minlength=len(PART_NAMES))
+    return {f"{PART_NAMES[part]}_events": int(counts[part]) for part in PART_NAMES if counts[part]}
 
 
 def cold_items(folder: Path) -> pl.Series:
@@ -176,8 +194,8 @@ def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequenc
     known = places.join(index, on=ITEM, how="left", maintain_order="left")["item_index"].fill_null(0).to_numpy()
     user_ids = log.ids(USER).gather(users).rename(USER)
     items = known.astype(np.int32)[log.codes(ITEM)]
-    times = log.frame[TIME].to_numpy()
-    seconds = times if times.max() < SECONDS_BELOW else times // 1000
+    ticks = log.ticks_per_second()
+    seconds = log.times() if ticks == 1 else log.times() // ticks
     return Sequences(items, offsets, parts, catalogue.item_ids, user_ids, seconds)
 
 

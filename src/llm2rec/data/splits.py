@@ -9,7 +9,7 @@ from datetime import UTC, date, datetime
 import numpy as np
 import polars as pl
 
-from llm2rec.data.tables import ITEM, PART, SECONDS_BELOW, TIME, USER, Interactions
+from llm2rec.data.tables import ITEM, PART, USER, Interactions
 from llm2rec.errors import ConfigError, DataError
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
@@ -81,7 +81,7 @@ def _by_last(log: Interactions, split: Split) -> np.ndarray:
 
 def _by_time(log: Interactions, split: Split) -> np.ndarray:
     validation, test = time_cuts(log, split)
-    times = log.frame[TIME].to_numpy()
+    times = log.times()
     return np.where(times >= test, TEST, np.where(times >= validation, VALIDATION, TRAIN)).astype(np.uint8)
 
 
@@ -93,16 +93,14 @@ def time_cuts(log: Interactions, split: Split) -> tuple[int, int]:
     Raises:
         ConfigError: dates that cannot be read, or in the wrong order.
     """
-    times = log.frame[TIME]
     if split.dates is not None:
-        unit = 1 if int(times.max()) < SECONDS_BELOW else 1000  # type: ignore[arg-type]
-        cuts = [int(_moment(text).timestamp() * unit) for text in split.dates]
+        cuts = [int(_moment(text).timestamp() * log.ticks_per_second()) for text in split.dates]
         if cuts[0] >= cuts[1]:
             raise ConfigError(
                 f"data.split.dates: validation {split.dates[0]} must begin before test {split.dates[1]}"
             )
         return cuts[0], cuts[1]
-    ordered = times.sort()
+    ordered = np.sort(log.times())
     places = [int(share * len(log) + 1e-6) for share in (split.ratio[0], split.ratio[0] + split.ratio[1])]
     return int(ordered[places[0]]), int(ordered[min(places[1], len(log) - 1)])
 
@@ -182,7 +180,7 @@ def check_parts(log: Interactions, parts: np.ndarray, split: Split, cold: pl.Ser
     """
     train, test = parts == TRAIN, parts == TEST
     held_out = test | (parts == VALIDATION)
-    times, user = log.frame[TIME].to_numpy(), log.codes(USER)
+    times, user = log.times(), log.codes(USER)
     if split.by == "time":
         cuts = [int(times[mask].min()) if mask.any() else None for mask in (held_out, test)]
         for mask, cut in ((train, cuts[0]), (parts == VALIDATION, cuts[1])):

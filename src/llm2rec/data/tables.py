@@ -5,6 +5,7 @@ Logs are read lazily and in a stream; what stays in memory of an event is two co
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,20 +17,25 @@ from llm2rec.errors import ArtifactError, DataError, first_few
 
 USER, ITEM, TIME, TITLE = "user_id", "item_id", "timestamp", "title"
 RATING, PART = "rating", "part"
+FILE = "file of the row"  # which file of a folder a row stands in; readers add it, tables leave it out
 PARTS = ("train", "validation", "test")
-LARGEST_EXACT_FLOAT = 2**53
-SECONDS_BELOW = 10**11  # a whole-number time below this is in seconds (until the year 5138), above in milliseconds
+LARGEST_EXACT_FLOAT = 2**53 - 1
+SECONDS_BELOW = 10**11  # whole-number times below this are seconds (until 5138), a thousandfold milliseconds
+MOMENT = pl.Datetime("us")  # what dates, ISO texts and fractions of seconds become, UTC
 _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
+_WRITTEN_AS_FLOAT = r"^-?\d+\.0+$"
 _SHOWN_ROWS = 5
 _EVENTS_A_GROUP = 2**24  # every group of rows repeats all ids: small groups take time that grows with the square
+_SHOWN_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
 class Interactions:
-    """Events (user_id, item_id: Enum of the sorted ids, timestamp: Int64), sorted by user, time, item.
+    """Events (user_id, item_id: Enum of the sorted ids, timestamp: Int64 or Datetime), sorted by user, time, item.
 
-    Ties in time are ordered by item_id, so the order never depends on that of the file. Whole-number
-    timestamps stay as they are; dates and ISO texts become epoch milliseconds. Repeats are legal.
+    Ties in time are ordered by item_id, those of a given split by part before, so the order never depends on that
+    of the file. Whole-number timestamps stay as they are, in the unit that the highest tells; dates, ISO texts and
+    seconds with a fraction become Datetime (microseconds, UTC). Repeats are legal.
     `rating` (Float64) and `part` (a given split: train, validation, test; null = history only) are further columns
     where asked for.
     """
@@ -63,17 +69,18 @@ class Interactions:
         columns += [_FURTHER[name] for name in further]
         events = collect(table.select(columns), origin)
         if events[TIME].null_count():
-            _refuse(table, columns[2].is_null(), TIME, _WRONG[TIME], origin)
-        lowest, highest = int(events[TIME].min()), int(events[TIME].max())  # type: ignore[arg-type]
-        if not schema[TIME].is_temporal() and highest >= SECONDS_BELOW and 0 < lowest < SECONDS_BELOW:
-            _refuse(
-                table, columns[2] < SECONDS_BELOW, TIME, "is in seconds where others are in milliseconds", origin
-            )
+            seconds = _moment_of_seconds(schema)
+            moments = collect(table.select(seconds), origin)
+            if moments[TIME].null_count():
+                better = moments[TIME].null_count() < events[TIME].null_count()
+                _refuse(table, (seconds if better else columns[2]).is_null(), TIME, _WRONG[TIME], origin)
+            events = events.with_columns(moments)
         for name in further:
             unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
             if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
                 _refuse(table, unreadable, name, _WRONG[name], origin)
-        return cls(events.sort(USER, TIME, ITEM))
+        _refuse_mixed_units(table, columns[2], cls(events), origin)
+        return cls(events.sort(USER, TIME, *(name for name in further if name == PART), ITEM))
 
     def __len__(self) -> int:
         return self.frame.height
@@ -85,6 +92,17 @@ class Interactions:
     def counts(self, column: str) -> np.ndarray:
         """(ids,) int64: how many events each of `ids(column)` has."""
         return np.bincount(self.codes(column), minlength=len(self.ids(column)))
+
+    def times(self) -> np.ndarray:
+        """(E,) int64: the time of each event since 1970, or its rank; `ticks_per_second` is the unit."""
+        return self.frame[TIME].to_physical().to_numpy()
+
+    def ticks_per_second(self) -> int:
+        """The unit of `times`: 1 (seconds, or ranks), 10**3, 10**6 or 10**9; the highest whole number tells it."""
+        if self.frame[TIME].dtype == MOMENT:
+            return 10**6
+        highest = int(self.frame[TIME].max())  # type: ignore[arg-type]
+        return next((ticks for ticks in (1, 10**3, 10**6) if highest < SECONDS_BELOW * ticks), 10**9)
 
     def ids(self, column: str) -> pl.Series:
         """The ids that the codes of `user_id` or `item_id` stand for, sorted; some may have no event."""
@@ -153,7 +171,7 @@ class Catalogue:
         ids = _id_column(table, frame.schema, ITEM, origin)
         _distinct(table, ids, ITEM, origin)
         items = frame.with_columns(ids, pl.col(TITLE).cast(pl.String))
-        items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE))
+        items = items.select(ITEM, TITLE, pl.exclude(ITEM, TITLE, FILE))
         if items.height < at_least:
             raise DataError(f"{origin}: only one item; there is nothing to rank")
         repeated = items.filter(pl.col(ITEM).is_duplicated())[ITEM].unique(maintain_order=True).to_list()
@@ -211,7 +229,7 @@ class Catalogue:
         return cls(_read_own(path))
 
 
-def check_known_items(interactions: Interactions, catalogue: Catalogue, origin: str = "the interactions") -> None:
+def check_known_items(interactions: Interactions, catalogue: Catalogue, origin: str = "the log") -> None:
     """Raises DataError where an interaction names an item that the catalogue lacks."""
     ids = interactions.ids(ITEM)
     lacking = np.flatnonzero(~ids.is_in(catalogue.frame[ITEM].implode()).to_numpy())
@@ -220,18 +238,30 @@ def check_known_items(interactions: Interactions, catalogue: Catalogue, origin: 
         items = [ids[int(place)] for place in lacking[unknown > 0]]
         raise DataError(
             f"{origin}: {unknown.sum():,} interactions name {len(items):,} items that the items table lacks: "
-            f"{first_few(items)}; add these items, or remove their interactions"
+            f"{first_few(items)}; {_hint_at_alike(items, catalogue)}add these items, or remove their interactions"
         )
+
+
+def _hint_at_alike(lacking: list[str], catalogue: Catalogue) -> str:
+    """Says that the catalogue has such ids in other capitals or with other zeros in front, "" where it has not."""
+
+    def plainly(item: str) -> str:
+        return item.lstrip("0").lower()
+
+    wanted = {plainly(item) for item in lacking[:_SHOWN_ROWS]}
+    alike = [item for item in catalogue.item_ids if plainly(item) in wanted]
+    return f"it has {first_few(alike)}: write ids alike in both tables, or " if alike else ""
 
 
 def require_columns(names: Sequence[str], columns: Sequence[str], origin: str) -> None:
     """Raises DataError where a column is missing."""
     missing = [column for column in columns if column not in names]
     if missing:
-        joined = [name for name in names if ";" in name]
-        hint = " (it looks separated by ';': save it with commas)" if joined else ""
+        hints = [hint for sign, hint in _SIGNS.items() if any(sign in name for name in names)]
+        hint = f" (it looks {hints[0]})" if hints else ""
+        shown = [name[:_SHOWN_CHARACTERS] for name in names]
         raise DataError(
-            f"{origin}: no column {first_few(missing)}; it has {first_few(list(names), 12)}{hint}. Rename the "
+            f"{origin}: no column {first_few(missing)}; it has {first_few(shown, 12)}{hint}. Rename the "
             "columns, or map them in the recipe (data.columns)"
         )
 
@@ -280,14 +310,14 @@ def _id_column(table: pl.LazyFrame, schema: pl.Schema, name: str, origin: str) -
         return pl.when(_is_whole(column)).then(column.cast(pl.Int64, strict=False)).cast(pl.String).alias(name)
     text = column.cast(pl.String).str.strip_chars()
     if kind == pl.String:
-        written_as_float = text.str.contains(r"^-?\d+\.0+$").all() & text.is_not_null().any()
+        written_as_float = text.str.contains(_WRITTEN_AS_FLOAT).all() & text.is_not_null().any()
         if collect(table.select(written_as_float), origin).item():
             text = text.str.replace(r"\.0+$", "")
     return pl.when(text != "").then(text).alias(name)
 
 
 def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr:
-    """Whole numbers as they are, dates and ISO 8601 text as epoch milliseconds, null where unreadable."""
+    """Whole numbers as they are, dates and ISO 8601 text as MOMENT, null where unreadable."""
     kind, column = schema[TIME], pl.col(TIME)
     _require_scalar(kind, TIME, "whole numbers, dates or ISO 8601 text", origin)
     if kind.is_integer():
@@ -295,7 +325,7 @@ def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr
     if kind.is_float():
         return pl.when(_is_whole(column)).then(column.cast(pl.Int64, strict=False)).alias(TIME)
     if kind.is_temporal():
-        return column.cast(pl.Datetime("ms"), strict=False).cast(pl.Int64)
+        return column.cast(MOMENT, strict=False)
     text = column.cast(pl.String).str.strip_chars()
     numbers = text.cast(pl.Float64, strict=False)
     exact = text.cast(pl.Int64, strict=False)
@@ -307,27 +337,41 @@ def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr
 
 
 def _iso_moment(text: pl.Expr) -> pl.Expr:
-    """Epoch milliseconds of ISO 8601 dates and times; without an offset they are UTC."""
+    """MOMENT of ISO 8601 dates and times; without an offset they are UTC."""
     whole = text.str.replace(r"^(\d{4})/(\d\d?)/(\d\d?)", "${1}-${2}-${3}")
     whole = whole.str.replace(r"^(\S+)\s+(\d)", "${1}T${2}").str.replace(r"\s*(?:Z|z|UTC)$", "+00:00")
     whole = whole.str.replace(r"^(\d{4}-\d\d?-\d\d?)$", "${1}T00:00")
     whole = whole.str.replace(r"T(\d\d:\d\d)($|[+-])", "T${1}:00${2}")
     whole = whole.str.replace(r"(T[\d:.]+)$", "${1}+00:00").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
-    moment = whole.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="ms", strict=False)
-    return moment.cast(pl.Int64)
+    return whole.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False).cast(MOMENT)
+
+
+def _moment_of_seconds(schema: pl.Schema) -> pl.Expr:
+    """MOMENT of epoch seconds with a fraction, null for whatever else."""
+    column = pl.col(TIME) if schema[TIME].is_numeric() else pl.col(TIME).cast(pl.String).str.strip_chars()
+    seconds = column.cast(pl.Float64, strict=False)
+    ticks = pl.when(seconds.abs() < SECONDS_BELOW).then((seconds * 10**6).round())  # false for NaN and infinity
+    return ticks.cast(pl.Int64).cast(MOMENT).alias(TIME)
 
 
 def _distinct(table: pl.LazyFrame, column: pl.Expr, name: str, origin: str) -> pl.Series:
     """The sorted distinct values of an id column.
 
     Raises:
-        DataError: there is no row, or a row without an id.
+        DataError: there is no row, a row without an id, or an id both as "12" and as "12.0".
     """
     values = collect(table.select(column.alias(name)).unique(), origin)[name].sort()
     if not len(values):
         raise DataError(f"{origin}: the table has no rows")
     if values.null_count():
         _refuse(table, column.is_null(), name, _WRONG[name], origin)
+    as_float = values.filter(values.str.contains(_WRITTEN_AS_FLOAT))
+    both = as_float.filter(as_float.str.replace(r"\.0+$", "").is_in(values.implode()))
+    if len(both):
+        raise DataError(
+            f"{origin}: {len(both):,} {name} stand with and without a decimal point: {first_few(both.to_list())}; "
+            "write each id one way"
+        )
     return values
 
 
@@ -341,10 +385,17 @@ _FURTHER = {
     RATING: pl.col(RATING).cast(pl.Float64, strict=False).fill_nan(None),  # null: none given
     PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),  # null: history only
 }
+_SIGNS = {  # of a header that was not read as it was meant
+    "\0": "like UTF-16, or no text at all: save it as UTF-8",
+    ";": "separated by ';': save it with commas",
+    "\t": "separated by tabs: call it .tsv",
+    ",": "separated by commas: call it .csv",
+    "|": "separated by '|': save it with commas",
+}
 _WRONG = {
     USER: "is empty or not a whole number",
     ITEM: "is empty or not a whole number",
-    TIME: "is empty or cannot be read as a whole number, date or ISO time",
+    TIME: "is empty or cannot be read as a number, date or ISO time (2019-12-31T23:59)",
     RATING: "is not a number",
     PART: f"is none of {', '.join(PARTS)}",
 }
@@ -356,11 +407,27 @@ def _require_scalar(kind: pl.DataType, name: str, allowed: str, origin: str) -> 
 
 
 def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: str) -> None:
-    numbered = table.select(pl.col(name), wrong.alias("wrong")).with_row_index("row", offset=1)
+    file = pl.col(FILE) if FILE in table.collect_schema() else pl.lit("")
+    numbered = table.select(pl.col(name), wrong.alias("wrong"), file.alias(FILE)).with_row_index("row", offset=1)
     count, total = collect(numbered.select(pl.col("wrong").sum(), pl.len()), origin).row(0)
     first = collect(numbered.filter("wrong").head(_SHOWN_ROWS), origin)
-    shown = ", ".join(f"row {row}: {value!r}" for row, value in first.select("row", name).rows())
+    before = collect(numbered.group_by(FILE).agg(before=pl.col("row").min() - 1), origin)
+    first = first.join(before, on=FILE, maintain_order="left")
+    rows = first.select(FILE, pl.col("row") - pl.col("before"), name).rows()
+    shown = ", ".join(
+        f"{os.path.relpath(file, origin)} row {row}: {value!r}" if file else f"row {row}: {value!r}"
+        for file, row, value in rows
+    )
     raise DataError(f"{origin}: {name} {what} in {count:,} of {total:,} rows ({shown}); mend or remove them")
+
+
+def _refuse_mixed_units(table: pl.LazyFrame, column: pl.Expr, log: Interactions, origin: str) -> None:
+    """Raises DataError where positive whole-number times are too small for the unit that the highest tells."""
+    times, ticks = log.frame[TIME], log.ticks_per_second()
+    coarser = 1, SECONDS_BELOW * ticks // 1000 - 1
+    if times.dtype == pl.Int64 and ticks > 1 and times.is_between(*coarser).any():
+        what = f"is in another unit (seconds, milliseconds, ...) than the highest, {int(log.times().max())},"
+        _refuse(table, column.is_between(*coarser), TIME, what, origin)
 
 
 def _read_own(path: Path) -> pl.DataFrame:

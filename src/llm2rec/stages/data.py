@@ -44,6 +44,7 @@ def _prepare_stage(run: Run, domain: Domain) -> Stage:
             short_histories=config.short_histories,
             only_consumed=config.filters.k_core > 1,
             out=domain.data,
+            origin=config.origin,
         )
         prepared["dropped"] = left_out | filtered_out | prepared.pop("dropped", {})
         summary |= prepared

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.files import PACKED, names_of
 from llm2rec.data.layouts.amazon import read_amazon_2018, read_amazon_2023
 from llm2rec.data.layouts.authors import csft_files, read_llm2rec
-from llm2rec.data.layouts.files import PACKED, names_of
 from llm2rec.data.layouts.movielens import (
     read_movielens_1m,
     read_movielens_100k,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.files import PACKED, matching, refuse_missing, the_one
 from llm2rec.data.layouts.assembly import COMMA, PIPE, assemble, joined
 from llm2rec.data.layouts.delimited import (
     header_of,
@@ -15,7 +16,6 @@ from llm2rec.data.layouts.delimited import (
     require_cells,
     whole_numbers,
 )
-from llm2rec.data.layouts.files import PACKED, matching, refuse_missing, the_one
 from llm2rec.data.layouts.records import NUMBER, TEXT, TEXTS, WHOLE, read_records
 from llm2rec.data.tables import RawTables
 from llm2rec.errors import DataError, first_few

@@ -27,9 +27,7 @@ from typing import TypeAlias
 
 import polars as pl
 
-from llm2rec.data.layouts.assembly import assemble
-from llm2rec.data.layouts.delimited import header_of
-from llm2rec.data.layouts.files import (
+from llm2rec.data.files import (
     PACKED,
     line_chunks,
     matching,
@@ -39,6 +37,8 @@ from llm2rec.data.layouts.files import (
     refuse_line,
     refuse_missing,
 )
+from llm2rec.data.layouts.assembly import assemble
+from llm2rec.data.layouts.delimited import header_of
 from llm2rec.data.layouts.records import UNREADABLE
 from llm2rec.data.tables import RawTables
 from llm2rec.errors import DataError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import polars as pl
 
-from llm2rec.data.layouts.files import (
+from llm2rec.data.damage import refuse_damaged_rows
+from llm2rec.data.files import (
     GZIP_MAGIC,
     ZSTD_MAGIC,
     first_line,
@@ -56,7 +56,7 @@ def read_delimited(
             present = [name for name in (*columns, *optional) if name in header]
             table = scan.select(present).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-            _refuse_malformed_row(path, plain, separator, quote)
+            refuse_damaged_rows([path], separator, quote is not None)
             raise DataError(f"{path} cannot be read ({first_line(error)})") from error
         if table.is_empty():
             raise DataError(f"{path} has no rows")
@@ -128,23 +128,6 @@ def _check_header(path: Path, header: list[str], columns: tuple[str, ...]) -> No
     missing = [name for name in columns if name not in header]
     if missing:
         raise DataError(f"{path}: no column {first_few(missing)}; it has {first_few(header, 12)}")
-
-
-def _refuse_malformed_row(path: Path, plain: Path, separator: str, quote: str | None) -> None:
-    """Raises DataError for the first row with another number of cells than the first one, if there is one."""
-    with plain.open("rb") as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quote else csv.QUOTE_NONE)
-        try:
-            width = len(next(rows, []))
-            for row in rows:
-                line = separator.join(row)
-                if not line.isascii() and line != line.encode("utf-8", "replace").decode():
-                    refuse_line(path, rows.line_num, line.encode("utf-8", "surrogateescape"), "is not UTF-8")
-                if row and len(row) != width:
-                    refuse_line(path, rows.line_num, line, f"has {len(row)} cells instead of {width}")
-        except csv.Error as error:
-            raise DataError(f"{path}: line {rows.line_num} cannot be read ({error}); mend it") from error
 
 
 @contextmanager

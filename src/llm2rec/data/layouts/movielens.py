@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.files import PACKED, read_text, refuse_line, the_one
 from llm2rec.data.layouts.assembly import assemble
 from llm2rec.data.layouts.delimited import numbers, read_delimited, require_cells, whole_numbers
-from llm2rec.data.layouts.files import PACKED, read_text, refuse_line, the_one
 from llm2rec.data.readers import movielens_100k_frames
 from llm2rec.data.tables import RawTables
 

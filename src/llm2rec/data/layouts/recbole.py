@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.files import PACKED, matching, names_of, refuse_missing, the_one
 from llm2rec.data.layouts.assembly import PIPE, assemble
 from llm2rec.data.layouts.delimited import (
     header_of,
@@ -14,7 +15,6 @@ from llm2rec.data.layouts.delimited import (
     require_cells,
     whole_numbers,
 )
-from llm2rec.data.layouts.files import PACKED, matching, names_of, refuse_missing, the_one
 from llm2rec.data.tables import RawTables
 from llm2rec.errors import DataError, first_few
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from llm2rec.data.layouts.files import CHUNK_BYTES, line_chunks, refuse_line
+from llm2rec.data.files import CHUNK_BYTES, line_chunks, refuse_line
 from llm2rec.data.tables import LARGEST_EXACT_FLOAT
 from llm2rec.errors import DataError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from llm2rec.data.files import PACKED, matching, the_one
 from llm2rec.data.layouts.assembly import COMMA, PIPE, assemble, joined
-from llm2rec.data.layouts.files import PACKED, matching, the_one
 from llm2rec.data.layouts.records import AUTHORS, NUMBER, TEXT, TEXTS, read_records
 from llm2rec.data.tables import RawTables
 
