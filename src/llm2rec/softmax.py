@@ -75,7 +75,7 @@ class _ByRows(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             chunk = hidden[rows]  # (C, H)
             logits = torch.mm(chunk, weight.T, out=buffer[: len(chunk)])  # (C, V)
-            slopes, sums, loss = slopes_and_loss(logits, targets[rows, None])
+            slopes, sums, loss = slopes_and_loss(logits, targets[rows])
             total += loss
             if grad_hidden is not None:
                 torch.mm(slopes, weight, out=grad_hidden[rows])
@@ -93,17 +93,18 @@ class _ByRows(torch.autograd.Function):
 
 
 def _slopes(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From float32 logits (C, V), which are overwritten, and targets (C, 1).
+    """From float32 logits (C, V), which are overwritten, and targets (C,).
 
     Returns:
         (softmax minus one-hot) times sums (C, V), the sums (C, 1) and the summed loss. The narrow factors are
         divided by the sums instead of (C, V).
     """
     logits.sub_(logits.amax(dim=1, keepdim=True))
-    target_logits = logits.gather(1, target)
+    target_logits = logits.gather(1, target[:, None])
     shares = logits.exp_()
     sums = shares.sum(dim=1, keepdim=True)
-    return shares.scatter_add_(1, target, -sums), sums, (sums.log() - target_logits).sum()
+    _add_at(shares, target, -sums)
+    return shares, sums, (sums.log() - target_logits).sum()
 
 
 def _rounded_slopes(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,9 +114,17 @@ def _rounded_slopes(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     shares = torch.softmax(logits, dim=1, out=logits)
     smallest = torch.finfo(torch.float32).tiny
-    loss = -shares.gather(1, target).float().clamp(min=smallest).log().sum()
-    ones = torch.ones_like(target, dtype=shares.dtype)
-    return shares.scatter_add_(1, target, -ones), ones, loss
+    loss = -shares.gather(1, target[:, None]).float().clamp(min=smallest).log().sum()
+    ones = shares.new_ones(len(target), 1)
+    _add_at(shares, target, -ones)
+    return shares, ones, loss
+
+
+def _add_at(values: Tensor, column: Tensor, summand: Tensor) -> None:
+    """Adds `summand` (C, 1) to `values` (C, V) in place, in one `column` (C,) of each row."""
+    # `scatter_add_` would copy all of `values` on a CPU, which takes longer than their softmax.
+    rows = torch.arange(len(values), device=values.device)
+    values[rows, column] += summand[:, 0]
 
 
 class _ByColumns(torch.autograd.Function):

@@ -61,7 +61,7 @@ def evaluate(
     sequences: Sequences,
     part: int,
     history_length: int,
-    batch_size: int = 512,
+    batch_size: int = 256,
     description: str | None = "ranking",
     mask_history: bool = False,
     list_length: int = 0,

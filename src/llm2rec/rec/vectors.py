@@ -185,4 +185,6 @@ def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def hash_vectors(vectors: np.ndarray) -> str:
     """SHA-256 of shape and float32 values, as hex: what a saved text recommender knows its vectors by."""
     values = np.ascontiguousarray(vectors, dtype="<f4")
-    return hashlib.sha256(repr(values.shape).encode() + values.data).hexdigest()
+    digest = hashlib.sha256(repr(values.shape).encode())
+    digest.update(values.data)
+    return digest.hexdigest()

@@ -109,7 +109,7 @@ def similar(
 
 def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
     """The `k` items with the highest cosine to `index` (1..N) in `vectors` (N, D), without itself."""
-    unit = torch.nn.functional.normalize(torch.from_numpy(vectors), dim=-1)
+    unit = torch.nn.functional.normalize(torch.tensor(vectors), dim=-1)
     cosine = unit[index - 1 : index] @ unit.T
     items, values = top_k(cosine, k, exclude=torch.tensor([[index]]))
     return listed(catalogue, items[0].numpy(), values[0].numpy())
