@@ -237,6 +237,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--targets", type=int, default=32_768, help="training targets a round, about")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="auto", help="of our products in training; the peers' are float32")
     for name in ("rectools", "recbole", "ranx"):
         # Absolute, because a side runs in a folder of its own.
         about = f"path of an interpreter that has {name}"
@@ -248,6 +249,7 @@ def main() -> None:
     sequences = quick_sequences() if arguments.quick else prepared(arguments.data)
     ours = {OURS: sys.executable, "torch": sys.executable}
     theirs = {"rectools": arguments.rectools_python, "recbole": arguments.recbole_python}
+    os.environ["OUR_DTYPE"] = arguments.dtype
     measure_sides(log_of(sequences), ours | theirs, arguments)
 
 

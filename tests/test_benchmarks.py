@@ -3,6 +3,7 @@
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import data_scale  # noqa: E402
 import language  # noqa: E402
 import loss_memory  # noqa: E402
 import peers  # noqa: E402
+import recommenders  # noqa: E402
+
+from llm2rec.data.sequences import TEST  # noqa: E402
 
 pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
 
@@ -84,3 +89,34 @@ def test_a_side_that_fails_says_why(tmp_path):
     worker = peers.Worker("llm2rec", sys.executable, tmp_path / "absent.npz", 1, threads=1)
     with pytest.raises(SystemExit, match="(?s)the side llm2rec ended.*absent.npz"), worker:
         worker.start()
+
+
+def test_every_way_of_training_and_ranking_gives_a_figure(monkeypatch):
+    monkeypatch.setattr(recommenders, "STEPS", 2)
+    sequences = recommenders.made(60, users=40, events=5)
+    parts = sequences.parts.copy()
+    parts[4::5] = TEST
+    sequences = replace(sequences, parts=parts)
+    vectors = np.random.default_rng(0).standard_normal((60, recommenders.WIDTH)).astype(np.float32)
+    ways = [
+        recommenders.bare_training(sequences, vectors, 8, "bfloat16"),
+        recommenders.engine_training(sequences, vectors, 8, "float32"),
+        recommenders.authors_training(sequences, vectors),
+        recommenders.our_ranking(sequences, vectors),
+        recommenders.torch_ranking(sequences, vectors, 40),
+        recommenders.authors_ranking(sequences, vectors, 40),
+    ]
+    assert all(way() > 0 for way in ways)
+
+
+def test_the_memory_that_a_training_adds_is_measured(capsys):
+    recommenders.train_on(20_000)
+    assert int(capsys.readouterr().out) > 20_000 * recommenders.WIDTH * 2  # the frozen vectors at least
+
+
+def test_both_ways_of_preparing_a_log_leave_the_same_events(tmp_path):
+    pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    data_scale.make_log(tmp_path, 20_000)
+    ours, theirs = data_scale.ours(tmp_path), data_scale.pandas_way(tmp_path)
+    assert {key: ours[key] for key in theirs} == theirs

@@ -1,8 +1,10 @@
 """Our side: the training engine as the stage `fit` calls it, and `protocol.evaluate`.
 
-Kept as it ships: gradients clipped at 1, which the peers do not do, and dropout of a share rounded to 1/256.
+Kept as it ships: products in the dtype that the machine multiplies faster (`--dtype` of the driver), gradients
+clipped at 1, which the peers do not do, and dropout of a share rounded to 1/256.
 """
 
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +37,7 @@ from llm2rec.evaluation import protocol
 from llm2rec.evaluation.ranking import measure
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture
-from llm2rec.rec.fit import NextItemObjective, WindowBatches
+from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
 from llm2rec.training import Batch, TrainSettings, train
 
 
@@ -79,10 +81,11 @@ def build(sequences: Sequences) -> models.Recommender:
 def make(log: Log, round_targets: int) -> Side:
     """Our side over a log."""
     sequences = sequences_of(log)
-    recommender = build(sequences)
+    recommender, dtype = build(sequences), os.environ.get("OUR_DTYPE", "auto")
 
     def training(batch: int) -> Done:
-        batches, objective = Clocked(sequences, LENGTH, batch, seed=0), Counted(recommender)
+        batches = Clocked(sequences, LENGTH, batch, seed=0)
+        objective = Counted(recommender, Optimisation(LEARNING_RATE, 0.0, batch, 1, 1, dtype=dtype))
         steps = share_of(len(batches), log, round_targets)
         settings = TrainSettings(max_steps=steps, learning_rate=LEARNING_RATE, seed=0)
         with tempfile.TemporaryDirectory() as out:
@@ -103,7 +106,7 @@ def make(log: Log, round_targets: int) -> Side:
         f"llm2rec {llm2rec.__version__}",
         sequences.n_items,
         {TRAINING: training, RANKS: lambda batch: ranking(batch, 0), LISTS: lambda batch: ranking(batch, CUTOFF)},
-        {TRAINING: (64, 128, 256), RANKS: (128, 512, 1024), LISTS: (128, 512, 1024)},
+        {TRAINING: (64, 128, 256, 512), RANKS: (128, 256, 512), LISTS: (128, 256, 512)},
     )
 
 
