@@ -32,8 +32,8 @@ def test_loss_and_gradients_equal_the_plain_ones(dtype, tolerance, chunk_rows):
 
 def test_rows_at_a_time_give_the_gradients_of_whole_matrices_to_the_bit(monkeypatch):
     found = []
-    for rows in (7, 1000):  # of 50, H wide
-        monkeypatch.setattr(softmax, "CACHED_VALUES", rows * H)
+    for values in (7 * 8, 1000 * 8):  # of 50 rows, 8 wide
+        monkeypatch.setattr(softmax, "CACHED_VALUES", values)
         found.append(gradients(lambda *a: linear_cross_entropy(*a, chunk_rows=5), torch.bfloat16, upstream=0.3))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1]) and torch.equal(found[0][2], found[1][2])
