@@ -1,6 +1,8 @@
 """What holds for every recommender: each architecture over each item table and scorer, and the baselines."""
 
+import copy
 import dataclasses
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -347,6 +349,57 @@ def test_scores_follow_the_weights_though_the_catalogue_is_kept(case):
         for parameter in model.items.parameters():
             parameter.mul_(2.0)
     assert not torch.equal(score(model, HISTORIES), score(other, HISTORIES))
+
+
+KEPT = [("sasrec", "text", None), ("gru4rec", "sum", 0.1), ("esasrec", "delta", None), ("sasrec", "id", 0.1)]
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_a_copy_and_a_pickle_do_without_the_kept_catalogue(case):
+    model = built(case)
+    size = len(pickle.dumps(model))
+    before = score(model, HISTORIES)
+    assert len(pickle.dumps(model)) == size
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(score(other, HISTORIES), before)
+        with torch.no_grad():
+            for parameter in other.items.parameters():
+                parameter.mul_(-0.5)
+        assert not torch.equal(score(other, HISTORIES), before)
+    assert torch.equal(score(model, HISTORIES), before)
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_scores_are_those_outside_of_autocast_and_inference_mode(case):
+    expected = score(built(case), HISTORIES)
+    model = built(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = score(model, HISTORIES)
+    assert inside.dtype == torch.float32 and torch.equal(inside, expected)
+    assert torch.equal(score(model, HISTORIES), expected)
+    with torch.inference_mode():
+        other = built(case)
+        assert torch.equal(score(other, HISTORIES), expected)
+        for parameter in other.items.parameters():
+            parameter.mul_(-0.5)
+        assert not torch.equal(score(other, HISTORIES), expected)
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_scores_follow_a_conversion_there_and_back(case):
+    model, fresh = built(case), built(case).bfloat16().float()
+    before = score(model, HISTORIES)
+    model.bfloat16().float()
+    assert torch.equal(score(model, HISTORIES), score(fresh, HISTORIES))
+    assert not torch.equal(score(model, HISTORIES), before)  # premise: there was something to round
+
+
+def test_scores_follow_a_table_that_takes_the_place_of_another():
+    case = ("sasrec", "text", None)
+    model, turned = built(case), built(case, order=np.arange(N)[::-1].copy())
+    score(model, HISTORIES)
+    model.items.frozen = model.items.frozen.flip(0)
+    assert torch.allclose(score(model, HISTORIES), score(turned, HISTORIES), atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)

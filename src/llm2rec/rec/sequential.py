@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,15 @@ from torch import Tensor, nn
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.histories import checked, checked_times, lengths, recent
 from llm2rec.rec.items import ItemTable
+
+
+class _Kept(NamedTuple):
+    """Vectors of a catalogue, and what they were made from: held, so that no other tensor takes its address."""
+
+    tensors: list[Tensor]
+    state: list[tuple[int, int, int]]
+    vectors: Tensor
+    candidates: Tensor
 
 
 class SequentialRecommender(nn.Module, ABC):
@@ -28,7 +39,7 @@ class SequentialRecommender(nn.Module, ABC):
         self.architecture = architecture
         self.hidden_size, self.dropout = architecture.hidden_size, architecture.dropout
         self.history_length = architecture.history_length
-        self._kept: tuple[list[tuple[int, int]], Tensor, Tensor] | None = None
+        self._kept: _Kept | None = None
 
     @property
     def n_items(self) -> int:
@@ -59,7 +70,8 @@ class SequentialRecommender(nn.Module, ABC):
         """Scores of the whole catalogue after each history, (B, N + M) float32, no gradient; set `eval()` first.
 
         Only the last `history_length` items are looked at. An empty history is answered from the first
-        position alone: finite, the same for everyone, and untrained, so prefer popularity there.
+        position alone: finite, the same for everyone, and untrained, so prefer popularity there. Autocast
+        around the call has no effect.
 
         Args:
             histories: (B, L) int64, any L >= 1, left-aligned, 0 = padding.
@@ -70,8 +82,8 @@ class SequentialRecommender(nn.Module, ABC):
             ValueError: an item outside the catalogue, padding before an item, L = 0, or times that are
                 missing or do not fit.
         """
-        with torch.no_grad():
-            device = next(self.parameters()).device
+        device = next(self.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             histories = checked(histories.to(device), self.n_items)
             if self.needs_times:
                 if times is None:
@@ -91,16 +103,32 @@ class SequentialRecommender(nn.Module, ABC):
         """Item vectors to read histories with, and to score against; kept from call to call while nothing changes.
 
         Else every call would put the whole catalogue through the adapter again, which costs more than the scores.
+        A change that torch does not count, one through `.data` or numpy, is not seen: call `eval()` after it.
         """
         tensors = [*self.items.parameters(), *self.items.buffers()]
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-        if self.training or self._kept is None or self._kept[0] != state:
-            vectors = self.items.vectors()
-            _, candidates = self.comparable(vectors[:0], vectors)
-            self._kept = state, vectors, candidates
-        return self._kept[1:]
+        if self.training or any(tensor.is_inference() for tensor in tensors):  # those count no changes
+            return self._computed_catalogue()
+        state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
+        kept = self._kept
+        if kept is None or kept.state != state:
+            kept = self._kept = _Kept(tensors, state, *self._computed_catalogue())
+        return kept.vectors, kept.candidates
+
+    def _computed_catalogue(self) -> tuple[Tensor, Tensor]:
+        vectors = self.items.vectors()
+        _, candidates = self.comparable(vectors[:0], vectors)
+        return vectors, candidates
 
     def train(self, mode: bool = True) -> SequentialRecommender:
         """Sets training or evaluation mode, as in torch; forgets what `score` has kept."""
         self._kept = None
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequentialRecommender:
+        """What torch calls to move or convert a module, where memory may be used again at the same address."""
+        self._kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which do without what `score` has kept."""
+        return self.__dict__ | {"_kept": None}
