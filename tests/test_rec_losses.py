@@ -104,6 +104,21 @@ def test_gbce_equals_a_plain_loop():
     assert_equal(with_gradients(lambda q, c: gbce(q, c, TARGETS, NEGATIVES, 0.4)), with_gradients(plain_gbce))
 
 
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda q, c: sampled_softmax(q, c, TARGETS, NEGATIVES, log_expected()),
+        lambda q, c: gbce(q, c, TARGETS, NEGATIVES, 0.4),
+    ],
+    ids=["sampled softmax", "gbce"],
+)
+def test_of_bfloat16_products_a_loss_is_summed_in_float32(loss_of):
+    queries, candidates = inputs(torch.bfloat16)
+    loss = loss_of(queries, candidates)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(loss_of(queries.float(), candidates.float()).item(), rel=2e-3)
+
+
 @pytest.mark.parametrize("calibration", [0.0, 0.3, 0.75, 1.0])
 def test_beta_is_the_formula_of_the_paper(calibration):
     alpha = 16 / (101 - 1)

@@ -31,7 +31,7 @@ def sampled_softmax(
     logarithm, is too low on average (Jensen) by an amount that vanishes as K grows.
 
     Args:
-        queries: (M, H) float32; candidates: (N, H) float32: their dot products are the scores.
+        queries: (M, H) float32 or bfloat16; candidates: (N, H), the same dtype: their dot products are the scores.
         targets: (M,) int64 in 0..N - 1.
         negatives: (K,) int64 in 0..N - 1, drawn with replacement; shared by all rows.
         log_expected: (K,) float32, log(K q) of each; zeros with every item once gives the full softmax.
@@ -102,6 +102,6 @@ class NegativeSampler:
 
 
 def _scores(queries: Tensor, candidates: Tensor, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the targets (M,) and of the negatives (M, K)."""
-    positive = (queries * F.embedding(targets, candidates)).sum(dim=1)
-    return positive, queries @ F.embedding(negatives, candidates).T
+    """Scores of the targets (M,) and of the negatives (M, K), float32; of 16-bit inputs the latter are rounded."""
+    positive = (queries.float() * F.embedding(targets, candidates).float()).sum(dim=1)
+    return positive, (queries @ F.embedding(negatives, candidates).T).float()
