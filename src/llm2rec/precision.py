@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -15,14 +16,19 @@ def resolve_dtype(name: str) -> torch.dtype:
     """`auto` as a dtype: bfloat16 where its matrix product is the faster one (AMX, GPU), else float32.
 
     Measured, not looked up: there are processors that list bfloat16 instructions and run them at half the
-    speed of float32. Of several processes, which must all come here, the main one measures.
+    speed of float32. A process measures once, so that all of its trainings agree; of several processes, which
+    must all come here, the main one decides.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
         return torch.bfloat16
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return processes().agreed(min(seconds, key=lambda dtype: seconds[dtype]))
+    return processes().agreed(_faster())
+
+
+@cache
+def _faster() -> torch.dtype:
+    return min((torch.float32, torch.bfloat16), key=_matmul_seconds)
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:

@@ -78,11 +78,15 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class FitSummary:
-    """How a training went; epochs count from 1, `best_metric` is the validation NDCG@10 of `best_epoch`."""
+    """How a training went; epochs count from 1, `best_metric` is the validation NDCG@10 of `best_epoch`.
+
+    dtype: that the matrix products were taken in.
+    """
 
     epochs: int
     best_epoch: int
     best_metric: float
+    dtype: str
 
 
 def fit(
@@ -133,10 +137,11 @@ def fit(
         with_times=recommender.needs_times,
         sampler=_sampler(sequences, optimisation, trainable),
     )
+    objective = NextItemObjective(recommender, optimisation, trainable)
     summary = train(
         recommender,
         batches,
-        NextItemObjective(recommender, optimisation, trainable),
+        objective,
         out=out,
         settings=_course(optimisation, len(batches), seed, loggers),
         evaluate=lambda: validate(recommender, sequences, architecture.history_length),
@@ -148,6 +153,7 @@ def fit(
         epochs=summary.steps // len(batches),
         best_epoch=summary.best_step // len(batches),
         best_metric=summary.best_metric,
+        dtype=str(objective.dtype).removeprefix("torch."),
     )
 
 
@@ -245,28 +251,32 @@ class NextItemObjective:
         optimisation: Optimisation | None = None,
         trainable: np.ndarray | None = None,
     ) -> None:
-        """Takes the recommender whose items are scored; without an optimisation the loss is the full softmax."""
+        """Takes the recommender whose items are scored; without an optimisation the loss is the full softmax.
+
+        `dtype` is that of the products, resolved once.
+        """
         self._recommender = recommender
         self._columns = self._places = None
         if trainable is not None and not trainable.all():
             self._columns = torch.from_numpy(np.flatnonzero(trainable))
             self._places = torch.from_numpy(np.cumsum(trainable) - 1)  # item -> column among the trainable
-        self._dtype = torch.float32 if optimisation is None else resolve_dtype(optimisation.dtype)
+        self.dtype = torch.float32 if optimisation is None else resolve_dtype(optimisation.dtype)
         self._loss = losses.FULL if optimisation is None else optimisation.loss
         self._calibration = 0.0 if optimisation is None else optimisation.calibration
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch from `WindowBatches`, summed over its targets."""
-        with torch.autocast(batch["histories"].device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(batch["histories"].device.type, self.dtype, enabled=self.dtype != torch.float32):
             # `model` may be the engine's wrapper of the recommender, which has only its forward.
             vectors = self._recommender.items.vectors()
             states = model(batch["histories"], vectors, batch.get("times"))
         labelled = states.flatten(0, 1).index_select(0, batch["rows"])  # (M, H)
-        queries, candidates = (part.to(self._dtype) for part in self._recommender.comparable(labelled, vectors))
+        queries, candidates = (part.to(self.dtype) for part in self._recommender.comparable(labelled, vectors))
         targets = batch["targets"]
         if self._loss == losses.FULL:
             if self._columns is not None and self._places is not None:
-                candidates, targets = candidates.index_select(0, self._columns), self._places[targets]
+                columns, places = (index.to(targets.device) for index in (self._columns, self._places))
+                candidates, targets = candidates.index_select(0, columns), places[targets]
             return linear_cross_entropy(queries, candidates, targets)
         negatives = batch["negatives"]
         if self._loss == losses.SAMPLED_SOFTMAX:

@@ -83,7 +83,7 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
             loggers=loggers_of(run),
         )
         summary |= {"epochs": result.epochs, "best_epoch": result.best_epoch}
-        summary |= {"vectors": vectors, "validation_ndcg@10": result.best_metric}
+        summary |= {"vectors": vectors, "dtype": result.dtype, "validation_ndcg@10": result.best_metric}
 
     return Stage("fit", folder, inputs, execute)
 
