@@ -46,6 +46,30 @@ def test_a_frozen_head_receives_no_gradient():
     assert hidden.grad is not None and weight.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_backward_pass_is_refused_rather_than_scaled_twice(dtype):
+    hidden, weight = (torch.randn(rows, 8, dtype=dtype, requires_grad=True) for rows in (4, 9))
+    loss = 0.5 * linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2, 3]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("vocabulary", [3_000, 70_000])
+def test_bfloat16_shares_of_a_large_vocabulary_are_those_of_a_softmax_in_another_place(vocabulary):
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(5, vocabulary, generator=generator)).bfloat16()
+    targets = torch.randint(0, vocabulary, (5,), generator=generator)
+    expected = torch.softmax(logits.float(), dim=1)
+    slopes, sums, loss = softmax._rounded_slopes(logits.clone(), targets)
+    assert torch.equal(sums, torch.ones_like(sums))
+    slopes, rows = slopes.float(), torch.arange(5)
+    assert torch.allclose(slopes[rows, targets] + 1, expected[rows, targets], atol=2**-8)
+    slopes[rows, targets] = expected[rows, targets]
+    assert torch.allclose(slopes, expected, rtol=2**-8, atol=0)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.float(), targets, reduction="sum").item(), abs=0.02)
+
+
 def test_no_row_costs_nothing():
     assert linear_cross_entropy(torch.empty(0, 8), torch.randn(9, 8), torch.empty(0, dtype=torch.int64)) == 0
 

@@ -32,6 +32,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
     whatever M; the plain way keeps three (M, V) matrices. Logits are rounded to the dtype of the inputs, as
     `F.linear` rounds them, and with bfloat16 so are their shares; sums are float32.
 
+    The gradients are scaled in their own memory, so a second backward pass (`retain_graph`) raises a RuntimeError.
+
     Where V is so large that a chunk would hold fewer than `FEWEST_ROWS` rows, chunks are taken along V instead:
     once for the partition function and once for the gradients, four products where rows take three.
 
