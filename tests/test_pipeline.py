@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts
+from llm2rec.config import SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
-from llm2rec.judging import distinct_names
+from llm2rec.judging import distinct_names, ties_in_words
 from llm2rec.probing import show_probes
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
@@ -334,6 +335,11 @@ def floors(world, tmp_path_factory):
 def test_a_verb_without_anything_to_do_says_so(floors, capsys, verb):
     getattr(lr, verb)(floors)
     assert f"skip   {verb}  (no row of this run needs it: popularity, markov)" in capsys.readouterr().err
+
+
+def test_what_orders_events_of_equal_time_is_said_as_it_is():
+    assert ties_in_words(SplitConfig()).endswith("equal time are ordered by item_id")
+    assert ties_in_words(SplitConfig(by="given")).endswith("ordered by part, then item_id")
 
 
 def test_held_out_items_have_a_table_of_their_own_in_the_terminal(floors, finished):

@@ -39,7 +39,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
     """Evaluates every row and writes `metrics.json`, `per_user.parquet`, `showcase.json`, `report.html`.
 
     Returns:
-        Summary: test events, users, rows.
+        Summary: how many rows and test events.
     """
     settings = run.recipe.evaluation
     reference = reference_row(run)
@@ -61,7 +61,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
             "test_events": test_events,
             "split": split_in_words(domain.config.split),
             "history_length": domain.config.history_length,
-            "ties": "count against the target; events of equal time are ordered by item_id",
+            "ties": ties_in_words(domain.config.split),
         },
     }
     shown = showcase(run, domain, sequences)
@@ -83,6 +83,12 @@ def split_in_words(split: SplitConfig) -> str:
         "given": "as given with the data",
     }
     return words[split.by] + cold
+
+
+def ties_in_words(split: SplitConfig) -> str:
+    """What decides between equal scores, and between events of equal time."""
+    order = "part, then item_id" if split.by == "given" else "item_id"
+    return f"equal scores count against the target; events of equal time are ordered by {order}"
 
 
 def reference_row(run: Run) -> str:

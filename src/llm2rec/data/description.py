@@ -97,17 +97,16 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
 
 
 def _event_facts(log: Interactions, catalogue: Catalogue) -> dict[str, Any]:
-    users, lengths = np.unique(log.codes(USER), return_counts=True)
-    popularity = np.sort(np.unique(log.codes(ITEM), return_counts=True)[1])[::-1]
+    lengths, popularity = _counts(log, USER), np.sort(_counts(log, ITEM))[::-1]
     repeats = len(log) - log.frame.select(pl.struct(USER, ITEM).n_unique()).item()
     quantiles = np.quantile(lengths, [0.0, 0.5, 0.9, 1.0])
     names = ("min", "median", "90_percent", "max")
     return {
-        "users": len(users),
+        "users": len(lengths),
         "items": len(catalogue),
         "items_consumed": len(popularity),
         "events": len(log),
-        "density": round(len(log) / (len(users) * len(catalogue)), 6),
+        "density": round(len(log) / (len(lengths) * len(catalogue)), 6),
         **{f"events_per_user_{name}": int(value) for name, value in zip(names, quantiles, strict=True)},
         "share_of_events_on_top_tenth_of_items": round(
             float(popularity[: max(1, len(popularity) // 10)].sum() / len(log)), 3
@@ -205,13 +204,19 @@ def _split_facts(log: Interactions, split: Split, short_histories: str) -> tuple
 
 
 def _popularity(log: Interactions) -> Points:
-    counts = np.sort(np.unique(log.codes(ITEM), return_counts=True)[1])[::-1]
+    counts = np.sort(_counts(log, ITEM))[::-1]
     places = np.unique(np.geomspace(1, len(counts), POINTS).astype(int))
     return [(float(place), float(counts[place - 1])) for place in places]
 
 
 def _lengths(log: Interactions) -> Points:
-    return _histogram(np.unique(log.codes(USER), return_counts=True)[1])
+    return _histogram(_counts(log, USER))
+
+
+def _counts(log: Interactions, column: str) -> np.ndarray:
+    """How many events each user or item has, of those that have any."""
+    counts = log.counts(column)
+    return counts[counts > 0]
 
 
 def _histogram(values: np.ndarray) -> Points:
