@@ -1,12 +1,14 @@
 """The house: which room may import which, and what must stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+README = Path(__file__).parents[1] / "README.md"
 SOURCE = Path(__file__).parents[1] / "src" / "llm2rec"
 
 # A module may import modules of its own level or of earlier ones; lm and rec share a level but never meet.
@@ -60,6 +62,17 @@ def test_imports_run_one_way(path):
         assert other in ROOMS, f"{path} imports llm2rec.{other}, which does not exist"
         assert ROOMS[other] <= ROOMS[room], f"{room} must not import {other}"
         assert {room, other} != {"lm", "rec"}, "lm and rec meet in data/embeddings.py only"
+
+
+def test_the_readme_lists_every_module_and_no_other():
+    section = README.read_text().partition("\n    src/llm2rec/\n")[2].partition("\n\n")[0]
+    listed = set()
+    for line in section.splitlines():
+        folder = Path(line.split()[0]).parent  # of the first file named; the others of the line lie beside it
+        listed |= {str(folder / Path(name).name) for name in re.findall(r"[\w/]+\.py|[\w/]+/(?=  )", line)}
+    found = {str(path.relative_to(SOURCE)) for path in MODULES if path.name != "__init__.py"} | {"__init__.py"}
+    folders = {name for name in listed if (SOURCE / name).is_dir()}  # of which no file is named
+    assert listed - folders == {name for name in found if str(Path(name).parent) not in folders}
 
 
 @pytest.mark.parametrize(
