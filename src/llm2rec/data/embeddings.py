@@ -67,7 +67,7 @@ class ItemEmbeddings:
         return cls(vectors, item_ids, artifacts.read_json(folder / PROVENANCE))
 
     def aligned_to(self, item_ids: list[str]) -> np.ndarray:
-        """The vectors of `item_ids` in that order, (N, D) float32; still mapped where the order is their own.
+        """The vectors of `item_ids` in that order, (N, D) float32; no copy where it is that of the rows.
 
         Raises:
             ArtifactError: an item has no vector; names the first.

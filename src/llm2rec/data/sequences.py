@@ -264,9 +264,7 @@ def _check_events(sequences: Sequences, interactions: Interactions) -> None:
     expected = known["item_index"].fill_null(0).to_numpy()[interactions.codes(ITEM)]
     wrong = np.flatnonzero(expected != np.asarray(sequences.items))
     if not len(wrong):
-        users = (
-            np.cumsum(interactions.counts(USER) > 0, dtype=np.int32) - 1
-        )  # those without an event stand in none
+        users = np.cumsum(interactions.counts(USER) > 0, dtype=np.int32) - 1  # of the ids that have an event
         wrong = np.flatnonzero(_owners(sequences) != users[interactions.codes(USER)])
     if len(wrong):
         row = interactions.frame.row(int(wrong[0]))
