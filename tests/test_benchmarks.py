@@ -93,7 +93,7 @@ def test_a_side_that_fails_says_why(tmp_path):
 
 def test_every_way_of_training_and_ranking_gives_a_figure(monkeypatch):
     monkeypatch.setattr(recommenders, "STEPS", 2)
-    sequences = recommenders.made(60, users=40, events=5)
+    sequences = recommenders.made(60, users=200, events=5)
     parts = sequences.parts.copy()
     parts[4::5] = TEST
     sequences = replace(sequences, parts=parts)
