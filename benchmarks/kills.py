@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 import llm2rec as lr
-import llm2rec.judging
 import llm2rec.lm.iem
 import llm2rec.rec.fit
+import llm2rec.stages.judging
 from llm2rec import artifacts, progress, stages
 
 SETTINGS = (

@@ -22,10 +22,10 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
-from llm2rec.judging import distinct_names, ties_in_words
 from llm2rec.probing import show_probes
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
+from llm2rec.stages.judging import distinct_names, ties_in_words
 
 SMALL = (
     "model.source=tiny-random",
@@ -270,7 +270,7 @@ def test_an_evaluation_that_fails_leaves_the_old_one(copied, finished, world, mo
         raise ArtifactError("the vectors are gone")
 
     with monkeypatch.context() as patched, pytest.raises(ArtifactError, match="vectors are gone"):
-        patched.setattr("llm2rec.judging.load_scorer", gone)
+        patched.setattr("llm2rec.stages.judging.load_scorer", gone)
         rerun(copied, world, "evaluation.k=[1, 3]")
     assert lr.open_run(copied).metrics() == finished.metrics()
     assert rerun(copied, world, "evaluation.k=[1, 3]") == [("evaluation", ["evaluation.k"])]

@@ -24,7 +24,7 @@ LEVELS = [
     {"lm", "rec"},
     {"models"},
     {"serve"},
-    {"stages", "judging", "display"},
+    {"stages", "display"},
     {"pipeline", "comparison", "additions", "probing"},
     {"studies"},
     {"cli"},

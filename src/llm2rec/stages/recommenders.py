@@ -1,4 +1,4 @@
-"""Stages `fit` and `evaluate`: what goes in, and how they are executed."""
+"""Stage `fit`: what goes in, and how it is executed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from llm2rec.stages.base import (
     row_variants,
     sequence_inputs,
     trained_rows,
-    vector_sets,
 )
 
 if TYPE_CHECKING:
@@ -134,29 +133,3 @@ def fitted(domain: Domain, row: str, seed: int) -> Summary:
     """The summary of a finished training: epochs, vectors, validation NDCG@10."""
     summary = dict(artifacts.require(domain.recommender(row, seed), "fit").summary)
     return {key: value for key, value in summary.items() if key not in ("seconds", "peak_memory_gb")}
-
-
-def evaluate_stages(run: Run) -> list[Stage]:
-    """One stage a domain: every row of the recipe on its test events."""
-    return [_evaluate_stage(run, domain) for domain in run.domains]
-
-
-def _evaluate_stage(run: Run, domain: Domain) -> Stage:
-    def inputs() -> Inputs:
-        trained = [stage.folder for stage in fit_stages_of(run, domain)]
-        parents = {
-            f"recommender {folder.parent.name}/{folder.name}": parent_hash(folder, "fit") for folder in trained
-        }
-        vectors = {f"vectors {name}": parent_hash(domain.embeddings(name), "encode") for name in vector_sets(run)}
-        settings = run.recipe.evaluation.model_dump(mode="json", exclude={"direct_users"})  # of a study
-        evaluation = flatten("evaluation", settings)
-        rows = {"recommender.rows": list(run.recipe.recommender.rows)}
-        window = {"data.history_length": domain.config.history_length}
-        return {"data": parent_hash(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}
-
-    def execute(summary: Summary) -> None:
-        from llm2rec.judging import judge
-
-        summary |= judge(run, domain)
-
-    return Stage("evaluate", domain.evaluation, inputs, execute)

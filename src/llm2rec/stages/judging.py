@@ -25,7 +25,8 @@ from llm2rec.evaluation.ranking import list_metrics, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
-from llm2rec.stages import TINY_RANDOM, fitted, load_domain, row_variants, trained_rows
+from llm2rec.stages.base import TINY_RANDOM, load_domain, row_variants, trained_rows
+from llm2rec.stages.recommenders import fitted
 
 KNOWN_ITEMS = 5
 NEIGHBOURS = 5

@@ -1,0 +1,34 @@
+"""Stage `evaluate`: what goes in; `judging` is how it is executed."""
+
+from __future__ import annotations
+
+from llm2rec.artifacts import Inputs, flatten
+from llm2rec.runs import Domain, Run
+from llm2rec.stages.base import Stage, Summary, parent_hash, vector_sets
+from llm2rec.stages.recommenders import fit_stages_of
+
+
+def evaluate_stages(run: Run) -> list[Stage]:
+    """One stage a domain: every row of the recipe on its test events."""
+    return [_evaluate_stage(run, domain) for domain in run.domains]
+
+
+def _evaluate_stage(run: Run, domain: Domain) -> Stage:
+    def inputs() -> Inputs:
+        trained = [stage.folder for stage in fit_stages_of(run, domain)]
+        parents = {
+            f"recommender {folder.parent.name}/{folder.name}": parent_hash(folder, "fit") for folder in trained
+        }
+        vectors = {f"vectors {name}": parent_hash(domain.embeddings(name), "encode") for name in vector_sets(run)}
+        settings = run.recipe.evaluation.model_dump(mode="json", exclude={"direct_users"})  # of a study
+        evaluation = flatten("evaluation", settings)
+        rows = {"recommender.rows": list(run.recipe.recommender.rows)}
+        window = {"data.history_length": domain.config.history_length}
+        return {"data": parent_hash(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.stages.judging import judge
+
+        summary |= judge(run, domain)
+
+    return Stage("evaluate", domain.evaluation, inputs, execute)
