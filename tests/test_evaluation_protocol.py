@@ -116,6 +116,17 @@ def test_every_test_event_is_ranked_over_the_whole_catalogue(batch_size):
     assert ranked.rows() == [(0, 4, 1), (1, 1, 2)]
 
 
+def test_a_scorer_that_ranks_by_itself_is_asked_for_ranks_where_no_list_is_wanted():
+    class Ranking(NextOnTheCircle):
+        def ranks(self, targets, exclude, histories):
+            return torch.full_like(targets, 7)
+
+    ranked = [
+        protocol.evaluate(Ranking(4), circle_of(4), TEST, 3, list_length=k)["rank"].to_list() for k in (0, 2)
+    ]
+    assert ranked == [[7, 7], protocol.evaluate(NextOnTheCircle(4), circle_of(4), TEST, 3)["rank"].to_list()]
+
+
 def test_ranks_are_kept_under_outside_ids():
     ranked = protocol.evaluate(NextOnTheCircle(5), circle_of(5), TEST, 2)
     kept = protocol.per_user_table(ranked, circle_of(5), "circle", 7)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm2rec.evaluation.ranking import measure, metric_names, ranks, top_k
+from llm2rec.evaluation import ranking
+from llm2rec.evaluation.ranking import measure, metric_names, ranks, ranks_of_products, top_k
 
 SCORES = st.lists(st.lists(st.integers(-3, 3).map(float), min_size=5, max_size=5), min_size=1, max_size=6).map(
     torch.tensor
@@ -109,6 +110,42 @@ def test_ranks_without_the_excluded_equal_a_brute_force_count(scores, data):
     for row, target, excluded, rank in zip(scores.tolist(), targets.tolist(), hidden.tolist(), found, strict=True):
         others = [score for item, score in enumerate(row, 1) if item != target and item not in excluded]
         assert rank == 1 + sum(score >= row[target - 1] for score in others)
+
+
+@pytest.mark.parametrize("scores_a_block", [1, 12, 10_000])  # one item, three items, all 20 at a time
+@pytest.mark.parametrize("exclude", [None, torch.tensor([[1, 1, 0], [20, 5, 3], [0, 0, 0], [7, 8, 9]])])
+def test_ranks_of_products_equal_the_ranks_of_the_scores(scores_a_block, exclude, monkeypatch):
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", scores_a_block)
+    generator = torch.Generator().manual_seed(0)
+    queries, items = (torch.randint(-2, 3, (rows, 3), generator=generator).float() for rows in (4, 20))
+    scores = queries @ items.T
+    assert (scores.sort(dim=1).values.diff(dim=1) == 0).any(dim=1).all()  # ties in every row
+    for target in range(1, 21):
+        targets = torch.tensor([target, 5, 21 - target, 7])
+        expected = ranks(scores, targets, exclude)
+        assert ranks_of_products(queries, items, targets, exclude).tolist() == expected.tolist()
+
+
+def test_a_product_that_is_not_finite_is_named(monkeypatch):
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 2)
+    items = torch.ones(5, 2)
+    items[3, 0] = torch.nan
+    with pytest.raises(ValueError, match="in row 0 for item_index 4"):
+        ranks_of_products(torch.ones(2, 2), items, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "words"),
+    [
+        (torch.tensor([6, 1]), None, "target item_index 6 is outside 1..5"),
+        (torch.tensor([1]), None, r"expected \(2,\)"),
+        (torch.tensor([1, 1]), torch.tensor([[1]]), r"expected \(2, L\)"),
+        (torch.tensor([1, 1]), torch.tensor([[1], [-1]]), "excluded item_index -1"),
+    ],
+)
+def test_what_does_not_fit_the_products_is_refused(targets, exclude, words):
+    with pytest.raises(ValueError, match=words):
+        ranks_of_products(torch.ones(2, 2), torch.ones(5, 2), targets, exclude)
 
 
 def test_an_excluded_target_still_competes():

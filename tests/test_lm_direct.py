@@ -6,6 +6,7 @@ import torch
 
 from conftest import TITLES
 from llm2rec.errors import ConfigError
+from llm2rec.evaluation import ranking
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft_texts
 from llm2rec.lm.direct import TitleRanker
@@ -61,6 +62,44 @@ def test_an_empty_history_is_answered_without_one(tiny):
 def test_items_of_one_title_tie(tiny):
     twice = TitleRanker(tiny, [*NAMES, NAMES[0]], history_length=3, max_title_tokens=16).score(HISTORIES)
     torch.testing.assert_close(twice[:, 0], twice[:, -1])
+
+
+def told_apart(lm):
+    """The ranker of a model that finds some titles far likelier than others, and its scores."""
+    with torch.no_grad():
+        lm.head.mul_(40)
+    direct = ranker(lm, batch_tokens=40)
+    return direct, direct.score(HISTORIES)
+
+
+@pytest.mark.parametrize("exclude", [None, torch.tensor([[1, 7, 7], [2, 0, 0]])])
+def test_ranks_are_those_of_the_scores(tiny, exclude):
+    direct, scores = told_apart(tiny)
+    for target in range(1, len(NAMES) + 1):
+        targets = torch.tensor([target, 3])
+        expected = ranking.ranks(scores, targets, exclude)
+        assert direct.ranks(targets, exclude, HISTORIES).tolist() == expected.tolist()
+
+
+def test_titles_that_cannot_be_likely_enough_are_not_read_to_their_end(tiny, monkeypatch):
+    direct, scores = told_apart(tiny)
+    read = []
+    forward = tiny.body.forward
+    monkeypatch.setattr(
+        tiny.body, "forward", lambda **inputs: read.append(inputs["input_ids"].numel()) or forward(**inputs)
+    )
+    direct.score(HISTORIES[:1])
+    whole, read[:] = sum(read), []
+    best = int(scores[0].argmax()) + 1
+    assert direct.ranks(torch.tensor([best]), None, HISTORIES[:1]).tolist() == [1]
+    assert sum(read) < 0.6 * whole
+
+
+def test_items_of_the_targets_title_count_against_it(tiny):
+    direct, _ = told_apart(tiny)
+    twice = TitleRanker(tiny, [*NAMES, NAMES[0], NAMES[0]], history_length=3, max_title_tokens=16)
+    alone, among = (one.ranks(torch.tensor([1, 1]), None, HISTORIES) for one in (direct, twice))
+    assert (among - alone).tolist() == [2, 2]
 
 
 def test_a_model_without_its_head_is_refused(tiny_folder):

@@ -11,6 +11,7 @@ import torch
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.evaluation import ranking
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
@@ -148,6 +149,16 @@ class TestEveryRecommender:
         first, second = (model(one, times=times_of(one)) for one in (HISTORIES, other))
         assert torch.allclose(first[1, :-1], second[1, :-1], atol=1e-6)
         assert not torch.allclose(first[1, -1], second[1, -1], atol=1e-6)
+
+    def test_its_ranks_are_those_of_its_scores(self, case, monkeypatch):
+        monkeypatch.setattr(ranking, "BLOCK_SCORES", 5 * len(HISTORIES))  # three blocks
+        model = built(case)
+        times = [times_of(HISTORIES)] if model.needs_times else []
+        exclude = HISTORIES[:, :2]
+        for target in range(1, N + 1):
+            targets = torch.full((len(HISTORIES),), target)
+            expected = ranking.ranks(score(model, HISTORIES), targets, exclude)
+            assert torch.equal(model.ranks(targets, exclude, HISTORIES, *times), expected)
 
     def test_permuting_the_items_permutes_the_scores(self, case):
         model, permuted = built(case), built(case, order=ORDER)

@@ -147,6 +147,16 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "study" / "study.json").exists()
 
 
+def test_stages_of_a_study_beside_are_shared(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
+    for name in ("one", "two"):
+        lr.study("floors", tmp_path / name)
+    shared = [stage for stage, event in events(tmp_path / "two/runs/first") if event == "share"]
+    assert shared == ["data/main"]
+    catalogues = [tmp_path / name / "runs/first/data/main/catalogue.parquet" for name in ("one", "two")]
+    assert catalogues[0].samefile(catalogues[1])
+
+
 def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_targets(finished):
     folder, found = finished("cold-start")
     known = [f"Users with {words}" for words in ("1 known event", "2 known events", "3 known events")]

@@ -8,7 +8,7 @@ that comparisons are paired. Users, not events, are independent: their events ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import polars as pl
@@ -42,6 +42,15 @@ class Scorer(Protocol):
         ...
 
 
+@runtime_checkable
+class Ranker(Protocol):
+    """A scorer that finds ranks faster than by scoring everything."""
+
+    def ranks(self, targets: Tensor, exclude: Tensor | None, *histories: Tensor) -> Tensor:
+        """`ranking.ranks` of the scores of `histories`, (B,) int64; their times follow where it needs them."""
+        ...
+
+
 class MetricSummary(TypedDict):
     """One metric of one row; `std` is None with one seed, where no spread over seeds can be known."""
 
@@ -72,7 +81,7 @@ def evaluate(
     history compete is said by `ranking_in_words(mask_history)`.
 
     Args:
-        scorer: anything with `n_items` and `score`.
+        scorer: anything with `n_items` and `score`; a `Ranker` is asked for ranks where no list is wanted.
         sequences: the prepared data.
         part: VALIDATION or TEST of `data.sequences`.
         history_length: events before the target that the scorer sees, at most.
@@ -103,11 +112,14 @@ def evaluate(
             seen = [torch.from_numpy(histories.astype(np.int64))]
             if getattr(scorer, "needs_times", False):
                 seen.append(torch.from_numpy(sequences.history_times(positions[batch], history_length)))
+            known = _known_items(sequences, positions[batch]) if mask_history else None
+            wanted = torch.from_numpy(targets[batch].astype(np.int64))
+            if isinstance(scorer, Ranker) and not list_length:
+                found[batch] = scorer.ranks(wanted, known, *seen).cpu().numpy()
+                continue
             scores = scorer.score(*seen)
             if scores.shape[1] != sequences.n_items:
                 raise ValueError(f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item")
-            known = _known_items(sequences, positions[batch]) if mask_history else None
-            wanted = torch.from_numpy(targets[batch].astype(np.int64))
             found[batch] = ranks(scores, wanted, exclude=known).cpu().numpy()
             if list_length:
                 best, _ = top_k(scores, list_length, exclude=known)

@@ -26,7 +26,7 @@ STUDIES: dict[str, Callable[[bool, Path], Study]] = {
     "transfer": transfer,
     "csft-direct": csft_direct,
 }
-PLAN, RESULT, PAGE = "plan.json", "study.json", "study.html"
+PLAN, RESULT, PAGE, RUNS = "plan.json", "study.json", "study.html", "runs"
 
 
 def study(
@@ -34,8 +34,8 @@ def study(
 ) -> dict[str, Any]:
     """Runs every variant of a study and writes `study.json` and the page `study.html`.
 
-    Stages that variants share are computed once. Called again, an interrupted study goes on and a finished one
-    is kept, as with `run`.
+    Stages that variants share are computed once, also those that another study beside it in the same folder has
+    computed. Called again, an interrupted study goes on and a finished one is kept, as with `run`.
 
     Args:
         name: one of STUDIES.
@@ -66,10 +66,11 @@ def study(
         for world in chosen.worlds:
             world.write(folder / WORLD)
         runs: dict[str, Run] = {}
+        beside = _runs_beside(folder)
         for variant in chosen.variants:
             progress.say(f"study  {name}, {variant.name}: {variant.meaning}")
-            siblings = [run.folder for run in runs.values()]
-            place = folder / "runs" / variant.name
+            siblings = [run.folder for run in runs.values()] + beside
+            place = folder / RUNS / variant.name
             runs[variant.name] = pipeline.run(chosen.recipe, place, settings[variant.name], siblings=siblings)
         content = {"study": name, "page": str(folder / PAGE), **_answer(chosen, runs, folder)}
         artifacts.write_json(folder / RESULT, content)
@@ -104,6 +105,12 @@ def _refuse_foreign(folder: Path, name: str, small: bool) -> None:
         raise ArtifactError(
             f"{folder} is not empty and not a study (it holds {strangers[0]!r}); choose another --out"
         )
+
+
+def _runs_beside(folder: Path) -> list[Path]:
+    """The runs of the other studies in the folder that holds this one."""
+    others = [plan.parent / RUNS for plan in sorted(folder.parent.glob(f"*/{PLAN}")) if plan.parent != folder]
+    return [run for runs in others if runs.is_dir() for run in sorted(runs.iterdir())]
 
 
 def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
