@@ -109,12 +109,12 @@ def test_without_csft_the_item_encoder_starts_from_the_untrained_model(finished)
 def floor_study(users):
     """A study of two floors, without a language model: two variants over a log of so many users."""
 
-    def build(small, folder):
+    def build(small, folder, recipe):
         world = World("games", users)
         entries = [Entry("popularity", "first", "popularity"), Entry("markov", "second", "markov")]
         return Study(
             question="Which floor is higher?",
-            recipe="demo",
+            recipe=recipe,
             overrides=(*over_world(world, folder), "model.source=tiny-random", *TINY),
             variants=(
                 Variant("first", "popularity", (rows_of(["popularity"]),)),
@@ -337,6 +337,61 @@ def test_a_bad_override_leaves_no_folder(tmp_path, name, override, words):
     assert not (tmp_path / "study").exists()
 
 
+@pytest.fixture
+def own_recipe(tmp_path):
+    """Writes a recipe over a made log, or over several domains of it."""
+
+    def write(*domains):
+        world = World("games", 40)
+        world.write(tmp_path / "log")
+        files = dict(zip(("interactions", "items"), map(str, world.files(tmp_path / "log")), strict=True))
+        content = {"domains": dict.fromkeys(domains, files)} if domains else {"data": files}
+        content |= {"model": {"source": "tiny-random"}, "csft": {"epochs": 1}}
+        content |= {"iem": {"mntp": {"steps": 1}, "contrastive": {"steps": 2}}}
+        content |= {"recommender": {"rows": ["markov"]}, "evaluation": {"reference": "markov"}}
+        (tmp_path / "own.yaml").write_text(json.dumps(content))
+        return tmp_path / "own.yaml"
+
+    return write
+
+
+def test_a_study_runs_over_the_log_of_a_recipe_of_ones_own(own_recipe, tmp_path):
+    changes = (*(one for one in TINY if "csft.max_tokens" not in one), "iem.contrastive.batch_size=8", "seed=3")
+    found = lr.study("context", tmp_path / "study", overrides=changes, recipe=own_recipe())
+    run = open_run(tmp_path / "study/runs/all")
+    assert (run.recipe.csft.epochs, run.recipe.seed) == (1, 3)
+    assert run.recipe.data.interactions == tmp_path / "log/games-interactions.csv"
+    assert found["tables"]["Side features, ids and text"]["users"] == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "domains", "words"),
+    [
+        ("ablation", ["a", "b"], "takes a recipe with a single log.* has the domains a, b"),
+        ("transfer", [], "takes a recipe with three domains .* has none"),
+        ("transfer", ["a", "b"], "has 2"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_study_is_refused(name, domains, words, own_recipe, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        lr.study(name, tmp_path / "study", recipe=own_recipe(*domains))
+    assert not (tmp_path / "study").exists()
+
+
+def test_transfer_takes_the_domains_of_a_recipe_in_their_order(own_recipe):
+    recipe = str(own_recipe("first", "second", "third"))
+    study = studies.STUDIES["transfer"](False, recipe, recipe)
+    for variant, roles in zip(study.variants, (["in", "out", "out"], ["in", "in", "out"]), strict=True):
+        changes = (*study.overrides, "evaluation.reference=sasrec-backbone", *variant.overrides)
+        loaded = studies.load_recipe(recipe, changes)
+        assert [domain.role for domain in loaded.domains.values()] == roles
+
+
+def test_the_small_form_has_a_log_of_its_own(own_recipe, tmp_path):
+    with pytest.raises(ConfigError, match="leave --small or --recipe out"):
+        lr.study("ablation", tmp_path / "study", small=True, recipe=own_recipe())
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(ArtifactError, match=r"holiday\.jpg"):
@@ -355,8 +410,10 @@ def test_the_real_form_of_every_study_is_a_valid_recipe(name, local, tmp_path, m
     monkeypatch.delenv("LLM2REC_DATA_DIR", raising=False)
     if local:
         monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path))
-    study = studies.STUDIES[name](False, tmp_path)
-    assert study.recipe == ("games" if local else "demo") and not study.worlds
+    recipe = studies.base_recipe()
+    assert recipe == ("games" if local else "demo")
+    study = studies.STUDIES[name](False, tmp_path, recipe)
+    assert study.recipe == recipe and not study.worlds
     for variant in study.variants:
         studies.load_recipe(study.recipe, (*study.overrides, *variant.overrides))
 

@@ -179,12 +179,15 @@ def study(
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="the study's folder; by default runs/studies/NAME")
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="whose data, model and budgets: a file or a shipped name")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Run a grid of recipes that share stages, and compare what they find."""
     from llm2rec.studies import show_study
 
-    for part in show_study(lr.study(name, out_folder, small, tuple(overrides or ()))):
+    for part in show_study(lr.study(name, out_folder, small, tuple(overrides or ()), recipe)):
         out.print(part)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 HEADLINE_CUTOFF = 10
-# Scores that are made and counted before the next are made: 4 MB, which stay in the cache. Whole, the scores of 256
-# users over 17,000 items take 17 MB, and writing and reading them takes longer than the product.
+# Scores that are made and counted before the next are made: 4 MB, which stay in the cache. Whole, the scores of
+# 256 users over 17,000 items take 17 MB, and writing and reading them takes longer than the product.
 BLOCK_SCORES = 2**20
 
 

@@ -98,7 +98,7 @@ class TitleRanker:
             return torch.stack([self._likelihoods(self._read(row))[items] for row in histories])
 
     def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
-        """Rank of each target, (B,) int64, 1 = best: `evaluation.ranking.ranks` of the scores, up to their rounding.
+        """`evaluation.ranking.ranks` of the scores, (B,) int64, 1 = best, up to the rounding of the scores.
 
         The likelihood of a title only falls while it is read: a title is left as soon as it is less likely than
         the whole target. Items of the target's title count against it.

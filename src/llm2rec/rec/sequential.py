@@ -93,7 +93,7 @@ class SequentialRecommender(nn.Module, ABC):
     def ranks(
         self, targets: Tensor, exclude: Tensor | None, histories: Tensor, times: Tensor | None = None
     ) -> Tensor:
-        """`ranking.ranks` of the scores, (B,) int64, in a third of the time: they are never written to memory whole.
+        """`ranking.ranks` of the scores, (B,) int64, which are never written to memory whole.
 
         Args:
             targets: (B,) item_index.

@@ -9,17 +9,17 @@ from typing import Any
 from rich.console import RenderableType
 
 from llm2rec import artifacts, pipeline, progress
-from llm2rec.config import EvaluationConfig
+from llm2rec.config import EvaluationConfig, Recipe
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.loading import load_recipe
 from llm2rec.runs import LOCK, Run
-from llm2rec.studies.base import WORLD, Judged, Study, Variant
+from llm2rec.studies.base import WORLD, Judged, Study, Variant, base_recipe
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, transfer
 from llm2rec.studies.recommenders import cold_start, context
 
-STUDIES: dict[str, Callable[[bool, Path], Study]] = {
+STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "ablation": ablation,
     "cold-start": cold_start,
     "context": context,
@@ -30,7 +30,11 @@ PLAN, RESULT, PAGE, RUNS = "plan.json", "study.json", "study.html", "runs"
 
 
 def study(
-    name: str, out: str | Path | None = None, small: bool = False, overrides: tuple[str, ...] = ()
+    name: str,
+    out: str | Path | None = None,
+    small: bool = False,
+    overrides: tuple[str, ...] = (),
+    recipe: str | Path | None = None,
 ) -> dict[str, Any]:
     """Runs every variant of a study and writes `study.json` and the page `study.html`.
 
@@ -42,6 +46,9 @@ def study(
         out: the study's folder; by default `runs/studies/NAME`, with `-small` behind it.
         small: a made log and a random two-layer decoder: ends within minutes and shows that the study runs.
         overrides: `KEY=VALUE` for every variant; what a variant is made of stays as the study has it.
+        recipe: the data, model and budgets to study, a shipped name or a file; by default `games` where
+            LLM2REC_DATA_DIR is set, else `demo`. Its rows and reference are the study's own. `transfer` takes a
+            file with three domains, the other studies one with a single log.
 
     Returns:
         `study`, `question`, `page`, `variants` (name -> `meaning`, `overrides`, `run`), `settings` (recipe key ->
@@ -49,17 +56,21 @@ def study(
         `comparisons` and `protocol`, as in `metrics.json`).
 
     Raises:
-        ConfigError: no such study, or an override that does not fit.
+        ConfigError: no such study, or an override or a recipe that does not fit.
         ArtifactError: the folder holds something else, or the variants' runs cannot be compared.
     """
     if name not in STUDIES:
         raise ConfigError(f"there is no study {name!r}; studies: {', '.join(STUDIES)}")
+    if small and recipe is not None:
+        raise ConfigError("--small is a made log and a random decoder; leave --small or --recipe out")
     folder = Path(out) if out else Path("runs/studies") / (f"{name}-small" if small else name)
-    chosen = STUDIES[name](small, folder)
+    chosen = STUDIES[name](small, folder, str(recipe or ("demo" if small else base_recipe())))
     _refuse_single_log(name, chosen, overrides)
-    settings = {variant.name: (*chosen.overrides, *overrides, *variant.overrides) for variant in chosen.variants}
+    reference = f"evaluation.reference={EvaluationConfig().reference}"
+    shared = (*chosen.overrides, reference, *overrides)
+    settings = {variant.name: (*shared, *variant.overrides) for variant in chosen.variants}
     for changes in settings.values():
-        load_recipe(chosen.recipe, changes)  # a bad setting is said before anything is run or written
+        _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
     _refuse_foreign(folder, name, small)
     with artifacts.run_lock(folder):
         artifacts.write_json(folder / PLAN, {"study": name, "small": small, "overrides": list(overrides)})
@@ -85,6 +96,15 @@ def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> 
     if of_one and "data=null" in chosen.overrides:
         raise ConfigError(
             f"study {name!r} takes several logs, {of_one[0]!r} is of a single one; set domains.NAME.KEY instead"
+        )
+
+
+def _refuse_several_logs(name: str, chosen: Study, recipe: Recipe) -> None:
+    """Raises ConfigError where a study over one log is given several: which one it should judge is not said."""
+    if recipe.domains is not None and "data=null" not in chosen.overrides:
+        raise ConfigError(
+            f"study {name!r} takes a recipe with a single log (`data`), {chosen.recipe} has the domains "
+            f"{', '.join(recipe.domains)}"
         )
 
 

@@ -85,7 +85,7 @@ class Study:
     """A question, the recipes that are run to answer it, and the tables that do.
 
     Attributes:
-        recipe: the base, a shipped name; `overrides` turn it into the study's base.
+        recipe: the base, a shipped name or a file; `overrides` turn it into the study's base.
         worlds: logs that are made for it before the first run.
         judge: finished runs by variant, and the study's folder -> tables.
     """

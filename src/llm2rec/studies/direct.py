@@ -18,7 +18,6 @@ from llm2rec.studies.base import (
     Runs,
     Study,
     Variant,
-    base_recipe,
     entries_of,
     gathered,
     measured,
@@ -41,14 +40,14 @@ ONLY = "all"
 HISTORIES_AT_ONCE = 4  # of one step of the progress bar; each is read by itself
 
 
-def csft_direct(small: bool, folder: Path) -> Study:
+def csft_direct(small: bool, folder: Path, recipe: str) -> Study:
     """All titles ranked by their likelihood after the history, against rows over the same model's vectors."""
     world = World("games", users=60)
     overrides = (*SMALL, *over_world(world, folder), "evaluation.direct_users=40") if small else ()
     packed = (rows_of(ROWS.values()), "csft.mode=packed")
     return Study(
         question="Does the collaborative language model recommend better itself than its vectors do?",
-        recipe="demo" if small else base_recipe(),
+        recipe=recipe,
         overrides=overrides,
         variants=(Variant(ONLY, "titles are asked for as CSFT's mode packed lays them out", packed),),
         judge=_judge,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm2rec.errors import ConfigError
+from llm2rec.loading import load_recipe, recipe_names
 from llm2rec.studies.base import (
     SMALL,
     Entry,
@@ -13,7 +15,6 @@ from llm2rec.studies.base import (
     Runs,
     Study,
     Variant,
-    base_recipe,
     gathered,
     over_world,
     rows_of,
@@ -42,13 +43,13 @@ ENTRIES_OF_TRANSFER = (
 DOMAINS = {"games": "amazon-games", "tools": "amazon-industrial", "films": "movielens-100k"}
 
 
-def ablation(small: bool, folder: Path) -> Study:
+def ablation(small: bool, folder: Path, recipe: str) -> Study:
     """Every step on the way to LLM2Rec, and the same without CSFT; vectors are means but in one row."""
     steps = dict.fromkeys(entry.row for entry in LADDER if entry.variant == "steps")
     world = World("games", users=60)
     return Study(
         question="What does each step from the language model to the item encoder add?",
-        recipe="demo" if small else base_recipe(),
+        recipe=recipe,
         overrides=(*SMALL, *over_world(world, folder)) if small else (),
         variants=(
             Variant("steps", "every step, one after the other", (rows_of(steps),)),
@@ -105,18 +106,21 @@ class _OfDomains:
         ]
 
 
-def transfer(small: bool, folder: Path) -> Study:
-    """CSFT and IEM on one domain or on a mix with the same budget, judged inside and outside of both."""
-    first, second, third = DOMAINS
+def transfer(small: bool, folder: Path, recipe: str) -> Study:
+    """CSFT and IEM on one domain or on a mix with the same budget, judged inside and outside of both.
+
+    Raises:
+        ConfigError: a recipe whose domains are not three.
+    """
     worlds = tuple(World(name, users=60) for name in DOMAINS) if small else ()
-    origins = tuple(f"domains.{name}.source={source}" for name, source in DOMAINS.items())
+    (first, second, third), origins = _domains(recipe)
     made = tuple(part for world in worlds for part in over_world(world, folder, f"domains.{world.name}"))
     rows = rows_of(["sasrec-backbone-bidirectional", "sasrec-csft-bidirectional", "sasrec-llm2rec"])
-    out = f"domains.{third}.role=out"
+    roles = (f"domains.{first}.role=in", f"domains.{third}.role=out")
     return Study(
         question="Does a language model trained on one log, or on several, serve another one?",
-        recipe="demo" if small else base_recipe(),
-        overrides=("data=null", *((*SMALL, *made) if small else origins), rows, out),
+        recipe=recipe,
+        overrides=("data=null", *((*SMALL, *made) if small else origins), rows, *roles),
         variants=(
             Variant("one", f"the language model is trained on {first} alone", (f"domains.{second}.role=out",)),
             Variant(
@@ -126,3 +130,16 @@ def transfer(small: bool, folder: Path) -> Study:
         judge=_OfDomains((first, second, third)),
         worlds=worlds,
     )
+
+
+def _domains(recipe: str) -> tuple[Sequence[str], tuple[str, ...]]:
+    """The three domains of a recipe, or those of the study and the overrides that name their logs."""
+    if recipe in recipe_names():
+        return tuple(DOMAINS), tuple(f"domains.{name}.source={source}" for name, source in DOMAINS.items())
+    domains = tuple(load_recipe(recipe).domains or ())
+    if len(domains) != 3:
+        raise ConfigError(
+            "the study transfer takes a recipe with three domains (trained on, added by the mix, outside); "
+            f"{recipe} has {len(domains) or 'none'}"
+        )
+    return domains, ()

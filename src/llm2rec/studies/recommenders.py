@@ -18,7 +18,6 @@ from llm2rec.studies.base import (
     Runs,
     Study,
     Variant,
-    base_recipe,
     entries_of,
     evaluated_inputs,
     gathered,
@@ -52,13 +51,13 @@ COMBINED_LABEL = "context and text"
 ONLY = "all"
 
 
-def cold_start(small: bool, folder: Path) -> Study:
+def cold_start(small: bool, folder: Path, recipe: str) -> Study:
     """Ids, text and both for users with few known events, and for items that no training event names."""
     world = World("games", users=240, events=10)
     share = 0.3 if small else 0.1
     return Study(
         question="What can be recommended to users, and what of items, of whom little is known?",
-        recipe="demo" if small else base_recipe(),
+        recipe=recipe,
         overrides=(*SMALL, *over_world(world, folder)) if small else (),
         variants=(
             Variant(
@@ -119,12 +118,12 @@ def known_users(sequences: Sequences, cold: pl.Series, events: int) -> Sequences
     return with_test_events(sequences, wanted, f"of a trained item after {events} or more events")
 
 
-def context(small: bool, folder: Path) -> Study:
+def context(small: bool, folder: Path, recipe: str) -> Study:
     """SASRec with categories and time gaps against ids and LLM2Rec vectors, alone and averaged."""
     world = World("games", users=60)
     return Study(
         question="Do categories and times do what the text does, and do they add to it?",
-        recipe="demo" if small else base_recipe(),
+        recipe=recipe,
         overrides=(*SMALL, *over_world(world, folder)) if small else (),
         variants=(Variant(ONLY, "all rows over the same log", (rows_of(CONTEXT_ROWS.values()),)),),
         judge=_judge_context,
