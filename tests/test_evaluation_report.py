@@ -56,7 +56,7 @@ def test_every_row_is_shown_with_its_verdict(data, row, verdict):
     page = report.render_html(data)
     line = page[page.index(f'<th scope="row">{row}</th>') :].split("</tr>")[0]
     words = re.sub(r"<[^>]+>", " ", line).split()
-    assert " ".join(words).endswith(verdict)
+    assert re.match(rf"{row} [\d.]+ (. )?{verdict}", " ".join(words))
 
 
 def test_equal_data_give_equal_bytes(data):
@@ -241,8 +241,8 @@ def test_a_page_without_the_new_parts_has_no_empty_sections(data):
 
 def test_slices_are_shown_with_users_events_and_verdict(full):
     shown = section_of(report.render_html(full), "By slice")
-    assert "repeat 20 20 popularity" in shown and "? too few users" in shown
-    assert re.search(r"novel 80 80 popularity [\d.]+ [\d.]+ – [\d.]+ [\d.]+ ▼ worse", shown)
+    assert re.search(r"repeat ?20 users, 20 events popularity [\d.]+ \? too few users", shown)
+    assert re.search(r"novel ?80 users, 80 events popularity [\d.]+ ▼ worse [\d.]+ – [\d.]+ [\d.]+", shown)
 
 
 def test_list_metrics_are_shown_by_row(full):
@@ -300,7 +300,7 @@ def test_the_comparison_shows_every_run_with_its_interval(compared):
 
 def test_the_comparison_shows_paired_differences_and_verdicts(compared):
     shown = section_of(report.render_comparison_html(compared), "Paired differences in NDCG@10 against run 1")
-    assert re.search(r"run 2, a \+[\d.]+ .*▲ better run 2, b \+0.0000 .*≈ not distinguishable", shown)
+    assert re.search(r"run 2, a \+[\d.]+ ▲ better .* run 2, b \+0.0000 ≈ not distinguishable", shown)
 
 
 def test_the_forest_plot_says_what_it_shows(compared):
