@@ -143,3 +143,17 @@ def test_a_row_over_csft_vectors_is_refused_where_csft_is_left_out():
     with pytest.raises(ConfigError, match="'sasrec-csft' needs the vectors of CSFT"):
         load_recipe("demo", ["csft.max_tokens=0"])
     assert load_recipe("demo", ["csft.max_tokens=0", "recommender.rows=[sasrec-llm2rec]"]).csft.max_tokens == 0
+
+
+def test_a_row_over_mntp_vectors_is_refused_where_mntp_is_left_out():
+    with pytest.raises(ConfigError, match="'sasrec-mntp' needs the vectors of MNTP"):
+        load_recipe("demo", ["iem.mntp.steps=0", "recommender.rows=[sasrec-mntp]"])
+    assert load_recipe("demo", ["iem.mntp.steps=0"]).iem.mntp.steps == 0
+
+
+@pytest.mark.parametrize(
+    "override", ["evaluation.k=[1001]", "evaluation.k=[0]", "evaluation.bootstrap_samples=99"]
+)
+def test_numbers_that_no_evaluation_can_serve_are_refused(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_recipe("demo", [override])

@@ -66,6 +66,25 @@ def test_bootstrap_and_sign_flip_agree_on_many_users():
     assert result["p_sign_flip"] == pytest.approx(result["p"], abs=0.03)
 
 
+def test_a_difference_that_few_users_make_is_no_verdict_though_the_bootstrap_rejects():
+    differences = np.zeros(40)
+    differences[:4] = 0.4
+    result = significance.compare_paired({"b": differences}, {"b": np.zeros(40)}, samples=10_000, seed=0)["b"]
+    assert result["p_holm"] < significance.SIGNIFICANCE < result["p_sign_flip_holm"]
+    assert result["verdict"] == "not distinguishable"
+
+
+def test_few_different_users_seldom_make_a_verdict_where_nothing_differs():
+    generator = np.random.default_rng(0)
+    rejected = 0
+    for seed in range(200):
+        differences = np.zeros(40)
+        differences[:4] = generator.choice([-0.4, 0.4], 4)
+        result = significance.compare_paired({"b": differences}, {"b": np.zeros(40)}, samples=500, seed=seed)["b"]
+        rejected += result["verdict"] != "not distinguishable"
+    assert rejected / 200 <= significance.SIGNIFICANCE
+
+
 def test_the_sign_flip_p_values_of_a_table_are_corrected_together():
     generator = np.random.default_rng(3)
     base = generator.random(100)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import llm2rec as lr
 from conftest import cyclic_log, printed
-from llm2rec import artifacts
+from llm2rec import artifacts, comparison
 from llm2rec.config import SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
@@ -248,6 +248,42 @@ def test_compare_says_which_settings_differ(finished, copied, world):
     }
 
 
+def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, world):
+    rerun(copied, world, "evaluation.mask_history=true")
+    with pytest.raises(ArtifactError, match=r"evaluation\.mask_history of .*: false, .*: true"):
+        lr.compare([finished.folder, copied])
+
+
+def test_compare_refuses_a_run_whose_rerun_was_interrupted(finished, copied):
+    (copied / "csft" / "started.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="csft was begun and not finished"):
+        lr.compare([finished.folder, copied])
+
+
+def test_compare_names_data_of_other_content_at_the_same_place(tmp_path):
+    interactions, items = cyclic_log()
+    items.write_csv(tmp_path / "items.csv")
+    first_event = (pl.col("user_id") == "u000") & (pl.col("timestamp") == 0)
+    runs = []
+    for name, log in {"whole": interactions, "shorter": interactions.filter(~first_event)}.items():
+        log.write_csv(tmp_path / "interactions.csv")
+        changes = (*overrides(tmp_path), "recommender.rows=[popularity]")
+        runs.append(lr.run("demo", tmp_path / name, changes))
+    content = lr.compare(runs)["settings"]["content of the data"]
+    assert len(set(content.values())) == 2
+
+
+def test_compare_shows_the_difference_with_its_interval(finished, copied):
+    shown = printed(comparison.comparison_table(lr.compare([finished.folder, copied])), width=200)
+    assert "+0.0000 (+0.0000 to +0.0000, p 1.000)" in shown and "95 % interval" in shown
+
+
+def test_lists_are_no_longer_than_the_catalogue(copied, world):
+    rerun(copied, world, "evaluation.k=[5, 1000]")
+    lists = json.loads((copied / "evaluation" / "metrics.json").read_text())["lists"]
+    assert all(list(metrics)[0] == "coverage@5" and len(metrics) == 4 for metrics in lists.values())
+
+
 def test_compare_refuses_metrics_that_were_edited(finished, copied):
     (copied / "evaluation" / "metrics.json").write_text('{"rows": 3}')
     with pytest.raises(ArtifactError, match=r"metrics\.json .*was changed"):
@@ -433,7 +469,7 @@ def three_domains(tmp_path_factory):
         "csft: {max_tokens: 2000, batch_tokens: 256}\n"
         "iem: {mntp: {steps: 2}, contrastive: {steps: 2, batch_size: 4}}\n"
         "recommender: {rows: [markov, sasrec-llm2rec], max_epochs: 2}\n"
-        "evaluation: {k: [1], reference: markov, bootstrap_samples: 50}\n"
+        "evaluation: {k: [1], reference: markov, bootstrap_samples: 100}\n"
     )
     return lr.run(folder / "recipe.yaml", folder / "run")
 

@@ -35,7 +35,7 @@ SETTINGS = (
     "recommender.hidden_size=16",
     "evaluation.k=[1, 5]",
     "evaluation.reference=markov",
-    "evaluation.bootstrap_samples=20",
+    "evaluation.bootstrap_samples=100",
 )
 
 pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them

@@ -31,7 +31,7 @@ TINY = (
     "iem.contrastive.warmup_share=0",
     "recommender.max_epochs=1",
     "recommender.hidden_size=8",
-    "evaluation.bootstrap_samples=50",
+    "evaluation.bootstrap_samples=100",
 )
 
 pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
@@ -390,6 +390,57 @@ def test_transfer_takes_the_domains_of_a_recipe_in_their_order(own_recipe):
 def test_the_small_form_has_a_log_of_its_own(own_recipe, tmp_path):
     with pytest.raises(ConfigError, match="leave --small or --recipe out"):
         lr.study("ablation", tmp_path / "study", small=True, recipe=own_recipe())
+
+
+def test_a_study_runs_in_a_folder_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
+    found = lr.study("floors", tmp_path / "st[1] #2: 'x'")
+    assert found["facts"]["data"] == [str(tmp_path / "st[1] #2: 'x'" / "world/games-interactions.csv")]
+
+
+def test_results_of_other_settings_are_moved_aside(tmp_path, monkeypatch):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
+    folder = tmp_path / "study"
+    lr.study("floors", folder)
+    before = (folder / "study.json").read_bytes()
+    lr.study("floors", folder)
+    assert not (folder / "superseded").exists()
+    lr.study("floors", folder, overrides=("evaluation.k=[3]",))
+    (kept,) = (folder / "superseded").rglob("study.json")
+    assert kept.read_bytes() == before != (folder / "study.json").read_bytes()
+
+
+@pytest.mark.parametrize("plan", ["", "[]", "{}", "{"])
+def test_a_damaged_plan_says_how_it_is_mended(tmp_path, monkeypatch, plan):
+    monkeypatch.setitem(studies.STUDIES, "floors", floor_study(users=40))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/plan.json").write_text(plan)
+    with pytest.raises(ArtifactError, match='write into it which study .*"study": "context"'):
+        lr.study("floors", tmp_path / "study")
+    (tmp_path / "study/plan.json").write_text('{"study": "floors", "small": false}')
+    lr.study("floors", tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("ablation", "encode.pooling=last"),
+        ("cold-start", "data.split.cold_items=0.5"),
+        ("csft-direct", "csft.mode=paper"),
+        ("context", "recommender.rows=[popularity]"),
+        ("context", "evaluation.reference=sasrec-id"),
+    ],
+)
+def test_what_a_study_sets_itself_cannot_be_overridden(tmp_path, name, override):
+    with pytest.raises(ConfigError, match=f"what the study {name!r} sets itself"):
+        lr.study(name, tmp_path / "study", True, (override,))
+    assert not (tmp_path / "study").exists()
+
+
+def test_budgets_that_a_variant_leaves_out_can_be_overridden(finished):
+    folder, _ = finished("ablation")
+    budgets = {name: open_run(folder / "runs" / name).recipe.csft.max_tokens for name in ("steps", "no-csft")}
+    assert budgets == {"steps": 512, "no-csft": 0}  # of TINY, and of the variant
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):

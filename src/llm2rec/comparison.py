@@ -17,6 +17,7 @@ from llm2rec.evaluation.verdicts import TOO_FEW
 from llm2rec.runs import Run, open_run
 
 METRIC = protocol.COMPARED_METRIC
+CONTENT = "content of the data"
 
 
 def compare(
@@ -31,10 +32,11 @@ def compare(
     Returns:
         `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}},
         "ranking": words}`, runs by folder name; settings are the recipe keys whose values differ, each run's
-        value; ranking says what competes with a target.
+        value, and the data where their content does; ranking says what competes with a target.
 
     Raises:
-        ArtifactError: a run is not evaluated, or catalogues or test events differ (the difference is named).
+        ArtifactError: a run is not evaluated or half rerun, or catalogues, test events or what competes with a
+            target differ (the difference is named).
         ConfigError: fewer than two runs.
     """
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
@@ -43,15 +45,20 @@ def compare(
             f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}"
         )
     by_name = {str(run.folder): run for run in opened}
+    for run in opened:
+        run.require_settled()
     require_same_catalogue(by_name, domain)
+    ranking = _shared_ranking(by_name)
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}
     tables = {
         name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet", glob=False)
         for name, run in by_name.items()
     }
     comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples)
-    settings = {name: run.recipe.model_dump(mode="json") for name, run in by_name.items()}
-    ranking = _ranking_in_words([run.recipe.evaluation.mask_history for run in opened])
+    settings = {
+        name: {**run.recipe.model_dump(mode="json"), CONTENT: _data_content(run, domain)}
+        for name, run in by_name.items()
+    }
     if page is not None:
         data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings, ranking)
         Path(page).write_text(report.render_comparison_html(data), encoding="utf-8")
@@ -63,10 +70,21 @@ def compare(
     }
 
 
-def _ranking_in_words(masked: list[bool]) -> str:
-    if len(set(masked)) == 1:
-        return protocol.ranking_in_words(masked[0])
-    return "the runs differ in it (evaluation.mask_history), so do not judge by their means"
+def _shared_ranking(runs: Mapping[str, Run]) -> str:
+    """What competes with a target in every run, in words; raises ArtifactError where the runs differ in it."""
+    masked = {name: run.recipe.evaluation.mask_history for name, run in runs.items()}
+    if len(set(masked.values())) > 1:
+        values = ", ".join(f"{name}: {str(value).lower()}" for name, value in masked.items())
+        raise ArtifactError(
+            f"ranks with and without the items of the history cannot be compared (evaluation.mask_history of "
+            f"{values}); evaluate again with one setting"
+        )
+    return protocol.ranking_in_words(next(iter(masked.values())))
+
+
+def _data_content(run: Run, domain: str | None) -> str:
+    """The beginning of a hash of the prepared events and items: paths may be equal where files are not."""
+    return artifacts.require(run.domain(domain).data, "prepare").fingerprint[:8]
 
 
 def require_same_catalogue(runs: Mapping[str, Run], domain: str | None = None) -> None:
@@ -97,7 +115,13 @@ def comparison_table(compared: dict[str, Any]) -> Table:
     """The result of `compare` for the terminal."""
     first, *others = compared["runs"]
     tests = sum(len(rows) for rows in compared["comparisons"].values())
-    caption = f"paired bootstrap over users; p after Holm over {tests} tests. Ranking: {compared['ranking']}"
+    results = [result for rows in compared["comparisons"].values() for result in rows.values()]
+    warning = report.users_warning(results)
+    caption = warning or (
+        "difference with its 95 % interval, paired bootstrap over users; p: the larger of bootstrap and sign-flip "
+        f"test, after Holm over {tests} difference{'s' * (tests > 1)}"
+    )
+    caption += f". Ranking: {compared['ranking']}"
     title = f"{METRIC}, each run against {first}"
     table = report.terminal_table("row", first, *others, title=title, caption=caption)
     for row in dict.fromkeys(row for rows in compared["runs"].values() for row in rows):
@@ -116,5 +140,6 @@ def _cell(compared: dict[str, Any], run: str, row: str) -> str:
     result = compared["comparisons"].get(run, {}).get(row)
     if result is None:
         return f"{mean:.4f}"
-    tested = "" if result["verdict"] == TOO_FEW else f", p {result['p_holm']:.3f}"
-    return f"{mean:.4f}  {result['verdict']} ({result['difference']:+.4f}{tested})"
+    tested = "" if result["verdict"] == TOO_FEW else f", p {report.p_value(result)}"
+    interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
+    return f"{mean:.4f}  {result['verdict']}\n{result['difference']:+.4f} ({interval}{tested})"

@@ -389,9 +389,13 @@ class RecommenderConfig(Section):
 class EvaluationConfig(Section):
     """Full ranking on the test events."""
 
-    k: tuple[Positive, ...] = Field((5, 10, 20), min_length=1, description="cut-offs of recall and NDCG")
+    k: tuple[Annotated[int, Field(gt=0, le=1000)], ...] = Field(
+        (5, 10, 20), min_length=1, description="cut-offs of recall and NDCG"
+    )
     reference: str = Field("sasrec-backbone", description="row that every other row is tested against")
-    bootstrap_samples: Positive = 10_000
+    bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = Field(
+        10_000, description="resamples of the users, and sign patterns of the second test"
+    )
     mask_history: bool = Field(False, description="hide what the user consumed before from the ranking")
     direct_users: Positive = Field(
         200, description="users whose next titles the language model itself ranks in the study csft-direct"
@@ -444,6 +448,12 @@ class Recipe(Section):
             raise ValueError(
                 f"row {over_csft[0]!r} needs the vectors of CSFT, which csft.max_tokens 0 leaves out; "
                 "leave the row out as well, or give CSFT a budget"
+            )
+        over_mntp = [name for name in self.recommender.rows if Row.parse(name).vectors == "mntp"]
+        if self.iem.mntp.steps == 0 and over_mntp:
+            raise ValueError(
+                f"row {over_mntp[0]!r} needs the vectors of MNTP, which iem.mntp.steps 0 leaves out; "
+                "leave the row out as well, or give MNTP steps"
             )
         return self
 

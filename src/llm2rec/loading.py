@@ -141,8 +141,13 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         _replace_origin(section, parts[-1], parsed)
 
 
+def key_of(override: str) -> str:
+    """The dotted key of `KEY=VALUE`."""
+    return override.partition("=")[0].strip()
+
+
 def _names_no_origin(override: str) -> bool:
-    return override.partition("=")[0].strip().rpartition(".")[2] not in ORIGINS
+    return key_of(override).rpartition(".")[2] not in ORIGINS
 
 
 def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:

@@ -196,9 +196,9 @@ def compare_rows(
 ) -> dict[str, Comparison]:
     """NDCG@10 of every other row against `reference`: paired bootstrap over users, Holm over the rows.
 
-    `low` and `high` bound the difference (95 %, not corrected for the number of rows); the verdict follows
-    the corrected `p_holm` at 0.05: "better", "worse" or "not distinguishable". Below MINIMUM_USERS users no
-    test is made: "too few users".
+    `low` and `high` bound the difference (95 %, not corrected for the number of rows); the verdict is "better" or
+    "worse" where both tests, each after Holm, are below 0.05, else "not distinguishable". Below MINIMUM_USERS
+    users no test is made: "too few users".
 
     Raises:
         ConfigError: there is no row `reference`.

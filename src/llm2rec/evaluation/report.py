@@ -109,7 +109,7 @@ def render_html(data: ReportData) -> str:
             metrics=metrics,
             metric_names=list(next(iter(metrics["rows"].values()))),
             headline=headline(metrics),
-            warning=_warning(metrics["comparisons"].values()),
+            warning=users_warning(metrics["comparisons"].values()),
             verdicts={row: verdict_of(metrics, row) for row in metrics["rows"]},
             bars=[Markup(figures.bars(metrics, name)) for name in HEADLINE_METRICS],
             recall=Markup(figures.recall_lines(data.recall_curves)) if data.recall_curves else None,
@@ -155,7 +155,7 @@ def render_comparison_html(data: ComparisonData) -> str:
             metric_names=HEADLINE_METRICS,
             compared=compared,
             headline=_comparison_headline(compared),
-            warning=_warning(compared.values()),
+            warning=users_warning(compared.values()),
             forest=Markup(figures.forest(compared, "difference in NDCG@10")) if compared else None,
             settings=differing_settings(data.settings),
         )
@@ -184,8 +184,9 @@ def render_study_html(title: str, content: Mapping[str, Any]) -> str:
         name: {
             "metrics": metrics,
             "headline": headline(metrics),
-            "warning": _warning(metrics["comparisons"].values()),
+            "warning": users_warning(metrics["comparisons"].values()),
             "verdicts": {row: verdict_of(metrics, row) for row in metrics["rows"]},
+            "seeds": max(values["ndcg@10"]["n"] for values in metrics["rows"].values()),
             "bars": Markup(figures.bars(metrics, HEADLINE_METRICS[0])),
             "forest": Markup(figures.forest(metrics["comparisons"], "difference in NDCG@10")),
         }
@@ -197,6 +198,7 @@ def render_study_html(title: str, content: Mapping[str, Any]) -> str:
         .render(
             data={"title": title},
             question=content["question"],
+            facts=content["facts"],
             tables=tables,
             variants=content["variants"],
             settings=content["settings"],
@@ -237,13 +239,15 @@ def _environment() -> Environment:
         duration=_duration,
         percent=_percent,
         p_cell=_p_cell,
+        verdict_p=_verdict_p_cell,
+        spread=_spread,
         range=_range,
     )
     environment.globals["marks"] = MARKS
     return environment
 
 
-def _warning(comparisons: Iterable[Mapping[str, Any]]) -> str | None:
+def users_warning(comparisons: Iterable[Mapping[str, Any]]) -> str | None:
     """The warning of a table whose users are too few, else None."""
     few = next((result for result in comparisons if result["verdict"] == TOO_FEW), None)
     return None if few is None else too_few_users(few["users"])
@@ -266,7 +270,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     result = metrics["comparisons"][best]
     if result["verdict"] == TOO_FEW:
         return f"{start}; {result['users']} test users are too few to compare it with the reference {reference}."
-    change = f"{_percent(result['relative'])}, p {_p_value(result['p_holm'])} after Holm"
+    change = f"{_percent(result['relative'])}, p {p_value(result)} after Holm"
     if result["verdict"] == WITHIN_NOISE:
         return f"{start}, not distinguishable from the reference {reference} ({change})."
     return f"{start}, {result['verdict']} than the reference {reference} ({change})."
@@ -310,7 +314,8 @@ def render_slice(metrics: Mapping[str, Any], slicing: str, name: str, title: str
         return None
     numbers = ("NDCG@10", "95 % interval")
     counted = f"{title}: {found['events']:,} test events of {found['users']:,} users"
-    table = terminal_table("row", *numbers, "verdict", numbers=numbers, title=counted, caption=found["warning"])
+    caption = " ".join(filter(None, [found["warning"], f"Ranking: {metrics['protocol']['ranking']}."]))
+    table = terminal_table("row", *numbers, "verdict", numbers=numbers, title=counted, caption=caption)
     for row, ndcg in found["rows"].items():
         verdict = REFERENCE if row == metrics["reference"] else found["comparisons"][row]["verdict"]
         word = Text(f"{MARKS[verdict]} {verdict}".strip(), style=_TERMINAL_STYLES[verdict])
@@ -320,7 +325,7 @@ def render_slice(metrics: Mapping[str, Any], slicing: str, name: str, title: str
 
 def markdown_table(metrics: Mapping[str, Any]) -> str:
     """The same table in Markdown, for a README; ends with its caption."""
-    heads = ["row", "Recall@10", "NDCG@10", "95 % interval", "change", "p (Holm)"]
+    heads = ["row", "Recall@10", "NDCG@10", "95 % interval", "change", "p"]
     heads.append(f"against {metrics['reference']}")
     lines = [heads, ["---", *["---:"] * 5, "---"], *(cells for cells, _ in _table_rows(metrics))]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_caption(metrics)}\n"
@@ -337,7 +342,7 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
             cells += ["", ""]
         else:
             result = metrics["comparisons"][row]
-            cells += [_percent(result["relative"]), _p_cell(result, "p_holm")]
+            cells += [_percent(result["relative"]), _verdict_p_cell(result)]
         table.append(([*cells, f"{MARKS[verdict]} {verdict}".strip()], verdict))
     return table
 
@@ -345,13 +350,13 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
 def _caption(metrics: Mapping[str, Any]) -> str:
     seeds = max(values["ndcg@10"]["n"] for values in metrics["rows"].values())
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
-    warning = _warning(metrics["comparisons"].values())
+    warning = users_warning(metrics["comparisons"].values())
     ranking = f"Ranking: {metrics['protocol']['ranking']}."
     if warning is not None:
         return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning} {ranking}"
     return (
-        f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users, paired, "
-        f"Holm over {len(metrics['comparisons'])} rows. {ranking}"
+        f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users and, for the verdict, a "
+        f"sign-flip test as well, paired, Holm over {len(metrics['comparisons'])} rows. {ranking}"
     )
 
 
@@ -372,12 +377,22 @@ def _p_cell(result: Mapping[str, Any], name: str) -> str:
     return "–" if result["verdict"] == TOO_FEW else _p_value(result[name])
 
 
+def _verdict_p_cell(result: Mapping[str, Any]) -> str:
+    """The p-value that the verdict follows, for a table; a dash where no test was made."""
+    return "–" if result["verdict"] == TOO_FEW else p_value(result)
+
+
 def _range(probe: Mapping[str, Any]) -> str:
     """Where a probe's value lies: `0 to 1`, `0 or more`."""
     low, high = probe["lowest"], probe["highest"]
     if high is None:
         return "any" if low is None else f"{_plain(low)} or more"
     return f"up to {_plain(high)}" if low is None else f"{_plain(low)} to {_plain(high)}"
+
+
+def p_value(result: Mapping[str, Any]) -> str:
+    """The p-value that a comparison's verdict follows: the larger of the two tests', each after Holm."""
+    return _p_value(max(result["p_holm"], result["p_sign_flip_holm"]))
 
 
 def _p_value(p: float) -> str:

@@ -28,8 +28,8 @@ class Comparison(TypedDict):
 
     difference: mean over users; `relative` to the reference's mean, None where that is 0.
     low, high: 95 % percentile bootstrap of the difference, not corrected for the number of rows.
-    p, p_holm: two-sided bootstrap p-value, and after Holm's correction; the verdict follows `p_holm`.
-    p_sign_flip, p_sign_flip_holm: the same of the randomisation test.
+    p, p_holm: two-sided bootstrap p-value, and after Holm's correction.
+    p_sign_flip, p_sign_flip_holm: the same of the randomisation test. The verdict follows the larger of the two.
     verdict: "better", "worse" or "not distinguishable"; with fewer than MINIMUM_USERS "too few users", no test
         is made and every p-value is 1, which claims nothing.
     users: compared users. deviation: standard deviation (n - 1) of their differences, None with one user.
@@ -83,7 +83,7 @@ def compare_paired(
             "p_holm": p_holm,
             "p_sign_flip": flipped[r],
             "p_sign_flip_holm": flipped_holm,
-            "verdict": verdict(difference, p_holm, len(differences)),
+            "verdict": verdict(difference, max(p_holm, flipped_holm), len(differences)),
             "users": len(differences),
             "deviation": deviation,
             "users_needed": None if deviation is None else users_needed(deviation, difference),
@@ -91,11 +91,16 @@ def compare_paired(
     return results
 
 
-def verdict(difference: float, p_holm: float, n_users: int) -> str:
-    """What may be said of a difference: "better", "worse", "not distinguishable" or "too few users"."""
+def verdict(difference: float, p: float, n_users: int) -> str:
+    """What may be said of a difference: "better", "worse", "not distinguishable" or "too few users".
+
+    Args:
+        p: the larger of the two tests' corrected p-values. Where few users differ at all the percentile bootstrap
+            rejects too often (at 4 of 40 in 13 % of samples without a difference), the sign-flip test does not.
+    """
     if too_few_users(n_users) is not None:
         return TOO_FEW
-    if p_holm >= SIGNIFICANCE:
+    if p >= SIGNIFICANCE:
         return WITHIN_NOISE
     return BETTER if difference > 0 else WORSE
 

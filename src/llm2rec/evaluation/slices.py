@@ -120,7 +120,7 @@ def popularity_thirds(counts: np.ndarray) -> np.ndarray:
 
 
 def summarise_slices(
-    per_user: pl.DataFrame, slices: pl.DataFrame, reference: str, samples: int = 2_000, seed: int = 0
+    per_user: pl.DataFrame, slices: pl.DataFrame, reference: str, samples: int = 10_000, seed: int = 0
 ) -> dict[str, SlicingSummary]:
     """NDCG@10 of every row on every slice with bootstrap intervals, by slicing.
 
@@ -178,7 +178,7 @@ def _correct(by_slice: dict[str, SliceSummary]) -> None:
     corrected = holm([result["p"] for result in tested])
     for result, p_holm, flipped_holm in zip(tested, corrected, flipped, strict=True):
         result["p_holm"], result["p_sign_flip_holm"] = p_holm, flipped_holm
-        result["verdict"] = verdict(result["difference"], p_holm, result["users"])
+        result["verdict"] = verdict(result["difference"], max(p_holm, flipped_holm), result["users"])
 
 
 def _with_slices(per_user: pl.DataFrame, slices: pl.DataFrame) -> pl.DataFrame:

@@ -55,7 +55,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
         "reference": reference,
         "comparisons": compared,
         "lists": lists,
-        "slices": summarise_slices(per_user, slice_events(sequences, TEST), reference),
+        "slices": summarise_slices(per_user, slice_events(sequences, TEST), reference, settings.bootstrap_samples),
         "validation": validation_choices(run, domain),
         "protocol": {
             "ranking": protocol.ranking_in_words(settings.mask_history),
@@ -117,12 +117,13 @@ def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFr
                 length,
                 description=f"rank {row}",
                 mask_history=settings.mask_history,
-                list_length=0 if seed else max(settings.k),
+                list_length=0 if seed else min(max(settings.k), sequences.n_items),
             )
             tables.append(protocol.per_user_table(ranked, sequences, row, seed))
             if not seed:
                 recommended = torch.tensor(ranked["recommended"].to_numpy())
-                lists[row] = _list_metrics(recommended, histories, counts, settings.k)
+                cutoffs = [k for k in settings.k if k <= sequences.n_items]
+                lists[row] = _list_metrics(recommended, histories, counts, cutoffs)
     return pl.concat(tables), lists
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from rich.console import RenderableType
 
 from llm2rec import artifacts, pipeline, progress
+from llm2rec.artifacts import SUPERSEDED
 from llm2rec.config import EvaluationConfig, Recipe
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
-from llm2rec.loading import load_recipe
+from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
+from llm2rec.stages.base import TINY_RANDOM
 from llm2rec.studies.base import WORLD, Judged, Study, Variant, base_recipe
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, transfer
@@ -26,6 +29,7 @@ STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "transfer": transfer,
     "csft-direct": csft_direct,
 }
+BUDGETS = {"csft.max_tokens", "iem.mntp.steps"}  # a variant may leave the stage out; the others have the budget
 PLAN, RESULT, PAGE, RUNS = "plan.json", "study.json", "study.html", "runs"
 
 
@@ -51,9 +55,9 @@ def study(
             file with three domains, the other studies one with a single log.
 
     Returns:
-        `study`, `question`, `page`, `variants` (name -> `meaning`, `overrides`, `run`), `settings` (recipe key ->
-        value by variant, of those that differ) and `tables` (title -> `meaning`, `reference`, `users`, `rows`,
-        `comparisons` and `protocol`, as in `metrics.json`).
+        `study`, `question`, `facts` (name -> value), `page`, `variants` (name -> `meaning`, `overrides`, `run`),
+        `settings` (recipe key -> value by variant, of those that differ) and `tables` (title -> `meaning`,
+        `reference`, `users`, `rows`, `comparisons` and `protocol`, as in `metrics.json`).
 
     Raises:
         ConfigError: no such study, or an override or a recipe that does not fit.
@@ -66,6 +70,7 @@ def study(
     folder = Path(out) if out else Path("runs/studies") / (f"{name}-small" if small else name)
     chosen = STUDIES[name](small, folder, str(recipe or ("demo" if small else base_recipe())))
     _refuse_single_log(name, chosen, overrides)
+    _refuse_fixed(name, chosen, overrides)
     reference = f"evaluation.reference={EvaluationConfig().reference}"
     shared = (*chosen.overrides, reference, *overrides)
     settings = {variant.name: (*shared, *variant.overrides) for variant in chosen.variants}
@@ -73,7 +78,9 @@ def study(
         _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
     _refuse_foreign(folder, name, small)
     with artifacts.run_lock(folder):
-        artifacts.write_json(folder / PLAN, {"study": name, "small": small, "overrides": list(overrides)})
+        plan = {"study": name, "small": small, "overrides": list(overrides), "recipe": chosen.recipe}
+        _keep_results_of_another(folder, plan)
+        artifacts.write_json(folder / PLAN, plan)
         for world in chosen.worlds:
             world.write(folder / WORLD)
         runs: dict[str, Run] = {}
@@ -85,7 +92,7 @@ def study(
             runs[variant.name] = pipeline.run(chosen.recipe, place, settings[variant.name], siblings=siblings)
         content = {"study": name, "page": str(folder / PAGE), **_answer(chosen, runs, folder)}
         artifacts.write_json(folder / RESULT, content)
-        title = f"llm2rec study: {name}" + (" (small: a trial on a made log)" if small else "")
+        title = f"llm2rec study: {name}" + (" (small: a trial)" if small else "")
         (folder / PAGE).write_text(report.render_study_html(title, content), encoding="utf-8")
     return content
 
@@ -97,6 +104,15 @@ def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> 
         raise ConfigError(
             f"study {name!r} takes several logs, {of_one[0]!r} is of a single one; set domains.NAME.KEY instead"
         )
+
+
+def _refuse_fixed(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
+    """Raises ConfigError where an override sets what the study itself varies or reads: it would have no say."""
+    fixed = {"recommender.rows", "evaluation.reference"}
+    fixed |= {key_of(override) for variant in chosen.variants for override in variant.overrides} - BUDGETS
+    for override in overrides:
+        if key_of(override) in fixed:
+            raise ConfigError(f"{key_of(override)} is what the study {name!r} sets itself; leave {override!r} out")
 
 
 def _refuse_several_logs(name: str, chosen: Study, recipe: Recipe) -> None:
@@ -115,16 +131,43 @@ def _refuse_foreign(folder: Path, name: str, small: bool) -> None:
     if not folder.exists():
         return
     if (folder / PLAN).exists():
-        plan = artifacts.read_json(folder / PLAN)
-        if (plan.get("study"), plan.get("small")) != (name, small):
-            form = "small form of the " if plan.get("small") else ""
-            raise ArtifactError(f"{folder} holds the {form}study {plan.get('study')!r}; choose another --out")
+        plan = _read_plan(folder)
+        if (plan["study"], plan["small"]) != (name, small):
+            form = "small form of the " if plan["small"] else ""
+            raise ArtifactError(f"{folder} holds the {form}study {plan['study']!r}; choose another --out")
         return
-    strangers = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (LOCK, SUPERSEDED))
     if strangers:
         raise ArtifactError(
             f"{folder} is not empty and not a study (it holds {strangers[0]!r}); choose another --out"
         )
+
+
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """What a study's folder holds.
+
+    Raises:
+        ArtifactError: its plan is damaged.
+    """
+    try:
+        plan = artifacts.read_json(folder / PLAN)
+    except ArtifactError:
+        plan = None
+    if not isinstance(plan, dict) or not {"study", "small"} <= plan.keys():
+        example = json.dumps({"study": "context", "small": False})
+        raise ArtifactError(
+            f"{folder / PLAN} is damaged; write into it which study the folder holds, as {example}, and go on"
+        )
+    return plan
+
+
+def _keep_results_of_another(folder: Path, plan: dict[str, Any]) -> None:
+    """Moves result and page of other overrides or another recipe aside: results are never overwritten."""
+    if not (folder / PLAN).exists() or _read_plan(folder) == plan:
+        return
+    for name in (RESULT, PAGE):
+        if (folder / name).exists():
+            artifacts.move_aside(folder / name, folder)
 
 
 def _runs_beside(folder: Path) -> list[Path]:
@@ -139,11 +182,28 @@ def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, A
     tables = {table.title: _statistics(table, settings) for table in chosen.judge(runs, folder)}
     return {
         "question": chosen.question,
+        "facts": _facts(runs),
         "variants": {variant.name: _variant(variant, runs[variant.name]) for variant in chosen.variants},
         "settings": report.differing_settings(
             {name: run.recipe.model_dump(mode="json") for name, run in runs.items()}
         ),
         "tables": tables,
+    }
+
+
+def _facts(runs: Mapping[str, Run]) -> dict[str, Any]:
+    """What was studied: the logs, the language model and the seeds."""
+    recipe = next(iter(runs.values())).recipe
+    model = recipe.model.source + (" (random weights: a trial)" if recipe.model.source == TINY_RANDOM else "")
+    data = [
+        domain.origin if len(recipe.by_domain) == 1 else f"{name}: {domain.origin}"
+        for name, domain in recipe.by_domain.items()
+    ]
+    return {
+        "data": data,
+        "language model": model,
+        "seed": recipe.seed,
+        "recommender seeds": recipe.recommender.seeds,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def base_recipe() -> str:
 
 def over_world(world: World, folder: Path, section: str = "data") -> tuple[str, ...]:
     """The overrides that put a section of a recipe over a made log of the study in `folder`."""
-    interactions, items = world.files(folder / WORLD)
+    interactions, items = (
+        json.dumps(str(path)) for path in world.files(folder / WORLD)
+    )  # YAML with any character
     return (
         f"{section}.interactions={interactions}",
         f"{section}.items={items}",
@@ -133,7 +136,7 @@ def gathered(runs: Runs, entries: Sequence[Entry], domain: str | None = None) ->
     for name, run in used.items():
         place = run.domain(domain).evaluation
         artifacts.require(place, "evaluate")
-        tables[name] = pl.read_parquet(place / PER_USER)
+        tables[name] = pl.read_parquet(place / PER_USER, glob=False)
     return pl.concat([_labelled(tables[entry.variant], entry) for entry in entries])
 
 
@@ -195,7 +198,7 @@ def measured(study: Path, name: str, inputs: Inputs, make: Callable[[], pl.DataF
             table = make()
             table.write_parquet(folder / PER_USER)
             summary["events"] = table.height
-    return pl.read_parquet(folder / PER_USER)
+    return pl.read_parquet(folder / PER_USER, glob=False)
 
 
 def evaluated_inputs(domain: Domain) -> Inputs:
