@@ -260,6 +260,14 @@ def test_compare_refuses_a_run_whose_rerun_was_interrupted(finished, copied):
         lr.compare([finished.folder, copied])
 
 
+def test_recommending_from_a_half_rerun_run_says_so(finished, copied, capsys):
+    expected = lr.recommend(finished, ["i03"])
+    assert "note" not in capsys.readouterr().err
+    (copied / "csft" / "started.json").write_text("{}")
+    assert lr.recommend(copied, ["i03"]) == expected
+    assert "csft was begun and not finished" in " ".join(capsys.readouterr().err.split())
+
+
 def test_compare_names_data_of_other_content_at_the_same_place(tmp_path):
     interactions, items = cyclic_log()
     items.write_csv(tmp_path / "items.csv")

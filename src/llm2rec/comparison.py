@@ -46,7 +46,8 @@ def compare(
         )
     by_name = {str(run.folder): run for run in opened}
     for run in opened:
-        run.require_settled()
+        if problem := run.unfinished():
+            raise ArtifactError(problem)
     require_same_catalogue(by_name, domain)
     ranking = _shared_ranking(by_name)
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}

@@ -127,15 +127,16 @@ class Run:
         with (self.folder / LOG).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def require_settled(self) -> None:
-        """Raises ArtifactError where a stage was begun and not ended: what depends on it is from before that."""
+    def unfinished(self) -> str | None:
+        """What to say where a stage was begun and not ended, so that what depends on it is from before that."""
         started = [path.parent.relative_to(self.folder) for path in sorted(self.folder.rglob(artifacts.STARTED))]
-        unfinished = [str(stage) for stage in started if artifacts.SUPERSEDED not in stage.parts]
-        if unfinished:
-            raise ArtifactError(
-                f"{self.folder}: {unfinished[0]} was begun and not finished, so the results are not of its "
-                "present recipe; give the command that was interrupted again"
-            )
+        stages = [str(stage) for stage in started if artifacts.SUPERSEDED not in stage.parts]
+        if not stages:
+            return None
+        return (
+            f"{self.folder}: {stages[0]} was begun and not finished, so the results are not of its present recipe; "
+            "give the command that was interrupted again"
+        )
 
     def metrics(self, domain: str | None = None) -> dict[str, Any]:
         """The content of `metrics.json` of a domain, of the only one without a name.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llm2rec import artifacts
+from llm2rec import artifacts, progress
 from llm2rec.config import FLOORS, Row
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
@@ -60,7 +60,7 @@ def recommend(
         ConfigError: no such row, an empty history, or k < 1.
         ArtifactError: the row is not trained.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    run = _opened(run)
     place = run.domain(domain)
     require_row(run, row)
     if k < 1:
@@ -95,7 +95,7 @@ def similar(
         ConfigError: k < 1.
         ArtifactError: the run has no such vector set.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    run = _opened(run)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
     place = run.domain(domain)
@@ -105,6 +105,14 @@ def similar(
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
     return nearest(catalogue, matrix, index, k)
+
+
+def _opened(run: str | Path | Run) -> Run:
+    """The run; says where its results are older than its recipe, and answers from them all the same."""
+    run = run if isinstance(run, Run) else open_run(run)
+    if problem := run.unfinished():
+        progress.say(f"note: {problem}")
+    return run
 
 
 def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
