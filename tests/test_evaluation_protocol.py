@@ -6,6 +6,7 @@ import torch
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, significance
+from llm2rec.evaluation.ranking import metric_names
 
 
 def table(**rows):
@@ -42,20 +43,25 @@ GOOD, BAD = [1, 2] * 50, [30, 2] * 50
 
 
 def test_means_are_over_users_and_then_seeds():
-    summary = protocol.summarise(table(a=[[1, 100], [1, 1]]), [10], samples=50)["rows"]["a"]["recall@10"]
+    summary = protocol.summarise(table(a=[[1, 100], [1, 1]]), metric_names([10]), samples=50)["rows"]["a"][
+        "recall@10"
+    ]
     assert summary["values"] == [0.5, 1.0]
     assert (summary["mean"], summary["n"]) == (0.75, 2)
     assert summary["std"] == pytest.approx(np.std([0.5, 1.0], ddof=1))
 
 
 def test_one_seed_has_no_spread():
-    assert protocol.summarise(table(a=[[1, 2]]), [10], samples=50)["rows"]["a"]["mrr"]["std"] is None
+    assert protocol.summarise(table(a=[[1, 2]]), metric_names([10]), samples=50)["rows"]["a"]["mrr"]["std"] is None
 
 
 def test_the_interval_is_that_of_the_mean():
     users = 400
     ranks = [1] * (users // 4) + [99] * (3 * users // 4)
-    low, high = (protocol.summarise(table(a=[ranks]), [10])["rows"]["a"]["recall@10"][k] for k in ("low", "high"))
+    low, high = (
+        protocol.summarise(table(a=[ranks]), metric_names([10]))["rows"]["a"]["recall@10"][k]
+        for k in ("low", "high")
+    )
     error = 1.96 * (0.25 * 0.75 / users) ** 0.5
     assert (low, high) == (pytest.approx(0.25 - error, abs=0.01), pytest.approx(0.25 + error, abs=0.01))
 

@@ -11,6 +11,7 @@ from conftest import printed
 from llm2rec.evaluation import probes, protocol, report, slices
 from llm2rec.evaluation.diagnosis import data_probes
 from llm2rec.evaluation.maps import EmbeddingMap
+from llm2rec.evaluation.ranking import metric_names
 from test_evaluation_protocol import BAD, GOOD, table
 
 RANKING = protocol.ranking_in_words(mask_history=True)
@@ -19,7 +20,7 @@ RANKING = protocol.ranking_in_words(mask_history=True)
 @pytest.fixture(scope="module")
 def data():
     per_user = table(popularity=[BAD], **{"sasrec-id": [GOOD], "sasrec-llm2rec": [GOOD]})
-    metrics = protocol.summarise(per_user, [5, 10], samples=100)
+    metrics = protocol.summarise(per_user, metric_names([5, 10]), samples=100)
     metrics["comparisons"] = protocol.compare_rows(per_user, "sasrec-id", samples=300)
     metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {"ranking": RANKING, "test_events": 100}}
     return report.ReportData(
@@ -83,7 +84,9 @@ def test_the_terminal_table_marks_what_is_within_noise(data, width):
 
 def test_long_names_and_several_seeds_cut_no_number_at_80_columns():
     names = ["esasrec-backbone-bidirectional", "esasrec-llm2rec+concatenation"]
-    metrics = protocol.summarise(table(**{names[0]: [BAD, GOOD], names[1]: [GOOD, BAD]}), [10], samples=50)
+    metrics = protocol.summarise(
+        table(**{names[0]: [BAD, GOOD], names[1]: [GOOD, BAD]}), metric_names([10]), samples=50
+    )
     compared = protocol.compare_rows(table(**{name: [BAD, GOOD] for name in names}), names[0], samples=50)
     metrics |= {"reference": names[0], "comparisons": compared, "protocol": {"ranking": RANKING}}
     shown = printed(report.render_table(metrics))
@@ -149,7 +152,9 @@ def compared():
     runs = {"runs/old": table(a=[BAD], b=[GOOD]), "runs/<new>": table(a=[GOOD], b=[GOOD], c=[GOOD])}
     return report.ComparisonData(
         title="two runs",
-        runs={run: protocol.summarise(frame, [10], samples=50)["rows"] for run, frame in runs.items()},
+        runs={
+            run: protocol.summarise(frame, metric_names([10]), samples=50)["rows"] for run, frame in runs.items()
+        },
         comparisons=protocol.compare_runs(runs, samples=300),
         settings={"runs/old": {"csft": {"steps": 1, "seed": 0}}, "runs/<new>": {"csft": {"steps": 2, "seed": 0}}},
         ranking=RANKING,
@@ -275,7 +280,7 @@ def test_a_thinned_map_says_so(full):
 
 def test_too_few_users_are_warned_of_everywhere(data):
     per_user = table(popularity=[BAD[:20]], **{"sasrec-id": [GOOD[:20]]})
-    metrics = protocol.summarise(per_user, [10], samples=50)
+    metrics = protocol.summarise(per_user, metric_names([10]), samples=50)
     metrics["comparisons"] = protocol.compare_rows(per_user, "sasrec-id", samples=50)
     metrics |= {"reference": "sasrec-id", "validation": {}, "protocol": {"ranking": RANKING}}
     shown = text_of(report.render_html(replace(data, metrics=metrics)))

@@ -85,6 +85,17 @@ def test_few_different_users_seldom_make_a_verdict_where_nothing_differs():
     assert rejected / 200 <= significance.SIGNIFICANCE
 
 
+def test_users_without_a_value_count_though_they_are_not_drawn():
+    values = np.zeros((400, 2))
+    values[:100, 0] = 1.0
+    values[50:60, 1] = 2.0
+    means = significance.bootstrap_means(values, 4000, seed=0)
+    errors = values.std(axis=0) / 400**0.5
+    assert means.mean(axis=0) == pytest.approx(values.mean(axis=0), abs=4 * errors.max() / 4000**0.5)
+    assert means.std(axis=0) == pytest.approx(errors, rel=0.05)
+    assert not significance.bootstrap_means(np.zeros((40, 2)), 10, seed=0).any()
+
+
 def test_the_sign_flip_p_values_of_a_table_are_corrected_together():
     generator = np.random.default_rng(3)
     base = generator.random(100)

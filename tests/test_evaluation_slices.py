@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, significance
+from llm2rec.evaluation.ranking import metric_names
 from llm2rec.evaluation.slices import MEANINGS, popularity_thirds, slice_events, summarise_slices
 
 
@@ -144,7 +145,7 @@ def test_the_slices_of_a_slicing_are_one_holm_family():
 def test_a_whole_slicing_holds_every_event_once():
     per_user, slices = ranked_users(a=(3, 7))
     found = summarise_slices(per_user, slices, "a", samples=50)["target"]["slices"]
-    whole = protocol.summarise(per_user, [10], samples=50)["rows"]["a"]["ndcg@10"]["mean"]
+    whole = protocol.summarise(per_user, metric_names([10]), samples=50)["rows"]["a"]["ndcg@10"]["mean"]
     weighted = sum(one["users"] * one["rows"]["a"]["mean"] for one in found.values()) / 60
     assert weighted == pytest.approx(whole)
 

@@ -134,8 +134,8 @@ class Run:
         if not stages:
             return None
         return (
-            f"{self.folder}: {stages[0]} was begun and not finished, so the results are not of its present recipe; "
-            "give the command that was interrupted again"
+            f"{self.folder}: {stages[0]} was begun and not finished, so the results are not of its present "
+            "recipe; give the command that was interrupted again"
         )
 
     def metrics(self, domain: str | None = None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
-from llm2rec.evaluation.ranking import measure, metric_names, ranks, top_k
+from llm2rec.evaluation.ranking import measure, ranks, top_k
 from llm2rec.evaluation.significance import Comparison, bootstrap_means, compare_paired
 from llm2rec.evaluation.verdicts import COMPARED_METRIC
 from llm2rec.progress import track
@@ -158,23 +158,22 @@ def mean_metric(ranked: pl.DataFrame, name: str) -> float:
     return float(within[name].to_numpy().mean())
 
 
-def summarise(per_user: pl.DataFrame, k: Sequence[int], samples: int = 10_000, seed: int = 0) -> Summary:
+def summarise(per_user: pl.DataFrame, names: Sequence[str], samples: int = 10_000, seed: int = 0) -> Summary:
     """The content of `metrics.json`: `{"rows": {row: {metric: MetricSummary}}}`.
 
     `values` holds one mean over users a seed, `mean` is theirs, `std` is over seeds with n - 1. `low` and
     `high` bound a 95 % percentile bootstrap over users of the seed-averaged metric: they carry the chance of
-    which users were asked, not that of training again. Metrics are those of `metric_names(k)`.
+    which users were asked, not that of training again.
 
     Args:
         per_user: PER_USER_COLUMNS, all rows and seeds on the same test events.
-        k: cut-offs of recall and NDCG.
+        names: of the metrics, as those of `ranking.metric_names`.
         samples: resamples of the bootstrap.
         seed: of the bootstrap.
 
     Raises:
         ArtifactError: the table is empty, or rows or seeds differ in their test events.
     """
-    names = metric_names(k)
     by_row = _user_metrics(per_user, names)
     averaged = np.stack([values.mean(axis=0) for values in by_row.values()], axis=1)  # (U, R, M)
     n_users = averaged.shape[0]

@@ -14,7 +14,6 @@ import polars as pl
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.protocol import MetricSummary, compare_rows, summarise
-from llm2rec.evaluation.ranking import HEADLINE_CUTOFF
 from llm2rec.evaluation.significance import Comparison, holm, verdict
 from llm2rec.evaluation.verdicts import COLD_TARGET, COMPARED_METRIC, too_few_users
 
@@ -155,7 +154,7 @@ def summarise_slices(
 
 
 def _summary(events: pl.DataFrame, reference: str, samples: int, seed: int) -> SliceSummary:
-    rows = summarise(events, (HEADLINE_CUTOFF,), samples, seed)["rows"]
+    rows = summarise(events, [COMPARED_METRIC], samples, seed)["rows"]
     users = events["user_id"].n_unique()
     return {
         "users": users,

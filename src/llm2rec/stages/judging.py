@@ -21,7 +21,7 @@ from llm2rec.data.texts import clean
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.probes import principal_plane
-from llm2rec.evaluation.ranking import list_metrics, top_k
+from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
@@ -47,7 +47,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
     sequences = load_domain(run, domain).sequences
     out = domain.evaluation
     per_user, lists = rank_rows(run, domain, sequences)
-    summary = protocol.summarise(per_user, settings.k, settings.bootstrap_samples)
+    summary = protocol.summarise(per_user, metric_names(settings.k), settings.bootstrap_samples)
     compared = protocol.compare_rows(per_user, reference, settings.bootstrap_samples)
     test_events = len(sequences.held_out(TEST))
     content = {

@@ -14,6 +14,7 @@ from llm2rec.artifacts import SUPERSEDED
 from llm2rec.config import EvaluationConfig, Recipe
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
+from llm2rec.evaluation.ranking import metric_names
 from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
 from llm2rec.stages.base import TINY_RANDOM
@@ -209,7 +210,7 @@ def _facts(runs: Mapping[str, Run]) -> dict[str, Any]:
 
 def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
     """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
-    summary = protocol.summarise(table.per_user, settings.k, settings.bootstrap_samples)
+    summary = protocol.summarise(table.per_user, metric_names(settings.k), settings.bootstrap_samples)
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
