@@ -268,6 +268,16 @@ def test_recommending_from_a_half_rerun_run_says_so(finished, copied, capsys):
     assert "csft was begun and not finished" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_run_without_its_resolved_recipe_is_not_guessed(copied, world):
+    (copied / "resolved.json").unlink()
+    with pytest.raises(ArtifactError, match=r"resolved\.json is missing.*the same --set"):
+        lr.recommend(copied, ["i03"])
+    assert not (copied / "resolved.json").exists()
+    before = len(events(copied))
+    lr.run("demo", copied, overrides(world))
+    assert {event for _, event, _ in events(copied)[before:]} == {"keep"}
+
+
 def test_compare_names_data_of_other_content_at_the_same_place(tmp_path):
     interactions, items = cyclic_log()
     items.write_csv(tmp_path / "items.csv")

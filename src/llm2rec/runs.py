@@ -167,6 +167,11 @@ def open_run(folder: str | Path) -> Run:
             return run
         return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
     if (folder / RECIPE).exists():
+        if (folder / LOG).exists():  # a run: its recipe alone does not say what --set changed
+            raise ArtifactError(
+                f"{folder / RESOLVED} is missing, so what --set changed is not known; give `llm2rec run RECIPE --out "
+                f"{folder}` again with the same --set: finished stages are kept"
+            )
         return create_run(folder / RECIPE, folder)
     raise ArtifactError(
         f"{folder} is not a run folder (no {RESOLVED}, no {RECIPE}); start one with "

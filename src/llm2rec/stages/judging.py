@@ -297,7 +297,7 @@ def report_data(run: Run, domain: Domain, per_user: pl.DataFrame) -> report.Repo
         title=f"llm2rec: {run.folder.name}" + ("" if domain.alone else f", {domain.name}"),
         facts=report_facts(run, domain),
         metrics=metrics,
-        list_metrics=metrics["lists"] if all(metrics["lists"].values()) else {},
+        list_metrics={row: values for row, values in metrics["lists"].items() if values},
         slices=metrics["slices"],
         maps=embedding_maps(domain, Sequences.load(domain.data)),
         recall_curves=protocol.recall_curves(per_user),
