@@ -224,6 +224,24 @@ def test_items_that_are_not_trainable_are_no_wrong_answers(sequences, tmp_path):
     assert gradient[3] == 0 and (gradient[trainable] > 0).all()
 
 
+@pytest.mark.parametrize("items", ["id", "sum", "concatenation"])
+def test_nothing_is_learned_of_items_that_are_not_trainable(sequences, tmp_path, items):
+    larger = dataclasses.replace(sequences, item_ids=[*sequences.item_ids, "held out"])
+    vectors = None if items == "id" else np.random.default_rng(0).normal(size=(N + 1, 6)).astype(np.float32)
+    numbers = optimisation(max_epochs=2, weight_decay=0.1)
+    fit(
+        larger,
+        architecture(items=items),
+        numbers,
+        vectors=vectors,
+        trainable=np.arange(N + 1) < N,
+        seed=0,
+        out=tmp_path,
+    )
+    learned = models.load(tmp_path, vectors).items.weight.abs().sum(dim=1)
+    assert learned[N] == 0 and (learned[:N] > 0).all()
+
+
 def test_items_that_are_not_trainable_are_never_drawn():
     sampler = NegativeSampler(np.ones(N), 6, "uniform", np.arange(N) < 2)
     generator = np.random.default_rng(0)

@@ -12,6 +12,7 @@ import torch
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import ranking
+from llm2rec.rec import average
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
@@ -258,10 +259,19 @@ class TestScoreAverage:
         found = ScoreAverage(*pair, weight=weight).score(HISTORIES).argsort(dim=1)
         assert torch.equal(found, pair[winner].score(HISTORIES).argsort(dim=1))
 
+    def test_an_item_that_the_ids_do_not_know_has_the_score_of_the_text(self):
+        ids, text = built(self.ids), built(self.text)
+        both = ScoreAverage(ids, text).score(HISTORIES)
+        ids.items.blank(torch.arange(N) == 4)
+        assert ids.known.tolist() == [row != 4 for row in range(N)] and text.known.all()
+        found = ScoreAverage(ids, text).score(HISTORIES)
+        assert torch.allclose(found[:, 4], average.standardised(text.score(HISTORIES))[:, 4])
+        assert not torch.allclose(found[:, 4], both[:, 4])
+
     def test_it_scores_as_the_two_do_one_history_or_eight(self):
-        average = ScoreAverage(built(self.ids), built(self.text))
-        alone = torch.cat([average.score(row[None]) for row in HISTORIES])
-        assert torch.allclose(average.score(HISTORIES), alone, atol=1e-4)
+        both = ScoreAverage(built(self.ids), built(self.text))
+        alone = torch.cat([both.score(row[None]) for row in HISTORIES])
+        assert torch.allclose(both.score(HISTORIES), alone, atol=1e-4)
 
     def test_recommenders_of_different_catalogues_are_refused(self):
         small = models.build(shape("sasrec", "id", None), n_items=5, seed=0).eval()

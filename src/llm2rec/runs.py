@@ -169,8 +169,8 @@ def open_run(folder: str | Path) -> Run:
     if (folder / RECIPE).exists():
         if (folder / LOG).exists():  # a run: its recipe alone does not say what --set changed
             raise ArtifactError(
-                f"{folder / RESOLVED} is missing, so what --set changed is not known; give `llm2rec run RECIPE --out "
-                f"{folder}` again with the same --set: finished stages are kept"
+                f"{folder / RESOLVED} is missing, so what --set changed is not known; give `llm2rec run RECIPE "
+                f"--out {folder}` again with the same --set: finished stages are kept"
             )
         return create_run(folder / RECIPE, folder)
     raise ArtifactError(

@@ -14,7 +14,8 @@ class ScoreAverage:
     """Standardised scores of two trained recommenders, averaged; nothing of its own is trained.
 
     The scores of a history are centred and scaled to unit variance over the catalogue first, so that the
-    weight does not depend on which of the two scores more steeply.
+    weight does not depend on which of the two scores more steeply. An item that one of the two does not know, as
+    learned ids one that was held out, has the score of the other.
     """
 
     def __init__(self, first: SequentialRecommender, second: SequentialRecommender, weight: float = 0.5) -> None:
@@ -40,8 +41,10 @@ class ScoreAverage:
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
         """(B, N) float32; arguments and errors as for the two recommenders."""
-        first, second = (weight * standardised(part.score(histories, times)) for part, weight in self._parts)
-        return first + second
+        (first, first_weight), (second, second_weight) = self._parts
+        one, other = (standardised(part.score(histories, times)) for part in (first, second))
+        average = first_weight * one + second_weight * other
+        return average.where(first.known, other).where(second.known, one)
 
 
 def standardised(scores: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def fit(
     Args:
         vectors: (N, D) raw item vectors in the order of the catalogue, frozen; None for learned ids.
         categories: of the N items, beside learned ids.
-        trainable: (N,) bool, False for held-out items, which must not stand in the softmax even as wrong answers;
-            None trains against all.
+        trainable: (N,) bool, False for held-out items, which must not stand in the softmax even as wrong answers,
+            and whose learned vectors are 0; None trains against all.
         seed: initial weights, order of the windows, negatives and dropout derive from it.
 
     Raises:
@@ -126,6 +126,8 @@ def fit(
         vectors=vectors,
         categories=categories,
     )
+    if trainable is not None:
+        recommender.items.blank(torch.from_numpy(~trainable))
     if recommender.needs_times:
         _check_times(sequences)
     batches = WindowBatches(

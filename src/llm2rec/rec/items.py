@@ -40,6 +40,12 @@ class ItemTable(nn.Module, ABC):
     def vectors(self) -> Tensor:
         """(N + M, H) float32, row j for item_index j + 1; call once a step."""
 
+    def blank(self, rows: Tensor) -> None:
+        """Zeroes what is learned of the items at (N,) bool `rows`, which no training will see.
+
+        Their initial values are noise. Zero, an item has what is known of it otherwise, or counts as unknown.
+        """
+
     def parts(self, values: Tensor) -> tuple[Tensor, ...]:
         """`values` (N + M, ...) as its trained and its added rows, or as one part without added items.
 
@@ -75,6 +81,10 @@ class LearnedItems(ItemTable):
     def vectors(self) -> Tensor:
         """(N, H) float32: the table itself."""
         return self.weight
+
+    def blank(self, rows: Tensor) -> None:
+        """See the base class."""
+        _zero(self.weight, rows)
 
 
 @dataclass(frozen=True)
@@ -195,6 +205,10 @@ class SummedItems(FrozenItems):
         """(N + M, H) float32: the sum."""
         return super().vectors() + self._for_all(self.weight)
 
+    def blank(self, rows: Tensor) -> None:
+        """See the base class."""
+        _zero(self.weight, rows)
+
 
 class ConcatenatedItems(FrozenItems):
     """Adapted frozen vector and a learned vector an item, side by side under a linear map (2H -> H).
@@ -213,6 +227,10 @@ class ConcatenatedItems(FrozenItems):
         """(N + M, H) float32: both, merged."""
         both = torch.cat([super().vectors(), self._for_all(self.weight)], dim=1)  # (N + M, 2H)
         return self._apart(self.merge, both)
+
+    def blank(self, rows: Tensor) -> None:
+        """See the base class."""
+        _zero(self.weight, rows)
 
 
 class DeltaItems(FrozenItems):
@@ -250,6 +268,11 @@ TEXT_TABLES = {"text": FrozenItems, "sum": SummedItems, "concatenation": Concate
 def learned(rows: int, hidden_size: int) -> nn.Parameter:
     """Trained vectors, (rows, H), drawn from N(0, 0.02)."""
     return nn.Parameter(nn.init.normal_(torch.empty(rows, hidden_size), std=INITIAL_STD))
+
+
+def _zero(weight: nn.Parameter, rows: Tensor) -> None:
+    with torch.no_grad():
+        weight[rows] = 0
 
 
 def make_adapter(kind: str, width: int, hidden_size: int) -> nn.Module:

@@ -48,6 +48,11 @@ class SequentialRecommender(nn.Module, ABC):
         """Items that can be seen and scored, N + M."""
         return self.items.n_items
 
+    @property
+    def known(self) -> Tensor:
+        """Items with a vector, (N + M,) bool: not those that no training saw and nothing else describes."""
+        return self._catalogue()[0].any(dim=1)
+
     @abstractmethod
     def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """A state a position, (B, L, H) float32; finite but meaningless at padding.
