@@ -14,8 +14,10 @@ class ScoreAverage:
     """Standardised scores of two trained recommenders, averaged; nothing of its own is trained.
 
     The scores of a history are centred and scaled to unit variance over the catalogue first, so that the
-    weight does not depend on which of the two scores more steeply. An item that one of the two does not know, as
-    learned ids one that was held out, has the score of the other.
+    weight does not depend on which of the two scores more steeply. Of an item that one of the two does not know,
+    as learned ids do not know one that was held out, it is given the score that the other's predicts: that score
+    times the correlation of the two over the items that both know. With the other's score alone such items would
+    stand above all those that two must agree on; with none they would never be listed.
     """
 
     def __init__(self, first: SequentialRecommender, second: SequentialRecommender, weight: float = 0.5) -> None:
@@ -42,12 +44,23 @@ class ScoreAverage:
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
         """(B, N) float32; arguments and errors as for the two recommenders."""
         (first, first_weight), (second, second_weight) = self._parts
-        one, other = (standardised(part.score(histories, times)) for part in (first, second))
-        average = first_weight * one + second_weight * other
-        return average.where(first.known, other).where(second.known, one)
+        one, other = (standardised(part.score(histories, times), part.known) for part in (first, second))
+        both = first.known & second.known
+        if not both.all():
+            correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
+            one, other = one.where(first.known, correlation * other), other.where(second.known, correlation * one)
+        return first_weight * one + second_weight * other
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Scores (B, N) with mean 0 and population variance 1 in every row; zeros where a row is constant."""
-    centred = scores - scores.mean(dim=1, keepdim=True)
-    return centred / centred.square().mean(dim=1, keepdim=True).clamp(min=_TINY).sqrt()
+def standardised(scores: Tensor, known: Tensor) -> Tensor:
+    """Scores (B, N) with mean 0 and population variance 1 over the (N,) `known` items of every row.
+
+    Zeros where a row is constant, and for items that are not known.
+    """
+    centred = (scores - _mean(scores, known)) * known
+    return centred / _mean(centred.square(), known).clamp(min=_TINY).sqrt()
+
+
+def _mean(values: Tensor, known: Tensor) -> Tensor:
+    """Means (B, 1) over the known items."""
+    return (values * known).sum(dim=1, keepdim=True) / known.sum().clamp(min=1)
