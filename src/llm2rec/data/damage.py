@@ -27,8 +27,8 @@ def refuse_damaged_rows(files: list[Path], separator: str, quote: bool = True) -
         if header != headers[files[0]]:
             raise DataError(
                 f"{file} has the columns {first_few(header, 12)}, but {files[0].name} has "
-                f"{first_few(headers[files[0]], 12)}; files of one folder need the same columns in the same order, "
-                "separated alike"
+                f"{first_few(headers[files[0]], 12)}; files of one folder need the same columns in the same "
+                "order, separated alike"
             )
 
 

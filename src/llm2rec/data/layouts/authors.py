@@ -35,8 +35,8 @@ from llm2rec.data.files import (
     opened,
     read_text,
     refuse_line,
-    refuse_not_utf_8,
     refuse_missing,
+    refuse_not_utf_8,
 )
 from llm2rec.data.layouts.assembly import assemble
 from llm2rec.data.layouts.delimited import header_of
