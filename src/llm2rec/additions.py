@@ -90,10 +90,8 @@ def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tu
             f"{first!r} is {before[first]!r} in the run, {now[first]!r} here. Give an item that changed a new id, "
             "or leave it out"
         )
-    fresh = [item not in before for item in new.item_ids]
-    return Catalogue(new.frame.filter(pl.Series(fresh))), [
-        now[item] for item in new.item_ids if item not in before
-    ]
+    fresh = pl.Series([item not in before for item in new.item_ids], dtype=pl.Boolean)
+    return Catalogue(new.frame.filter(fresh)), [text for item, text in now.items() if item not in before]
 
 
 def _require_current(run: Run, folders: list[Path]) -> None:
