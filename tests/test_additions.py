@@ -41,7 +41,7 @@ def listed(run, history, **options):
 @pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+sum"])
 def test_text_rows_rank_added_items_and_keep_the_order_of_the_others(run, row):
     before = listed(run, ["i03", "i04"], row=row)
-    assert lr.add_items(run, run.folder.parent / "new.csv") == 2
+    assert lr.add_items(run, run.folder.parent / "new.csv").added == 2
     after = listed(run, ["i03", "i04"], row=row)
     assert {"new1", "new2"} <= set(after)
     assert [item for item in after if item not in ("new1", "new2")] == before
@@ -71,7 +71,7 @@ def test_items_are_added_to_those_added_before(run, tmp_path):
     lr.add_items(run, run.folder.parent / "new.csv")
     first = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}
     (tmp_path / "more.csv").write_text("item_id,title\nnew3,A third one\n")
-    assert lr.add_items(run, tmp_path / "more.csv") == 1
+    assert lr.add_items(run, tmp_path / "more.csv").added == 1
     both = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}
     assert "new3" in both
     assert all(both[item] == pytest.approx(score, abs=1e-5) for item, score in first.items())
@@ -93,7 +93,7 @@ def test_after_another_training_added_items_are_refused(run, trained):
             call()
     assert lr.probe(again)["vectors"].keys() == {"data", "llm2rec"}  # of the trained items, as before
     shutil.rmtree(again.folder / "added")
-    assert lr.add_items(again, run.folder.parent / "new.csv") == 2
+    assert lr.add_items(again, run.folder.parent / "new.csv").added == 2
 
 
 def test_items_are_not_added_to_vectors_that_the_recipe_no_longer_makes(run):
@@ -103,16 +103,46 @@ def test_items_are_not_added_to_vectors_that_the_recipe_no_longer_makes(run):
         lr.add_items(run.folder, run.folder.parent / "new.csv")
 
 
+def test_of_a_grown_catalogue_only_the_new_items_are_added(run, trained, tmp_path):
+    grown = pl.concat([pl.read_csv(trained.folder.parent / "items.csv"), NEW[:1]])
+    grown.write_csv(tmp_path / "grown.csv")
+    counts = lr.add_items(run, tmp_path / "grown.csv")
+    assert counts == (1, 12) and counts.in_words.startswith("1 added, 12 known; ")
+    assert "new1" in listed(run, ["i03"])
+
+
 def test_items_are_not_added_twice(run):
     lr.add_items(run, run.folder.parent / "new.csv")
-    with pytest.raises(DataError, match="2 items are in the catalogue already: 'new1', 'new2'"):
-        lr.add_items(run, run.folder.parent / "new.csv")
+    before = (run.folder / "added" / "main" / "manifest.json").stat()
+    counts = lr.add_items(run, run.folder.parent / "new.csv")
+    assert counts == (0, 2) and counts.in_words == "nothing added: the run knows all 2 items"
+    assert (run.folder / "added" / "main" / "manifest.json").stat() == before
 
 
-def test_an_item_that_is_there_already_is_refused(run, tmp_path):
+def test_an_item_that_is_there_with_another_text_is_refused(run, tmp_path):
     (tmp_path / "known.csv").write_text("item_id,title\ni03,Again\nnew9,New\n")
-    with pytest.raises(DataError, match="known.csv: 1 items are in the catalogue already: 'i03'"):
+    with pytest.raises(DataError, match="known.csv: 1 items .* another text here: 'i03'; .*'Again' here"):
         lr.add_items(run, tmp_path / "known.csv")
+    assert not (run.folder / "added").exists()
+
+
+@pytest.mark.parametrize("file", ["catalogue.parquet", "llm2rec/embeddings.safetensors", "manifest.json"])
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_file_of_added_items_is_named_with_what_to_do(run, file, damage):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    path = run.folder / "added" / "main" / file
+    path.unlink() if damage == "missing" else path.write_bytes(b"edited by hand")
+    for call in (lambda: lr.similar(run, "i03"), lambda: lr.recommend(run, ["i03"])):
+        with pytest.raises(ArtifactError) as caught:
+            call()
+        assert str(path.parent if damage == "missing" and "manifest" in file else path) in str(caught.value)
+        assert f"move {run.folder / 'added' / 'main'} away and add the items again" in str(caught.value)
+
+
+def test_vectors_asked_for_an_added_item_say_where_they_lie(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    with pytest.raises(ArtifactError, match="'new1'.*below `added/` of the run"):
+        lr.ItemEmbeddings.load(run.embeddings("llm2rec")).aligned_to(["i03", "new1"])
 
 
 def test_a_run_without_text_rows_takes_no_new_items(trained, tmp_path):
@@ -130,4 +160,4 @@ def test_a_new_item_may_lack_a_column_that_the_text_names(tmp_path):
     changes = ("recommender.max_epochs=1", "recommender.rows=[sasrec-llm2rec]", "data.text='{title}. {brand}'")
     run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), *changes))
     (tmp_path / "one.csv").write_text("item_id,title\nnew5,Without a brand\n")
-    assert lr.add_items(run, tmp_path / "one.csv") == 1
+    assert lr.add_items(run, tmp_path / "one.csv").added == 1

@@ -49,6 +49,7 @@ def test_a_stage_that_fails_leaves_no_manifest_and_keeps_its_checkpoints(tmp_pat
 
 def test_of_an_interrupted_stage_a_changed_input_is_named_as_well(tmp_path):
     with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "csft", "csft", {"a": 1, "b": 1}, tmp_path):
+        (tmp_path / "csft" / artifacts.CHECKPOINTS).mkdir()
         raise RuntimeError
     assert artifacts.decide(tmp_path / "csft", {"a": 2, "b": 1}).reasons == ("interrupted", "a")
     (tmp_path / "csft" / artifacts.STARTED).write_text("{")
@@ -66,6 +67,12 @@ def test_a_stage_that_fails_before_it_writes_leaves_the_finished_one(tmp_path):
         raise RuntimeError
     assert artifacts.decide(tmp_path / "data", {"a": 1}).keep
     assert artifacts.decide(tmp_path / "data", {"a": 2}).reasons == ("a",)
+
+
+def test_a_stage_that_fails_before_it_writes_was_never_run(tmp_path):
+    with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "data", "prepare", {"a": 1}, tmp_path):
+        raise RuntimeError
+    assert artifacts.decide(tmp_path / "data", {"a": 2}).reasons == ("not run yet",)
 
 
 def test_a_stage_that_fails_after_it_has_written_does_not_bring_the_old_one_back(tmp_path):

@@ -1,6 +1,8 @@
 """The command line on good and on bad input: every mistake ends in one message, before any training."""
 
 import errno
+import json
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -92,7 +94,7 @@ def test_short_histories_can_be_dropped(run_on):
         log.write_csv() + "w,i00,1\n", None, "data.short_histories=drop", "recommender.rows=[popularity]"
     )
     assert status == 0
-    assert "left out: 1 (user too short for the split)" in err
+    assert "left out: 1 (events of users too short for the split)" in err
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,36 @@ def test_the_help_of_study_names_every_study(llm2rec):
 def test_the_version_is_printed(llm2rec):
     status, out, _ = llm2rec("--version")
     assert status == 0 and out.strip() == f"llm2rec {lr.__version__}"
+
+
+def test_an_empty_item_is_refused(llm2rec, tmp_path):
+    write_world(tmp_path, users=6, items=6, events=6)
+    changes = (*overrides(tmp_path), "recommender.rows=[popularity]")
+    lr.run("demo", tmp_path / "run", changes)
+    status, _, err = llm2rec("similar", tmp_path / "run", " ")
+    assert status == 1 and "the item id is empty" in err and "The " not in err
+
+
+@pytest.mark.parametrize("change", ['{"overrides": [1]}', '{"recipe_folder": 1}'])
+def test_a_resolved_recipe_changed_by_hand_is_one_message(llm2rec, tmp_path, change):
+    write_world(tmp_path, users=6, items=6, events=6)
+    run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), "recommender.rows=[popularity]"))
+    resolved = json.loads((run.folder / "resolved.json").read_text()) | json.loads(change)
+    (run.folder / "resolved.json").write_text(json.dumps(resolved))
+    (run.folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text() + "\n")
+    status, _, err = llm2rec("evaluate", run.folder)
+    assert status == 1 and "resolved.json is damaged" in err and "Traceback" not in err
+
+
+def test_a_log_is_described_with_changes_to_its_recipe(llm2rec, tmp_path):
+    write_world(tmp_path, users=6, items=6, events=6)
+    settings = [part for change in overrides(tmp_path) for part in ("--set", change)]
+    page = tmp_path / "log.html"
+    status, out, _ = llm2rec(
+        "data", "describe", "demo", *settings, "--set", "data.filters.users=3", "--html", page
+    )
+    assert status == 0 and re.search(r"users\s+3", out)
+    assert "events a user" in page.read_text()
 
 
 def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch):

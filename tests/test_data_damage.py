@@ -35,7 +35,7 @@ def refusal(path, content):
         (b'b,5" disk,3', "line 5 has a quotation mark without a second one"),
         (b'b,"x,3', "line 5 has a quotation mark without a second one"),
         (b'b,"x" y,3', "line 5 holds no separated cells"),
-        ("b,é,3".encode("latin-1"), "line 5 is not UTF-8 (save the file in that encoding)"),
+        ("b,é,3".encode("latin-1"), "line 5 is not UTF-8: 'b,\ufffd,3'; save the whole file as UTF-8"),
     ],
 )
 @pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
@@ -113,19 +113,36 @@ def test_json_lines_of_a_folder_may_differ_in_their_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "header", "hint"),
+    ("header", "shown"),
     [
-        ("log.csv", "user_id;item_id;timestamp", "separated by ';': save it with commas"),
-        ("log.txt", "user_id,item_id,timestamp", "separated by commas: call it .csv"),
-        ("log.csv", "user_id\titem_id\ttimestamp", "separated by tabs: call it .tsv"),
+        ("kunde;artikel;zeit", "it has 'kunde', 'artikel', 'zeit'"),
+        ("user_id;item_id;zeit", "no column 'timestamp'; it has 'user_id', 'item_id', 'zeit'"),
+        ("user_id item_id timestamp", "it has 'user_id item_id timestamp'"),
     ],
 )
-def test_another_separator_is_recognised(tmp_path, name, header, hint):
-    assert hint in refusal(tmp_path / name, f"{header}\n{header}\n".encode())
+def test_a_header_without_the_wanted_columns_is_shown_as_it_is(tmp_path, header, shown):
+    assert f"{shown}. Rename the columns" in refusal(tmp_path / "log.csv", f"{header}\na;x;1\n".encode())
+
+
+def test_where_columns_are_mapped_the_mapping_is_to_be_corrected(tmp_path):
+    (tmp_path / "log.csv").write_text("kunde;item_id;timestamp\na;x;1\nb;y;2\n")
+    with pytest.raises(DataError, match="no column 'customer'; it has 'kunde'.*Correct data.columns") as caught:
+        readers.read_interactions(tmp_path / "log.csv", {"user_id": "customer"})
+    assert "map them" not in str(caught.value)
+
+
+def test_a_broken_row_is_named_under_the_separator_of_the_header(tmp_path):
+    content = LOG.replace(b",", b";") + b"b;x;3;9\n"
+    assert "line 5 has 4 cells instead of 3: 'b;x;3;9'" in refusal(tmp_path / "log.csv", content)
+
+
+def test_dates_whose_day_and_month_are_unclear_are_counted_with_how_to_write_them(tmp_path):
+    message = refusal(tmp_path / "log.csv", LOG.replace(b",1\n", b",08.07.2022 20:52\n"))
+    assert "in 1 of 3 rows (row 1: '08.07.2022 20:52'); write ISO dates, or remove these rows" in message
 
 
 def test_utf_16_is_recognised(tmp_path):
-    assert "like UTF-16" in refusal(tmp_path / "log.csv", LOG.decode().encode("utf-16"))
+    assert "looks like UTF-16" in refusal(tmp_path / "log.csv", LOG.decode().encode("utf-16"))
 
 
 IDS = st.one_of(

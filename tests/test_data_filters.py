@@ -83,7 +83,7 @@ def test_lengths_outside_the_bounds_lose_their_users():
     )
     kept, dropped = filtered(log, **NONE | {"min_events": 3, "max_events": 5})
     assert kept.frame["user_id"].unique().sort().to_list() == ["b", "d"]
-    assert dropped == {"user too short": 2, "user too long": 6}
+    assert dropped == {"events of users too short": 2, "events of users too long": 6}
 
 
 def test_the_sample_of_users_does_not_change_when_others_join():

@@ -161,7 +161,29 @@ def test_describe_of_a_recipe_applies_its_filters(tmp_path):
         "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
     )
     (described,) = lr.data.describe(tmp_path / "mine.yaml").values()
-    assert described.facts["left out: item too rare"] > 0
+    assert described.facts["left out: events of items too rare"] > 0
+
+
+def test_describe_takes_overrides_of_a_recipe_only(tmp_path):
+    describe(tmp_path, WALKS)
+    kept = [
+        lr.data.describe(tmp_path / "mine.yaml", overrides=(f"data.filters.users={users}",))["main"].facts["users"]
+        for users in (2, 3)
+    ]
+    assert kept == [2, 3]
+    with pytest.raises(ConfigError, match="--set changes keys of a recipe"):
+        lr.data.describe(tmp_path / "log.csv", tmp_path / "items.csv", overrides=("data.filters.users=2",))
+
+
+def test_a_random_model_has_no_tokenizer_to_count_with():
+    with pytest.raises(ConfigError, match="tiny-random makes its tokenizer from the texts of a run"):
+        lr.models.token_counter("tiny-random")
+
+
+def test_only_dates_are_shown_over_time(tmp_path):
+    assert describe(tmp_path, WALKS).over_time == []  # ranks
+    dated = describe(tmp_path, [(user, item, f"2021-0{1 + rank % 8}-01") for user, item, rank in WALKS])
+    assert 2021 <= dated.over_time[0][0] < 2021.01 and sum(count for _, count in dated.over_time) == len(WALKS)
 
 
 def describe(folder, events, **data):

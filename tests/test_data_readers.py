@@ -1,5 +1,6 @@
 """Files as people write them, and as they break."""
 
+import gzip
 import io
 import zipfile
 
@@ -25,12 +26,30 @@ def written(tmp_path, name, content):
         ("log.csv", LOG.replace("\n", "\r\n").encode()),
         ("log.csv", b"\xef\xbb\xbf" + LOG.encode()),
         ("log.tsv", LOG.replace(",", "\t").encode()),
+        ("log.csv", b"\xef\xbb\xbf" + LOG.replace(",", ";").replace("\n", "\r\n").encode()),
+        ("log.csv", LOG.replace(",", "\t").encode()),
+        ("log.txt", LOG.encode()),
+        ("log.txt", LOG.replace(",", "|").encode()),
+        ("log.csv", b'"user_id";"item_id";"timestamp";"a, b"\na;x;1;\na;y;2;\nb;x;3;"6,5"\n'),
+        ("log.csv.gz", gzip.compress(LOG.replace(",", ";").encode())),
     ],
-    ids=["csv", "crlf", "bom", "tsv"],
+    ids=["csv", "crlf", "bom", "tsv", "semicolon", "tab in csv", "comma in txt", "bar", "quoted", "compressed"],
 )
 def test_text_tables_read_the_same(tmp_path, name, content):
     events = readers.read_interactions(written(tmp_path, name, content))
     assert events.frame.rows() == [("a", "x", 1), ("a", "y", 2), ("b", "x", 3)]
+
+
+def test_the_files_of_a_folder_are_separated_as_the_first(tmp_path):
+    for name, rows in (("a.csv", "a;x;1\na;y;2\n"), ("b.csv", "b;x;3\n")):
+        (tmp_path / name).write_text("user_id;item_id;timestamp\n" + rows)
+    assert readers.read_interactions(tmp_path).frame.height == 3
+
+
+def test_the_separator_is_what_shows_the_mapped_columns(tmp_path):
+    path = written(tmp_path, "items.csv", b"sku;name, or title;price\nx;One, two;6,50\ny;Three;7\n")
+    items = readers.read_items(path, {"item_id": "sku", "title": "name, or title"})
+    assert items.frame.rows() == [("x", "One, two", "6,50"), ("y", "Three", "7")]
 
 
 def test_parquet_reads_like_csv(tmp_path):

@@ -143,7 +143,7 @@ def test_short_histories_are_refused_with_users_and_mend(log):
 def test_dropped_users_are_counted(log, tmp_path):
     short = as_log([*log.frame.rows(), ("brief", "i0", 1), ("brief", "i1", 2)])
     summary = prepare(short, ITEMS, split=Split(), short_histories="drop", out=tmp_path)
-    assert (summary["users"], summary["dropped"]) == (4, {"user too short for the split": 2})
+    assert (summary["users"], summary["dropped"]) == (4, {"events of users too short for the split": 2})
 
 
 def test_dropping_all_but_one_user_is_refused(log):

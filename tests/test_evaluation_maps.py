@@ -61,8 +61,15 @@ def test_values_are_coloured_in_five_steps_of_equally_many():
     assert legend == [(f"{low} to {low + 1}", f"ramp-{low // 2 + 1}") for low in range(0, 10, 2)]
 
 
+def test_counts_are_written_in_full():
+    assert map_legend(chart(5, colours=[12_345, 12_345, 1, 23_456, 1]))[1:] == [
+        ("12,345", "ramp-3"),
+        ("23,456", "ramp-5"),
+    ]
+
+
 def test_equal_values_share_a_step():
-    assert map_legend(chart(5, colours=[0.0, 0.0, 0.0, 0.0, 7.0])) == [("0 to 0", "ramp-1"), ("7 to 7", "ramp-5")]
+    assert map_legend(chart(5, colours=[0.0, 0.0, 0.0, 0.0, 7.0])) == [("0", "ramp-1"), ("7", "ramp-5")]
 
 
 def test_a_large_map_is_thinned_evenly():

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from conftest import printed
-from llm2rec.evaluation import probes, protocol, report, slices
+from llm2rec.evaluation import figures, probes, protocol, report, slices
 from llm2rec.evaluation.diagnosis import data_probes
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.ranking import metric_names
@@ -36,6 +36,40 @@ def data():
         costs=[{"stage": "csft", "seconds": 61.0, "peak_memory_gb": None}],
         settings={"csft": {"max_tokens": 5}},
     )
+
+
+def labels_of(name, points, **options):
+    """The texts that a curve of a log shows."""
+    drawn = figures.log_curve(name, points, **options)
+    assert "mathdefault" not in drawn and "times" not in re.sub(r"<path.*?/>", "", drawn, flags=re.DOTALL)
+    return re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+
+
+@pytest.mark.parametrize(
+    ("start", "years", "label"),
+    [
+        (2015.2, 8, "2018"),
+        (2021.2, 1.5, "2022-01"),
+        (2021.2, 0.3, r"2021-0\d-\d\d"),
+        (2021.2, 0.002, r"2021-03-1\d \d\d:\d\d"),
+    ],
+)
+def test_a_time_axis_shows_years_or_dates_also_where_counts_vary_much(start, years, label):
+    points = [(start + years * place / 60, 1.0 if place % 2 else 20_000.0) for place in range(60)]
+    labels = labels_of("events over time", points, over_time=True)
+    assert any(re.fullmatch(label, one) for one in labels) and "20,000" in labels
+
+
+def test_logarithmic_axes_of_a_log_show_plain_numbers():
+    labels = labels_of("popularity", [(1.0, 50_000.0), (100.0, 400.0), (10_000.0, 1.0)])
+    assert {"1", "100", "10,000"} <= set(labels) and not [one for one in labels if "$" in one or "e+" in one]
+
+
+def test_the_page_of_a_log_has_a_curve_over_time_where_there_are_dates():
+    curves = {"events a user": [(1.0, 3.0), (2.0, 1.0)]}
+    dated = [(2020.0, 1.0), (2022.0, 3.0)]
+    pages = [report.render_log_html("log", {"users": 4}, [], curves, over_time) for over_time in (dated, [])]
+    assert ["events over time" in page for page in pages] == [True, False]
 
 
 def test_the_page_is_self_contained(data):

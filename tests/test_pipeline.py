@@ -25,7 +25,7 @@ from llm2rec.evaluation import protocol
 from llm2rec.probing import show_probes
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
-from llm2rec.stages.judging import distinct_names, ties_in_words
+from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
 
 SMALL = (
     "model.source=tiny-random",
@@ -352,6 +352,21 @@ def test_repeated_titles_are_told_apart_by_their_id():
         pl.DataFrame({"item_id": ["1", "2", "3"], "title": ["Emma", "Emma", "Persuasion"]}), "books"
     )
     assert distinct_names(catalogue) == {"1": "Emma [1]", "2": "Emma [2]", "3": "Persuasion"}
+
+
+def test_long_titles_are_cut_by_characters_and_told_apart_where_the_cut_makes_them_equal():
+    long = ["書" * 100, "a b " * 30 + "first", "a b " * 30 + "second", "界" * 80]
+    catalogue = Catalogue.from_frame(pl.DataFrame({"item_id": ["1", "2", "3", "4"], "title": long}), "books")
+    names = distinct_names(catalogue)
+    assert names["1"] == "書" * 76 + " ..." and names["4"] == "界" * 80
+    assert names["2"].endswith("a b ... [2]") and names["3"] == names["2"].replace("[2]", "[3]")
+
+
+def test_maps_are_coloured_by_counts_of_training_events(finished):
+    domain = finished.domain()
+    chart = embedding_maps(domain, Sequences.load(domain.data))[0]
+    assert chart.colour_name == "training events" and set(map(type, chart.colours)) == {int}
+    assert sum(chart.colours) == 40 * 6  # of 40 users, all but the last two events
 
 
 def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 
 from llm2rec import artifacts
 from llm2rec.data import readers
@@ -20,17 +22,33 @@ from llm2rec.stages.base import vector_sets
 from llm2rec.stages.language import encode_stages, encode_texts
 
 
-def add_items(run: str | Path | Run, items: str | Path, domain: str | None = None) -> int:
+class Additions(NamedTuple):
+    """What `add_items` made of a table: how many items it added, and how many the run knew already."""
+
+    added: int
+    known: int
+
+    @property
+    def in_words(self) -> str:
+        """Both counts, and what follows."""
+        if not self.added:
+            return f"nothing added: the run knows all {self.known:,} items"
+        known = f", {self.known:,} known" if self.known else ""
+        return f"{self.added:,} added{known}; rows over text rank them from now on"
+
+
+def add_items(run: str | Path | Run, items: str | Path, domain: str | None = None) -> Additions:
     """Encodes the items of a table and keeps them beside the run, where `recommend` and `similar` find them.
 
     Nothing is trained. Rows over text rank them by their vectors; rows over learned ids cannot know them. Called
-    again it adds more; the table has the columns of the run's items (`data.columns` is heeded).
+    again it adds more; the table has the columns of the run's items (`data.columns` is heeded). Items that the run
+    knows with the same text are skipped, so the table may be the whole catalogue, grown.
 
     Returns:
-        How many items were added.
+        How many items were added, and how many were known.
 
     Raises:
-        DataError: the table is not valid, or an id is in the catalogue or was added already.
+        DataError: the table is not valid, or gives an item that the run knows another text.
         ConfigError: the run has no row over text; several domains and none named.
         ArtifactError: the run is not encoded, or not as its recipe now says; another process works in it.
     """
@@ -42,17 +60,38 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
     with artifacts.run_lock(run.folder):
         _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
-        known = added.load_catalogue(place)
-        repeated = sorted(set(new.item_ids) & set(known.item_ids))
-        if repeated:
-            raise DataError(f"{items}: {len(repeated)} items are in the catalogue already: {first_few(repeated)}")
-        added.joined(known, new)  # refused before anything is encoded
+        unknown, texts = _unknown(added.load_catalogue(place), new, place.config.text, str(items))
+        counts = Additions(len(unknown), len(new) - len(unknown))
+        if not unknown:
+            return counts
         with tempfile.TemporaryDirectory(dir=run.folder) as made:
-            _write(run, place, sets, new, Path(made) / "items")
+            _write(run, place, sets, unknown, texts, Path(made) / "items")
             artifacts.move_aside(place.added, run.folder)
             place.added.parent.mkdir(exist_ok=True)
             os.replace(Path(made) / "items", place.added)
-    return len(new)
+    return counts
+
+
+def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tuple[Catalogue, list[str]]:
+    """The items of a table that the run does not know, and the text of each.
+
+    Raises:
+        DataError: an item that the run knows has another text in the table.
+    """
+    whole = added.joined(known, new)  # a column that one of the tables lacks is empty there
+    texts = item_texts(whole, template)
+    before = dict(zip(known.item_ids, texts, strict=False))
+    now = dict(zip(new.item_ids, texts[len(known) :], strict=True))
+    changed = [item for item, text in now.items() if before.get(item, text) != text]
+    if changed:
+        first = changed[0]
+        raise DataError(
+            f"{origin}: {len(changed)} items that the run knows have another text here: {first_few(changed)}; "
+            f"{first!r} is {before[first]!r} in the run, {now[first]!r} here. Give an item that changed a new id, "
+            "or leave it out"
+        )
+    fresh = pl.Series([item not in before for item in new.item_ids], dtype=pl.Boolean)
+    return Catalogue(new.frame.filter(fresh)), [text for item, text in now.items() if item not in before]
 
 
 def _require_current(run: Run, folders: list[Path]) -> None:
@@ -67,14 +106,12 @@ def _require_current(run: Run, folders: list[Path]) -> None:
                 )
 
 
-def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, folder: Path) -> None:
+def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, texts: list[str], folder: Path) -> None:
     """The items added so far and the new ones, with the vectors of each set, as a finished stage in `folder`."""
     before = added.load(domain)
     table = new if before is None else added.joined(before, new)
     folder.mkdir()
     table.write(folder / added.CATALOGUE)
-    whole = added.joined(added.load_catalogue(domain), new)  # a column that the new table lacks is empty there
-    texts = item_texts(Catalogue(whole.frame.tail(len(new))), domain.config.text)
     for name in sets:
         encode_texts(run, name, new.item_ids, texts, folder / name)
         if before is not None:

@@ -127,18 +127,28 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ArtifactError(f"{path} is damaged ({error!r}); move its folder away and run again") from error
 
 
-def require(folder: Path, stage: str) -> Manifest:
+def require(folder: Path, stage: str, mend: str = "") -> Manifest:
     """The manifest of a finished stage whose outputs are as it left them.
+
+    Args:
+        mend: what to do where they are not; by default to run the stage.
 
     Raises:
         ArtifactError: the stage is not finished, or a file of it is missing or was changed.
     """
-    manifest = read_manifest(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError as error:
+        if not mend:
+            raise
+        raise ArtifactError(f"{folder / MANIFEST} is damaged; {mend}") from error
     if manifest is None:
-        raise ArtifactError(f"{folder} holds no finished '{stage}' stage; run `llm2rec {stage}` first")
+        mend = mend or f"run `llm2rec {stage}` first"
+        raise ArtifactError(f"{folder} holds no finished '{stage}' stage; {mend}")
     damaged = _damaged(folder, manifest)
     if damaged:
-        raise ArtifactError(f"{folder / damaged[0]} is missing or was changed; run `llm2rec {stage}` again")
+        mend = mend or f"run `llm2rec {stage}` again"
+        raise ArtifactError(f"{folder / damaged[0]} is missing or was changed; {mend}")
     return manifest
 
 
@@ -190,7 +200,7 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
 
     Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
     resume from; anything else in the folder is moved to `run_folder/superseded`. A block that fails before it
-    has written anything (its checks) leaves the finished stage that was there.
+    has written anything (its checks) leaves what was there: the finished stage, or a stage that never ran.
     """
     started = folder / STARTED
     aside = None
@@ -202,10 +212,11 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     try:
         yield summary
     except BaseException:
-        if aside is not None and (aside / MANIFEST).exists() and list(folder.iterdir()) == [started]:
+        if list(folder.iterdir()) == [started]:
             started.unlink()
-            os.replace(aside, folder)  # over the empty folder
-            progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
+            if aside is not None and (aside / MANIFEST).exists():
+                os.replace(aside, folder)  # over the empty folder
+                progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
         raise
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))

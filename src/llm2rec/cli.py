@@ -145,7 +145,7 @@ def add_items(
     domain: DomainName = None,
 ) -> None:
     """Give items that came after the training vectors, so that text rows can recommend them."""
-    out.print(f"{lr.add_items(run_folder, items, domain):,} items added; rows over text rank them from now on")
+    out.print(lr.add_items(run_folder, items, domain).in_words)
 
 
 @app.command()
@@ -210,13 +210,14 @@ def data_describe(
     items: Annotated[Path | None, typer.Argument(help="the items file, with an interactions file")] = None,
     model: Annotated[str | None, typer.Option(help="count the tokens that this language model makes")] = None,
     page: Annotated[Path | None, typer.Option("--html", help="write a page with plots as well")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Counts, density, lengths, popularity, repeats, ties, split, leakage check."""
     from llm2rec.display import show_log
 
-    for part in show_log(
-        what, lr.data.describe(what, items, lr.models.token_counter(model) if model else None), page
-    ):
+    count_tokens = lr.models.token_counter(model) if model else None
+    described = lr.data.describe(what, items, count_tokens, tuple(overrides or ()))
+    for part in show_log(what, described, page):
         out.print(part)
 
 

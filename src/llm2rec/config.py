@@ -27,6 +27,7 @@ ROW_NAMES = (
     f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
     f"{' and '.join(LOOKING_BACK)} may name their attention (sasrec-backbone-causal), else validation chooses it"
 )
+TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
 
 Positive = Annotated[int, Field(gt=0)]

@@ -50,7 +50,7 @@ def show_log(what: str, described: dict[str, Description], page: Path | None) ->
         parts += [table, *(f"note: {warning}" for warning in one.warnings)]
         if page is not None:
             path = page if len(described) == 1 else page.with_stem(f"{page.stem}-{name}")
-            text = report.render_log_html(f"{what}: {name}", one.facts, one.warnings, one.curves)
+            text = report.render_log_html(f"{what}: {name}", one.facts, one.warnings, one.curves, one.over_time)
             path.write_text(text, encoding="utf-8")
             parts.append(f"page: {path}")
     return parts

@@ -6,7 +6,9 @@ import builtins
 from collections.abc import Callable
 from pathlib import Path
 
+from llm2rec.config import TINY_RANDOM
 from llm2rec.data.sources import MODELS, Source, fetch_model
+from llm2rec.errors import ConfigError
 
 TokenCounter = Callable[[builtins.list[str]], builtins.list[int]]
 
@@ -32,8 +34,13 @@ def token_counter(source: str) -> TokenCounter:
         source: a named model, a hub id, a folder or a GGUF file.
 
     Raises:
-        DataError, ConfigError: it cannot be had.
+        DataError, ConfigError: it cannot be had, or makes its tokenizer only in a run (tiny-random).
     """
+    if source == TINY_RANDOM:
+        raise ConfigError(
+            f"{TINY_RANDOM} makes its tokenizer from the texts of a run and has none before; name another model, "
+            f"for example {next(iter(MODELS))}"
+        )
     from llm2rec.lm.backbone import load_tokenizer
 
     tokenizer = load_tokenizer(fetch_model(source) if source in MODELS else source)

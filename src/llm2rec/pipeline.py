@@ -11,6 +11,7 @@ from typing import Any
 
 from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.artifacts import Inputs
+from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.loading import load_recipe, parse_recipe
@@ -171,7 +172,7 @@ def _check_model(run: Run, verbs: tuple[str, ...]) -> None:
     """Fetches a named model, and refuses a missing one, before the first stage rather than in the middle."""
     source = run.recipe.model.source
     needed = bool(stages.vector_sets(run)) and not {"csft", "encode"}.isdisjoint(verbs)
-    if not needed or source == stages.TINY_RANDOM or _evaluated(run):
+    if not needed or source == TINY_RANDOM or _evaluated(run):
         return
     sources.check_model(source)
 

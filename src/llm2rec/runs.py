@@ -234,7 +234,10 @@ def write_resolved(run: Run, overrides: tuple[str, ...] | None = None, base: Pat
 
 def _read_resolved(folder: Path) -> dict[str, Any]:
     content = artifacts.read_json(folder / RESOLVED)
-    if not isinstance(content, dict) or "recipe" not in content or not isinstance(content.get("overrides"), list):
+    known = isinstance(content, dict) and "recipe" in content and isinstance(content.get("overrides"), list)
+    if not known or not all(
+        isinstance(text, str) for text in [*content["overrides"], content.get("recipe_folder", "")]
+    ):
         raise ArtifactError(f"{folder / RESOLVED} is damaged; `llm2rec run RECIPE --out {folder}` writes it anew")
     return content
 

@@ -34,7 +34,10 @@ def fetch(name: str) -> tuple[Interactions, Catalogue]:
 
 
 def describe(
-    what: str | Path, items: str | Path | None = None, count_tokens: CountTokens | None = None
+    what: str | Path,
+    items: str | Path | None = None,
+    count_tokens: CountTokens | None = None,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Description]:
     """Counts, density, lengths, popularity, repeats, ties, split and leakage check of a log, by domain.
 
@@ -42,10 +45,11 @@ def describe(
         what: a source, a recipe (name or path), a folder in a published layout, or an interactions file.
         items: the items file that belongs to an interactions file.
         count_tokens: texts -> tokens of each, to know what truncation costs.
+        overrides: `KEY=VALUE` for a recipe, as `run` takes them.
 
     Raises:
         DataError, ConfigError: whatever is wrong with the input.
     """
     from llm2rec.data import description
 
-    return description.describe(what, items, count_tokens)
+    return description.describe(what, items, count_tokens, overrides)

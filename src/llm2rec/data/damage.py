@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from llm2rec.data.files import BYTE_ORDER_MARK, line_chunks, opened, refuse_line
+from llm2rec.data.files import BYTE_ORDER_MARK, line_chunks, opened, refuse_line, refuse_not_utf_8
 from llm2rec.errors import DataError, first_few
 
 LONGEST_CELL = 2**27  # characters; the csv module's own limit is shorter than some descriptions
 _UNPAIRED = 'has a quotation mark without a second one (inside a quoted cell write it as "")'
-_NOT_UTF_8 = "is not UTF-8 (save the file in that encoding)"
 
 
 def refuse_damaged_rows(files: list[Path], separator: str, quote: bool = True) -> None:
@@ -28,7 +27,8 @@ def refuse_damaged_rows(files: list[Path], separator: str, quote: bool = True) -
         if header != headers[files[0]]:
             raise DataError(
                 f"{file} has the columns {first_few(header, 12)}, but {files[0].name} has "
-                f"{first_few(headers[files[0]], 12)}; files of one folder need the same columns in the same order"
+                f"{first_few(headers[files[0]], 12)}; files of one folder need the same columns in the same "
+                "order, separated alike"
             )
 
 
@@ -54,7 +54,7 @@ def _check_rows(path: Path, separator: str, quote: bool) -> list[str]:
                 path, start, raw, _UNPAIRED if raw.count('"') % 2 else f"holds no separated cells ({error})"
             )
         except _NotText as error:
-            refuse_line(path, rows.line_num + 1, error.line, _NOT_UTF_8)
+            refuse_not_utf_8(path, rows.line_num + 1, error.line)
     if not header:
         raise DataError(f"{path} is empty; write a header and rows, or remove it")
     return header
@@ -116,7 +116,7 @@ def _check_record(path: Path, number: int, line: bytes, kinds: dict[str, tuple[s
     try:
         record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
-        refuse_line(path, number, line, _NOT_UTF_8)
+        refuse_not_utf_8(path, number, line)
     except (ValueError, RecursionError) as error:
         place = f"{error.msg}, character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         refuse_line(path, number, line, f"is no JSON object ({place})")

@@ -34,38 +34,46 @@ class Description:
         facts: name -> plain value; lengths and popularity as quantiles, shares in [0, 1].
         warnings: what will go wrong or mislead, and what to set.
         curves: name -> (x, y) points.
+        over_time: (year, events from there to the next) points; none where the times are ranks.
     """
 
     facts: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
     curves: dict[str, Points] = field(default_factory=dict)
+    over_time: Points = field(default_factory=list)
 
 
 def describe(
-    what: str | Path, items: str | Path | None = None, count_tokens: CountTokens | None = None
+    what: str | Path,
+    items: str | Path | None = None,
+    count_tokens: CountTokens | None = None,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Description]:
     """Domain -> description of a named source, a folder in a known layout, a recipe, or two files.
 
-    A recipe's filters and split are applied and checked; otherwise the split is the default one.
+    A recipe's filters and split, as changed by `overrides` (`KEY=VALUE`), are applied and checked; otherwise the
+    split is the default one.
 
     Raises:
         DataError, ConfigError: whatever is wrong with the input.
     """
-    configs, seed = _configs(str(what), items)
+    configs, seed = _configs(str(what), items, overrides)
     return {name: _describe(config, seed, count_tokens) for name, config in configs.items()}
 
 
-def _configs(what: str, items: str | Path | None) -> tuple[dict[str, DataConfig], int]:
+def _configs(what: str, items: str | Path | None, overrides: tuple[str, ...]) -> tuple[dict[str, DataConfig], int]:
     path = Path(what)
+    if items is None and (what in recipe_names() or path.suffix in (".yaml", ".yml")):
+        recipe = load_recipe(what, overrides)
+        return dict(recipe.by_domain), recipe.seed
+    if overrides:
+        raise ConfigError(f"--set changes keys of a recipe, and {what} is none; write one that names these data")
     if items is not None:
         return {path.name: DataConfig(interactions=path, items=Path(items))}, 0
     if what in sources.DATA:
         return {what: DataConfig(source=what)}, 0
     if path.is_dir() and detect_layout(path) is not None:
         return {path.name: DataConfig(folder=path)}, 0
-    if what in recipe_names() or path.suffix in (".yaml", ".yml"):
-        recipe = load_recipe(what)
-        return dict(recipe.by_domain), recipe.seed
     if path.exists():
         raise ConfigError(f"{what}: name the items file as well (`llm2rec data describe {what} ITEMS`)")
     raise ConfigError(f"{what!r} is no file, no folder, no recipe and none of: {', '.join(sources.DATA)}")
@@ -83,7 +91,6 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
     facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
     warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)
     curves = {"events of each item, most popular first": _popularity(log), "events a user": _lengths(log)}
-    curves["events over time (years)"] = _over_time(log)
     if count_tokens is not None:
         tokens = np.array(count_tokens(texts))
         quantiles = zip(("median", "95_percent", "max"), np.quantile(tokens, [0.5, 0.95, 1.0]), strict=True)
@@ -93,7 +100,8 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
         facts[f"left out: {reason}"] = count
     split = Split(**dict(config.split), seed=seed)
     split_facts, split_warnings = _split_facts(log, split, config.short_histories)
-    return Description(facts | split_facts, warnings + split_warnings, curves)
+    over_time = _over_time(log) if _has_clock(log) else []
+    return Description(facts | split_facts, warnings + split_warnings, curves, over_time)
 
 
 def _event_facts(log: Interactions, catalogue: Catalogue) -> dict[str, Any]:

@@ -79,7 +79,8 @@ class ItemEmbeddings:
         if missing:
             raise ArtifactError(
                 f"embeddings cover {len(rows):,} items, {len(missing):,} of the catalogue's {len(item_ids):,} "
-                f"are missing: {first_few(missing)}; run the encode stage again"
+                f"are missing: {first_few(missing)}; run the encode stage again (of items that `add-items` added "
+                "the vectors lie below `added/` of the run)"
             )
         return np.asarray(self.vectors[[rows[item_id] for item_id in item_ids]])
 

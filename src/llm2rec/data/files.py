@@ -145,11 +145,18 @@ def read_text(path: Path, encoding: str) -> str:
         refuse_line(path, line, content[error.start : error.start + SHOWN_CHARACTERS], f"is not {encoding}")
 
 
-def refuse_line(path: Path, number: int, line: str | bytes, what: str) -> NoReturn:
-    """Raises the DataError of one line, with its number and its first characters."""
+def refuse_line(
+    path: Path, number: int, line: str | bytes, what: str, mend: str = "mend or remove it"
+) -> NoReturn:
+    """Raises the DataError of one line, with its number, its first characters and what to do about it."""
     text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
     start = text.strip("\r\n")[:SHOWN_CHARACTERS]
-    raise DataError(f"{path}: line {number} {what}: {start!r}; mend or remove it")
+    raise DataError(f"{path}: line {number} {what}: {start!r}; {mend}")
+
+
+def refuse_not_utf_8(path: Path, number: int, line: bytes) -> NoReturn:
+    """Raises the DataError of a line in another encoding, which the whole file will have."""
+    refuse_line(path, number, line, "is not UTF-8", "save the whole file as UTF-8")
 
 
 def first_line(error: BaseException) -> str:

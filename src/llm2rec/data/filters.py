@@ -54,7 +54,7 @@ def filtered(
         keep(log.frame[RATING].is_not_null().to_numpy(), "no rating")
         keep((log.frame[RATING] >= min_rating).to_numpy(), f"rating below {min_rating:g}")
     if users is not None:
-        keep(_sampled(log, users, seed), "user not in the sample")
+        keep(_sampled(log, users, seed), "events of users not in the sample")
     if repeats != "keep":
         keep(_first_of_repeats(log, repeats), "repeated item")
     for rows, reason in _core(log, k_core, min_events, max_events):
@@ -89,22 +89,22 @@ def _core(log: Interactions, k_core: int, min_events: int, max_events: int | Non
     user, item = log.codes(USER), log.codes(ITEM)
     alive = np.ones(len(log), dtype=bool)
     n_users, n_items = len(log.ids(USER)), len(log.ids(ITEM))
-    reasons = {"user too short": 0, "user too long": 0, "item too rare": 0}
+    reasons = {"events of users too short": 0, "events of users too long": 0, "events of items too rare": 0}
     masks = {reason: np.ones(len(log), dtype=bool) for reason in reasons}
     lowest = max(k_core, min_events)
     if max_events is not None:  # once: events that fall away later do not make a robot a person
         long = np.bincount(user, minlength=n_users) > max_events
-        masks["user too long"] = ~long[user]
-        alive &= masks["user too long"]
+        masks["events of users too long"] = ~long[user]
+        alive &= masks["events of users too long"]
     while True:
         before = int(alive.sum())
         short = np.bincount(user[alive], minlength=n_users) < lowest
         gone = alive & short[user]
-        masks["user too short"][gone] = False
+        masks["events of users too short"][gone] = False
         alive &= ~gone
         rare = np.bincount(item[alive], minlength=n_items) < k_core
         gone = alive & rare[item]
-        masks["item too rare"][gone] = False
+        masks["events of items too rare"][gone] = False
         alive &= ~gone
         if int(alive.sum()) == before:
             return _successive(masks)

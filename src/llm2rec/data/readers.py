@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from llm2rec.data.tables import (
     FILE,
     ITEM,
     RATING,
+    TIME,
     TITLE,
+    USER,
     Catalogue,
     Interactions,
     collect,
@@ -24,7 +26,8 @@ from llm2rec.data.tables import (
 )
 from llm2rec.errors import DataError
 
-SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}  # the usual ones; a header may show another
+KNOWN_SEPARATORS = (",", "\t", ";", "|")
 JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
 COMPRESSED = (".gz", ".zst")
@@ -47,12 +50,16 @@ GENRES = (
 _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 
 
-def scan_table(path: Path) -> pl.LazyFrame:
+def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     """A CSV, TSV, JSON-lines or parquet file, or a folder of files of one kind, read when it is used.
 
     Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. Of a
     key that a JSON line names twice the first counts. A folder of parquet may be partitioned
     (`user=7/part-0.parquet`): the partition keys become columns. Of a folder, the column FILE names the files.
+
+    Args:
+        wanted: columns to be found; a text file is separated by what shows most of them in its header, whatever
+            its ending (comma, tab, semicolon or bar; the files of a folder all as the first).
 
     Raises:
         DataError: no such file, nothing readable in the folder, or an unknown ending.
@@ -64,7 +71,7 @@ def scan_table(path: Path) -> pl.LazyFrame:
     if ending in JSON_LINES:  # all rows of all files: a field may come late
         tables = [pl.scan_ndjson(one, infer_schema_length=None, include_file_paths=file) for one in files]
         return pl.concat(tables, how="diagonal_relaxed")
-    separator = SEPARATORS[ending]
+    separator = _separator(files[0], ending, wanted)
     return pl.scan_csv(files, separator=separator, infer_schema=False, glob=False, include_file_paths=file)
 
 
@@ -74,14 +81,36 @@ def read_table(path: Path) -> pl.DataFrame:
     Raises:
         DataError: naming the file, and the line where it is text that is damaged.
     """
-    with _damage_named(path):
+    with _damage_named(path, ()):
         table = scan_table(path)
         schema_of(table, str(path))
         return collect(table.drop(FILE, strict=False), str(path))
 
 
+def _separator(file: Path, ending: str, wanted: Collection[str]) -> str:
+    """What separates the cells of a text file, by its header.
+
+    The separator with most of the wanted columns; then one that separates anything; then the usual one.
+    """
+    usual = SEPARATORS[ending]
+
+    def fit(separator: str) -> tuple[int, bool]:
+        names = _header(file, separator)
+        return len(set(wanted) & set(names)), len(names) > 1
+
+    return max((usual, *KNOWN_SEPARATORS), key=fit)  # the first of equally good ones
+
+
+def _header(file: Path, separator: str) -> list[str]:
+    """The column names of a text file under a separator; none where it cannot be read."""
+    try:
+        return pl.scan_csv(file, separator=separator, infer_schema=False, glob=False).collect_schema().names()
+    except (OSError, pl.exceptions.PolarsError):
+        return []
+
+
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _damage_named(path: Path, wanted: Collection[str]) -> Iterator[None]:
     """Where polars cannot read a text file, the error names the line that is to blame."""
     try:
         yield
@@ -89,7 +118,7 @@ def _damage_named(path: Path) -> Iterator[None]:
         if isinstance(error.__cause__, (OSError, pl.exceptions.PolarsError)):
             files, ending = _files_of(path)
             if ending in SEPARATORS:
-                refuse_damaged_rows(files, SEPARATORS[ending])
+                refuse_damaged_rows(files, _separator(files[0], ending, wanted))
             if ending in JSON_LINES:
                 refuse_damaged_records(files)
         raise
@@ -170,8 +199,11 @@ def read_interactions(
     Raises:
         DataError: naming file, column and first offending rows.
     """
-    with _damage_named(path):
-        return Interactions.from_frame(renamed(scan_table(path), columns or {}, str(path)), str(path), further)
+    columns = columns or {}
+    wanted = [columns.get(name, name) for name in (USER, ITEM, TIME, *further)]
+    with _damage_named(path, wanted):
+        table = renamed(scan_table(path, wanted), columns, str(path))
+        return Interactions.from_frame(table, str(path), further)
 
 
 def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: int = 2) -> Catalogue:
@@ -183,8 +215,10 @@ def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: i
     Raises:
         DataError: naming file, column and first offending ids.
     """
-    with _damage_named(path):
-        table = renamed(scan_table(path), columns or {}, str(path))
+    columns = columns or {}
+    wanted = [columns.get(name, name) for name in (ITEM, TITLE)]
+    with _damage_named(path, wanted):
+        table = renamed(scan_table(path, wanted), columns, str(path))
         require_columns(schema_of(table, str(path)).names(), (ITEM, TITLE), str(path))
         return Catalogue.from_frame(collect(table, str(path)), str(path), at_least)
 
@@ -196,7 +230,8 @@ def renamed(table: pl.LazyFrame, columns: Mapping[str, str], origin: str) -> pl.
         DataError: the file has no column of a name that the mapping gives.
     """
     names = schema_of(table, origin).names()
-    require_columns(names, list(columns.values()), origin)
+    mend = "Correct data.columns of the recipe, which names what the file should have"
+    require_columns(names, list(columns.values()), origin, mend)
     taken = [name for name in columns if name in names and name not in columns.values()]
     return table.drop(taken).rename({theirs: ours for ours, theirs in columns.items()})
 

@@ -224,7 +224,7 @@ def _long_enough(
     if users - len(short) < 2:
         raise DataError("fewer than two users have the events that the split needs; gather more data")
     rows = ~interactions.ids(USER).is_in(pl.Series(short).implode()).to_numpy()[interactions.codes(USER)]
-    return interactions.kept(rows), {"user too short for the split": int((~rows).sum())}
+    return interactions.kept(rows), {"events of users too short for the split": int((~rows).sum())}
 
 
 def check_leakage(

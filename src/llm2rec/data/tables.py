@@ -73,7 +73,8 @@ class Interactions:
             moments = collect(table.select(seconds), origin)
             if moments[TIME].null_count():
                 better = moments[TIME].null_count() < events[TIME].null_count()
-                _refuse(table, (seconds if better else columns[2]).is_null(), TIME, _WRONG[TIME], origin)
+                wrong = (seconds if better else columns[2]).is_null()
+                _refuse(table, wrong, TIME, _WRONG[TIME], origin, "write ISO dates, or remove these rows")
             events = events.with_columns(moments)
         for name in further:
             unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
@@ -253,17 +254,19 @@ def _hint_at_alike(lacking: list[str], catalogue: Catalogue) -> str:
     return f"it has {first_few(alike)}: write ids alike in both tables, or " if alike else ""
 
 
-def require_columns(names: Sequence[str], columns: Sequence[str], origin: str) -> None:
-    """Raises DataError where a column is missing."""
+def require_columns(
+    names: Sequence[str],
+    columns: Sequence[str],
+    origin: str,
+    mend: str = "Rename the columns, or map them in the recipe (data.columns)",
+) -> None:
+    """Raises DataError where a column is missing; `mend` says what to do about it."""
     missing = [column for column in columns if column not in names]
     if missing:
-        hints = [hint for sign, hint in _SIGNS.items() if any(sign in name for name in names)]
-        hint = f" (it looks {hints[0]})" if hints else ""
+        if any("\0" in name for name in names):
+            mend = "It looks like UTF-16, or no text at all: save it as UTF-8"
         shown = [name[:_SHOWN_CHARACTERS] for name in names]
-        raise DataError(
-            f"{origin}: no column {first_few(missing)}; it has {first_few(shown, 12)}{hint}. Rename the "
-            "columns, or map them in the recipe (data.columns)"
-        )
+        raise DataError(f"{origin}: no column {first_few(missing)}; it has {first_few(shown, 12)}. {mend}")
 
 
 def schema_of(table: pl.LazyFrame, origin: str) -> pl.Schema:
@@ -385,13 +388,6 @@ _FURTHER = {
     RATING: pl.col(RATING).cast(pl.Float64, strict=False).fill_nan(None),  # null: none given
     PART: pl.col(PART).cast(pl.Enum(PARTS), strict=False),  # null: history only
 }
-_SIGNS = {  # of a header that was not read as it was meant
-    "\0": "like UTF-16, or no text at all: save it as UTF-8",
-    ";": "separated by ';': save it with commas",
-    "\t": "separated by tabs: call it .tsv",
-    ",": "separated by commas: call it .csv",
-    "|": "separated by '|': save it with commas",
-}
 _WRONG = {
     USER: "is empty or not a whole number",
     ITEM: "is empty or not a whole number",
@@ -406,7 +402,9 @@ def _require_scalar(kind: pl.DataType, name: str, allowed: str, origin: str) -> 
         raise DataError(f"{origin}: {name} has the type {kind}; give {allowed}")
 
 
-def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: str) -> None:
+def _refuse(
+    table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: str, mend: str = "mend or remove them"
+) -> None:
     file = pl.col(FILE) if FILE in table.collect_schema() else pl.lit("")
     numbered = table.select(pl.col(name), wrong.alias("wrong"), file.alias(FILE)).with_row_index("row", offset=1)
     count, total = collect(numbered.select(pl.col("wrong").sum(), pl.len()), origin).row(0)
@@ -418,7 +416,7 @@ def _refuse(table: pl.LazyFrame, wrong: pl.Expr, name: str, what: str, origin: s
         f"{os.path.relpath(file, origin)} row {row}: {value!r}" if file else f"row {row}: {value!r}"
         for file, row, value in rows
     )
-    raise DataError(f"{origin}: {name} {what} in {count:,} of {total:,} rows ({shown}); mend or remove them")
+    raise DataError(f"{origin}: {name} {what} in {count:,} of {total:,} rows ({shown}); {mend}")
 
 
 def _refuse_mixed_units(table: pl.LazyFrame, column: pl.Expr, log: Interactions, origin: str) -> None:

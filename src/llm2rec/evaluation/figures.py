@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, NullFormatter
 
 from llm2rec.evaluation.verdicts import (
     BETTER,
@@ -215,21 +216,58 @@ def training_line(name: str, points: Points) -> str:
         return _svg(figure, f"{name} over steps: from {values[0]:.4g} to {values[-1]:.4g} at step {steps[-1]:g}")
 
 
-def log_curve(name: str, points: Points) -> str:
-    """One curve of a log titled `name`; logarithmic where it falls by more than a hundred times; SVG."""
+def log_curve(name: str, points: Points, over_time: bool = False) -> str:
+    """One curve of a log titled `name`; logarithmic where it falls by more than a hundred times; SVG.
+
+    Args:
+        over_time: the points lie at years (2021.5 is July), shown as dates on an axis that is never logarithmic.
+    """
     places, values = _columns(points)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.subplots()
         axes.plot(places, values, color=_PALETTE["blue"], linewidth=1.5)
         axes.set_title(name)
-        if min(values) > 0 and max(values) > 100 * min(values):
+        if not over_time and min(values) > 0 and max(values) > 100 * min(values):
             axes.set_xscale("log")
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_plain_number))
+            axis.set_minor_formatter(NullFormatter())
+        if over_time:
+            _date_axis(axes, places[-1] - places[0])
         _grid(axes, "both")
-        return _svg(figure, f"{name}: from {values[0]:.4g} to {values[-1]:.4g}, highest {max(values):.4g}")
+        first, last, highest = (_plain_number(value) for value in (values[0], values[-1], max(values)))
+        return _svg(figure, f"{name}: from {first} to {last}, highest {highest}")
+
+
+def _plain_number(value: float, _: Any = None) -> str:
+    """A number on an axis without powers of ten: `20,000`."""
+    return f"{value:,.10g}"
+
+
+def _date_axis(axes: Axes, years: float) -> None:
+    """Labels an axis of years by year, by month, by day or, within a week, by minute."""
+    unit = "Y" if years > 4 else "M" if years > 0.5 else "D" if years > 7 / 365.25 else "m"
+    if unit == "M":
+        months = next(step for step in (1, 2, 3, 6, 12) if step >= 3 * years)  # three to six labels
+        axes.xaxis.set_major_locator(MultipleLocator(months / 12))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator({"Y": 6, "D": 3, "m": 2}[unit], integer=unit == "Y"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda year, _: _date(year, unit)))
+
+
+def _date(year: float, unit: str) -> str:
+    """`2021`, `2021-07`, `2021-07-02` or `2021-07-02 12:30`: a moment given in years."""
+    if unit == "Y":
+        return f"{year:.0f}"
+    if unit == "M":
+        whole, month = divmod(round(12 * year), 12)
+        return f"{whole}-{month + 1:02d}"
+    moment = np.datetime64(round((year - 1970) * 365.2425 * 1440), "m")
+    return str(moment if unit == "m" else moment.astype("datetime64[D]")).replace("T", " ")
 
 
 def metric_label(name: str) -> str:

@@ -96,9 +96,7 @@ def map_svg(chart: EmbeddingMap) -> str:
 
 def _hover(chart: EmbeddingMap, place: int) -> str:
     colour = chart.colours[place]
-    return (
-        f"{chart.titles[place]} ({chart.colour_name}: {colour if isinstance(colour, str) else f'{colour:,.4g}'})"
-    )
+    return f"{chart.titles[place]} ({chart.colour_name}: {colour if isinstance(colour, str) else _number(colour)})"
 
 
 def _groups(chart: EmbeddingMap) -> list[tuple[str, str, list[int]]]:
@@ -129,8 +127,14 @@ def _by_value(values: list[float]) -> list[tuple[str, str, list[int]]]:
     for colour, places in zip(_VALUE_COLOURS, members, strict=True):
         if places:
             low, high = min(values[place] for place in places), max(values[place] for place in places)
-            groups.append((f"{low:,.4g} to {high:,.4g}", colour, places))
+            label = _number(low) if low == high else f"{_number(low)} to {_number(high)}"
+            groups.append((label, colour, places))
     return groups
+
+
+def _number(value: float) -> str:
+    """A count in full, another number short."""
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.4g}"
 
 
 def _scaled(chart: EmbeddingMap) -> tuple[list[float], list[float]]:

@@ -163,12 +163,20 @@ def render_comparison_html(data: ComparisonData) -> str:
 
 
 def render_log_html(
-    title: str, facts: Mapping[str, Any], warnings: Sequence[str], curves: Mapping[str, Any]
+    title: str, facts: Mapping[str, Any], warnings: Sequence[str], curves: Mapping[str, Any], over_time: Any
 ) -> str:
-    """What a log looks like, on a page of the kind of `render_html`: facts, warnings, curves of (x, y) points."""
+    """What a log looks like, on a page of the kind of `render_html`.
+
+    Args:
+        facts, warnings: name -> value; sentences.
+        curves: name -> (x, y) points.
+        over_time: (year, events) points; none where the log has no dates.
+    """
     from llm2rec.evaluation import figures  # as in render_html
 
     drawn = [Markup(figures.log_curve(name, points)) for name, points in curves.items()]
+    if over_time:
+        drawn.append(Markup(figures.log_curve("events over time", over_time, over_time=True)))
     return (
         _environment()
         .get_template(LOG)

@@ -41,7 +41,6 @@ from llm2rec.processes import processes
 from llm2rec.training import default_device
 
 PACKED = "llm2rec_packed"
-TINY_RANDOM = "tiny-random"
 TINY_HIDDEN_SIZE, TINY_LAYERS = 16, 2
 
 

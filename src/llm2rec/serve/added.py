@@ -12,6 +12,7 @@ from llm2rec.errors import ArtifactError, DataError
 from llm2rec.runs import Domain
 
 CATALOGUE = "catalogue.parquet"
+_AGAIN = "add the items again"
 
 
 def inputs(domain: Domain, sets: list[str]) -> Inputs:
@@ -23,16 +24,16 @@ def load(domain: Domain) -> Catalogue | None:
     """The added items of a domain, None where there are none.
 
     Raises:
-        ArtifactError: the run was encoded anew since they were added.
+        ArtifactError: a file of theirs is missing or was changed, or the run was encoded anew since.
     """
-    manifest = artifacts.read_manifest(domain.added)
-    if manifest is None:
+    if not domain.added.exists():
         return None
+    manifest = artifacts.require(domain.added, "add-items", f"move {domain.added} away and {_AGAIN}")
     still_there = [name for name in manifest.inputs if artifacts.read_manifest(domain.embeddings(name))]
     if any(manifest.inputs[name] != now for name, now in inputs(domain, still_there).items()):
         raise ArtifactError(
             f"the items in {domain.added} were encoded by an earlier model of this run; move that folder away "
-            "and add the items again"
+            f"and {_AGAIN}"
         )
     return Catalogue.read(domain.added / CATALOGUE)
 
@@ -71,6 +72,6 @@ def load_vectors(domain: Domain, name: str) -> ItemEmbeddings:
     if not (domain.added / name).is_dir():
         raise ArtifactError(
             f"the items in {domain.added} have no vectors {name!r}, which no row needed when they were added; "
-            "move that folder away and add the items again"
+            f"move that folder away and {_AGAIN}"
         )
     return ItemEmbeddings.load(domain.added / name)

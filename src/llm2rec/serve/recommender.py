@@ -177,6 +177,8 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
     Raises:
         DataError: no such item; names items whose id or title comes close.
     """
+    if not str(item_id).strip():
+        raise DataError(f"the item id is empty ({item_id!r}); ids look like {first_few(catalogue.item_ids, 3)}")
     try:
         return catalogue.item_ids.index(str(item_id)) + 1
     except ValueError:

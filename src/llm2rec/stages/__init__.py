@@ -3,14 +3,13 @@
 A stage is described without importing torch; what trains is imported when it is executed.
 """
 
-from llm2rec.stages.base import TINY_RANDOM, Stage, load_domain, row_variants, trained_rows, vector_sets
+from llm2rec.stages.base import Stage, load_domain, row_variants, trained_rows, vector_sets
 from llm2rec.stages.data import prepare_stages
 from llm2rec.stages.evaluation import evaluate_stages
 from llm2rec.stages.language import encode_stages, language_stages
 from llm2rec.stages.recommenders import fit_stages, fitted
 
 __all__ = [
-    "TINY_RANDOM",
     "Stage",
     "encode_stages",
     "evaluate_stages",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
-from llm2rec.config import DataConfig, Row
+from llm2rec.config import TINY_RANDOM, DataConfig, Row
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.loggers import Loggers
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
     from llm2rec.data.splits import Split
 
-TINY_RANDOM = "tiny-random"
 # The untrained and the CSFT model are encoded both ways; validation decides which one is the row.
 VARIANTS = {"backbone": ("backbone", "backbone-causal"), "csft": ("csft", "csft-causal")}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from llm2rec.config import Row
+from llm2rec.config import TINY_RANDOM, Row
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError
 from llm2rec.runs import Domain, Run
-from llm2rec.stages.base import TINY_RANDOM, model_path, vector_sets
+from llm2rec.stages.base import model_path, vector_sets
 
 LARGEST_EASE = 30_000
 

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import polars as pl
 import torch
 
 from llm2rec import artifacts
-from llm2rec.config import FLOORS, SplitConfig
+from llm2rec.config import FLOORS, TINY_RANDOM, SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import clean
@@ -25,13 +24,14 @@ from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
-from llm2rec.stages.base import TINY_RANDOM, load_domain, row_variants, trained_rows
+from llm2rec.stages.base import load_domain, row_variants, trained_rows
 from llm2rec.stages.recommenders import fitted
 
 KNOWN_ITEMS = 5
 NEIGHBOURS = 5
 RECOMMENDATIONS = 10
 SHOWN_CHARACTERS = 80
+CUT = " ..."
 NOT_FACTS = ("item_ids", "seconds", "peak_memory_gb", "dropped")
 PREFERRED_ROWS = ("sasrec-llm2rec", "sasrec-mntp", "sasrec-csft", "sasrec-backbone", "sasrec-id")
 
@@ -209,8 +209,8 @@ def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
     """Each vector set on its first two principal axes, coloured by category, or by popularity without any."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     names = list(distinct_names(catalogue).values())
-    colours: list[Any] = np.log10(1 + _training_counts(sequences)).tolist()
-    colour_name = "log10 of training events"
+    colours: list[Any] = _training_counts(sequences).tolist()
+    colour_name = "training events"
     if domain.config.categories:
         labels = catalogue.labels(domain.config.categories)
         colours, colour_name = [row[0] if row else "none" for row in labels], domain.config.categories
@@ -222,14 +222,18 @@ def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
 
 
 def distinct_names(catalogue: Catalogue) -> dict[str, str]:
-    """Item id -> what it is called in lists: its title, shortened; with the id where others share the title."""
-    shared = {title for title, count in Counter(map(clean, catalogue.titles)).items() if count > 1}
-    pairs = zip(catalogue.item_ids, map(clean, catalogue.titles), strict=True)
-    return {
-        item_id: shorten(title, SHOWN_CHARACTERS, placeholder=" ...")
-        + (f" [{item_id}]" if title in shared else "")
-        for item_id, title in pairs
-    }
+    """Item id -> what it is called in lists: its title, shortened; with its id where that name is shared."""
+    names = [_shortened(clean(title)) for title in catalogue.titles]
+    counts = Counter(names)
+    pairs = zip(catalogue.item_ids, names, strict=True)
+    return {item_id: name + (f" [{item_id}]" if counts[name] > 1 else "") for item_id, name in pairs}
+
+
+def _shortened(title: str) -> str:
+    """The title, or its first characters: not every language has spaces to cut at."""
+    if len(title) <= SHOWN_CHARACTERS:
+        return title
+    return title[: SHOWN_CHARACTERS - len(CUT)].rstrip() + CUT
 
 
 def _entry(item: ScoredItem, names: dict[str, str]) -> list[Any]:

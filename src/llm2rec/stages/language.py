@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2rec.artifacts import Inputs, flatten
-from llm2rec.config import LanguageConfig, OptimizerConfig
+from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
-    TINY_RANDOM,
     VARIANTS,
     Stage,
     Summary,

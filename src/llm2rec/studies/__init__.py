@@ -11,13 +11,12 @@ from rich.console import RenderableType
 
 from llm2rec import artifacts, pipeline, progress
 from llm2rec.artifacts import SUPERSEDED
-from llm2rec.config import EvaluationConfig, Recipe
+from llm2rec.config import TINY_RANDOM, EvaluationConfig, Recipe
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.ranking import metric_names
 from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
-from llm2rec.stages.base import TINY_RANDOM
 from llm2rec.studies.base import WORLD, Judged, Study, Variant, base_recipe
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, transfer

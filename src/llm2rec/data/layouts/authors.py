@@ -36,6 +36,7 @@ from llm2rec.data.files import (
     read_text,
     refuse_line,
     refuse_missing,
+    refuse_not_utf_8,
 )
 from llm2rec.data.layouts.assembly import assemble
 from llm2rec.data.layouts.delimited import header_of
@@ -107,7 +108,7 @@ def _sample_lines(path: Path, number: int, chunk: bytes, part: str | None) -> pl
         text = chunk.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         line = chunk.count(b"\n", 0, error.start)
-        refuse_line(path, number + line, chunk.split(b"\n")[line], "is not UTF-8")
+        refuse_not_utf_8(path, number + line, chunk.split(b"\n")[line])
     lines = pl.DataFrame({"line": text.split("\n")}, schema={"line": pl.String()})
     lines = lines.with_row_index("number", offset=number)
     lines = lines.with_columns(pl.col("line").str.extract_all(r"\S+").alias("item_id"))

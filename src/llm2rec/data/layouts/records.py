@@ -21,7 +21,7 @@ from typing import Any
 
 import polars as pl
 
-from llm2rec.data.files import CHUNK_BYTES, line_chunks, refuse_line
+from llm2rec.data.files import CHUNK_BYTES, line_chunks, refuse_line, refuse_not_utf_8
 from llm2rec.data.tables import LARGEST_EXACT_FLOAT
 from llm2rec.errors import DataError
 
@@ -154,7 +154,7 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError:
-        refuse_line(path, number, line, "is not UTF-8")
+        refuse_not_utf_8(path, number, line)
     for parse in (json.loads, ast.literal_eval):
         try:
             record = parse(text)
