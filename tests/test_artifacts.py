@@ -162,3 +162,18 @@ def test_an_unfinished_stage_is_not_taken_over(tmp_path):
     (tmp_path / "one" / "data").mkdir(parents=True)
     with pytest.raises(ArtifactError, match="no finished stage"):
         artifacts.take_over(tmp_path / "one" / "data", tmp_path / "two" / "data", tmp_path / "two")
+
+
+def test_a_single_file_is_moved_aside_and_kept(tmp_path):
+    artifacts.write_text(tmp_path / "evaluation" / "probes.html", "old")
+    aside = artifacts.move_aside(tmp_path / "evaluation" / "probes.html", tmp_path)
+    assert aside.read_text() == "old" and aside.parent.name == "evaluation"
+    assert not (tmp_path / "evaluation" / "probes.html").exists()
+
+
+def test_a_place_without_room_for_a_file_is_refused(tmp_path):
+    artifacts.require_writable(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"cannot write to .*file \(Not a directory\); make it writable"):
+        artifacts.require_writable(tmp_path / "file")

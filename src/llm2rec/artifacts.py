@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -78,9 +79,19 @@ def hash_json(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically: a reader sees the old file or the whole new one."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json` writes of a value."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -150,6 +161,17 @@ def require(folder: Path, stage: str, mend: str = "") -> Manifest:
         mend = mend or f"run `llm2rec {stage}` again"
         raise ArtifactError(f"{folder / damaged[0]} is missing or was changed; {mend}")
     return manifest
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ArtifactError where no file can be made in a folder: said before what it is to hold is computed."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write to {folder} ({error.strerror}); make it writable, or work on a copy of the run"
+        ) from error
 
 
 def decide(folder: Path, inputs: Inputs) -> Decision:
@@ -246,6 +268,8 @@ def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, A
 
 def move_aside(folder: Path, run_folder: Path) -> Path | None:
     """Moves a superseded stage folder to `run_folder/superseded/<time>/<its path>`: results are never deleted.
+
+    A single file is moved in the same way.
 
     Returns:
         Where it lies now; None where there was nothing to move.
