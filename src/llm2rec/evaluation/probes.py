@@ -22,6 +22,10 @@ _REDRAWS = 20
 _COSINE_RESOLUTION = 1e-6
 
 
+class NothingToMeasure(ValueError):
+    """What a probe would measure is not in the data; its message says what is missing."""
+
+
 class Probe(TypedDict):
     """One measured number.
 
