@@ -3,13 +3,11 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
-import numpy as np
 import polars as pl
 import pytest
 
 from conftest import printed
-from llm2rec.evaluation import figures, probes, protocol, report, slices
-from llm2rec.evaluation.diagnosis import data_probes
+from llm2rec.evaluation import figures, protocol, report, slices
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.ranking import metric_names
 from test_evaluation_protocol import BAD, GOOD, table
@@ -167,16 +165,10 @@ def full(data):
     per_user = table(popularity=[BAD], **{"sasrec-id": [GOOD], "sasrec-llm2rec": [GOOD]})
     kind = pl.Series(["novel"] * 80 + ["repeat"] * 20).cast(pl.Enum(["repeat", "novel"]))
     events = pl.DataFrame({"user_id": [f"u{user}" for user in range(100)], "item_id": "i", "target": kind})
-    vectors = np.random.default_rng(0).normal(size=(12, 4))
     return replace(
         data,
         list_metrics={row: {"coverage@10": 0.5, "popularity_lift@10": -0.25} for row in data.metrics["rows"]},
         slices=slices.summarise_slices(per_user, events, "sasrec-id", samples=100),
-        probes={
-            "data": data_probes(np.ones(12, dtype=int), [f"t{item}" for item in range(12)], np.array([1])),
-            "backbone": probes.vector_probes(vectors, np.array([[1, 2], [3, 4]]), np.ones(12)),
-        },
-        diagnosis=["Cold items: half of the <test> events."],
         maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre")],
     )
 
@@ -269,7 +261,7 @@ def test_figures_of_both_pages_take_their_colours_from_the_page(page):
 
 
 def test_both_pages_escape_what_they_show(page):
-    assert "<new>" not in page and "<i>one" not in page and "<test>" not in page
+    assert "<new>" not in page and "<i>one" not in page
 
 
 def test_a_page_without_the_new_parts_has_no_empty_sections(data):
@@ -287,17 +279,6 @@ def test_slices_are_shown_with_users_events_and_verdict(full):
 def test_list_metrics_are_shown_by_row(full):
     shown = section_of(report.render_html(full), "What the lists look like")
     assert "Coverage@10 Popularity lift@10 popularity 0.5000 -0.2500" in shown
-
-
-def test_probes_are_shown_with_chance_and_range(full):
-    shown = section_of(report.render_html(full), "What the vectors know")
-    assert re.search(r"co consumption auc [\d.]+ ± [\d.]+ chance 0.5 0 to 1 higher", shown)
-    assert "events per item 1 0 or more higher" in shown
-    assert "Cold items: half of the &lt;test&gt; events." in shown
-
-
-def test_a_clean_bill_is_said_so(full):
-    assert "None of the known failures shows." in report.render_html(replace(full, diagnosis=[]))
 
 
 def test_the_map_has_its_dots_and_a_legend(full):

@@ -53,8 +53,6 @@ class ReportData:
         settings: the resolved recipe, nested.
         list_metrics: row -> metric -> value, from `ranking.list_metrics`; all rows with the same metrics.
         slices: slicing -> SlicingSummary, from `slices.summarise_slices`.
-        probes: `data` or a vector set -> probe -> Probe, from `probes` and `diagnosis`.
-        diagnosis: what `diagnosis.diagnose` says of the probes, a sentence an entry.
         maps: items in the plane, one map a vector set.
     """
 
@@ -68,8 +66,6 @@ class ReportData:
     settings: Mapping[str, Any]
     list_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     slices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    probes: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    diagnosis: Sequence[str] = ()
     maps: Sequence[EmbeddingMap] = ()
 
 
@@ -102,7 +98,7 @@ def render_html(data: ReportData) -> str:
     metrics = data.metrics
     charts = [shown(chart) for chart in data.maps]
     return (
-        _environment()
+        environment()
         .get_template(REPORT)
         .render(
             data=data,
@@ -116,7 +112,6 @@ def render_html(data: ReportData) -> str:
             training=[Markup(figures.training_line(*curve)) for curve in data.training_curves.items()],
             slice_bars={name: Markup(figures.slice_bars(one["slices"])) for name, one in data.slices.items()},
             list_metric_names=list(next(iter(data.list_metrics.values()), {})),
-            probe_names={name: one for readings in data.probes.values() for name, one in readings.items()},
             maps=[
                 {"chart": chart, "svg": Markup(map_svg(chart)), "legend": map_legend(chart), "all": len(whole.x)}
                 for chart, whole in zip(charts, data.maps, strict=True)
@@ -146,7 +141,7 @@ def render_comparison_html(data: ComparisonData) -> str:
         f"{labels[run]}, {row}": result for run, rows in data.comparisons.items() for row, result in rows.items()
     }
     return (
-        _environment()
+        environment()
         .get_template(COMPARISON)
         .render(
             data=data,
@@ -178,9 +173,7 @@ def render_log_html(
     if over_time:
         drawn.append(Markup(figures.log_curve("events over time", over_time, over_time=True)))
     return (
-        _environment()
-        .get_template(LOG)
-        .render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
+        environment().get_template(LOG).render(data={"title": title}, facts=facts, warnings=warnings, curves=drawn)
     )
 
 
@@ -201,7 +194,7 @@ def render_study_html(title: str, content: Mapping[str, Any]) -> str:
         for name, metrics in content["tables"].items()
     }
     return (
-        _environment()
+        environment()
         .get_template(STUDY)
         .render(
             data={"title": title},
@@ -230,29 +223,28 @@ def differing_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, d
     }
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     """The templates beside this file, with the page's filters."""
     from llm2rec.evaluation import figures  # as in render_html
 
-    environment = Environment(
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
+    made.filters.update(
         label=figures.metric_label,
-        plain=_plain,
+        plain=plain,
         duration=_duration,
         percent=_percent,
         p_cell=_p_cell,
         verdict_p=_verdict_p_cell,
         spread=_spread,
-        range=_range,
     )
-    environment.globals["marks"] = MARKS
-    return environment
+    made.globals["marks"] = MARKS
+    return made
 
 
 def users_warning(comparisons: Iterable[Mapping[str, Any]]) -> str | None:
@@ -390,14 +382,6 @@ def _verdict_p_cell(result: Mapping[str, Any]) -> str:
     return "–" if result["verdict"] == TOO_FEW else p_value(result)
 
 
-def _range(probe: Mapping[str, Any]) -> str:
-    """Where a probe's value lies: `0 to 1`, `0 or more`."""
-    low, high = probe["lowest"], probe["highest"]
-    if high is None:
-        return "any" if low is None else f"{_plain(low)} or more"
-    return f"up to {_plain(high)}" if low is None else f"{_plain(low)} to {_plain(high)}"
-
-
 def p_value(result: Mapping[str, Any]) -> str:
     """The p-value that a comparison's verdict follows: the larger of the two tests', each after Holm."""
     return _p_value(max(result["p_holm"], result["p_sign_flip_holm"]))
@@ -416,7 +400,7 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """A value for people: thousands separated, floats short, names without underscores."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
@@ -425,7 +409,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
+        return ", ".join(plain(part) for part in value)
     return str(value)
 
 
