@@ -186,7 +186,7 @@ def test_every_probe_lies_in_its_range(seed, n, size):
     vectors = random_vectors(seed, n, size)
     labels = [str(place % 2) for place in range(n)]
     pairs = np.array([[1, 2]])
-    found = probes.vector_probes(vectors, pairs, np.arange(n), labels, neighbours=2, seed=seed)
+    found, _ = probes.vector_probes(vectors, pairs, np.arange(n), labels, neighbours=2, seed=seed)
     for name, one in found.items():
         assert one["lowest"] is None or one["value"] >= one["lowest"] - 1e-5, name
         assert one["highest"] is None or one["value"] <= one["highest"] + 1e-5, name
@@ -194,8 +194,25 @@ def test_every_probe_lies_in_its_range(seed, n, size):
 
 
 def test_categories_are_probed_only_where_they_are_known():
-    found = probes.vector_probes(random_vectors(), couples(), ALIKE)
+    found, left_out = probes.vector_probes(random_vectors(), couples(), ALIKE)
     assert "same_category_share" not in found and "co_consumption_auc" in found
+    assert left_out == {"same_category_share": "0 of 60 items have a category; it takes at least 2"}
+
+
+@pytest.mark.parametrize(
+    ("n", "pairs", "labels", "left_out", "reason"),
+    [
+        (60, np.empty((0, 2), dtype=np.int64), "ab" * 30, {"co_consumption_auc", "alignment"}, "follows an event"),
+        (2, np.array([[1, 2]]), "ab", {"co_consumption_auc", "pair_separation"}, "no pair has a random item"),
+        (3, np.array([[1, 2], [2, 3], [3, 1]]), "aab", {"co_consumption_auc"}, "no pair has a random item"),
+        (60, couples(), [*"a", *[None] * 59], {"same_category_share"}, "1 of 60 items have a category"),
+        (1, np.empty((0, 2), dtype=np.int64), "a", {"uniformity", "effective_rank"}, "at least 2"),
+    ],
+)
+def test_a_probe_with_nothing_to_measure_is_left_out_with_its_reason(n, pairs, labels, left_out, reason):
+    found, reasons = probes.vector_probes(random_vectors(n=n), pairs, np.ones(n), list(labels))
+    assert left_out <= reasons.keys() and all(reason in reasons[name] for name in left_out)
+    assert len(found) + len(reasons) == 8 and found.keys().isdisjoint(reasons)
 
 
 def test_the_map_shows_the_two_directions_of_most_variance():
@@ -245,7 +262,8 @@ def test_a_zero_vector_has_no_direction():
         (np.array([[1, 61]]), "item_index 61; allowed: 1..60"),
         (np.array([[0, 1]]), "item_index 0"),
         (np.array([[2, 2]]), "same item twice"),
-        (np.empty((0, 2), dtype=np.int64), "expected"),
+        (np.empty((0, 2), dtype=np.int64), "no test event follows"),
+        (np.empty((0, 3), dtype=np.int64), "expected"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused(pairs, message):
@@ -267,7 +285,7 @@ def test_pairs_are_a_held_out_event_and_the_one_before_it():
 
 
 def test_equal_vectors_read_the_worst_of_every_probe():
-    found = probes.vector_probes(np.full((N_ITEMS, SIZE), 0.3), couples(), ALIKE)
+    found, _ = probes.vector_probes(np.full((N_ITEMS, SIZE), 0.3), couples(), ALIKE)
     assert (found["co_consumption_auc"]["value"], found["pair_separation"]["value"]) == (0.5, pytest.approx(0))
     assert (found["effective_rank"]["value"], found["first_direction_share"]["value"]) == (1.0, 1.0)
     assert probes.principal_plane(np.full((N_ITEMS, SIZE), 0.3)) == pytest.approx(0)

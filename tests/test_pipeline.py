@@ -22,7 +22,6 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
-from llm2rec.probing import show_probes
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
@@ -455,32 +454,6 @@ def test_a_second_live_run_in_the_folder_is_refused(world, tmp_path):
     finally:
         process.kill()
         process.wait()
-
-
-def test_probes_see_what_the_toy_world_teaches(copied):
-    found = lr.probe(copied)
-    models = found["language_model"]
-    assert models["csft"]["future_sensitivity"] == 0 < models["llm2rec"]["future_sensitivity"]
-    gain = {name: models[name]["random"] / models[name]["true"] for name in ("backbone", "csft")}
-    assert gain["csft"] > gain["backbone"]  # the next title is certain here
-    values = found["order"]["ndcg@10"]
-    assert values["as it was"] > values["shuffled"] and values["as it was"] > values["reversed"]
-    assert found["vectors"].keys() >= {"data", "backbone", "csft", "llm2rec"}
-    assert (copied / "evaluation" / "probes.json").is_file()
-
-
-def test_probes_of_every_vector_set_fit_into_80_columns():
-    sets = ("backbone", "backbone-causal", "csft", "csft-causal", "mntp", "llm2rec")
-    readings = {
-        "same_category_share": {"value": 0.25, "chance": 0.1},
-        "effective_rank": {"value": 1234.5678, "chance": None},
-    }
-    model = {"future_sensitivity": 0.5, "true": 123456.789, "random": 234567.891}
-    content = {"vectors": dict.fromkeys(("data", *sets), readings), "language_model": {"backbone": model}}
-    said = printed(*show_probes(content | {"order": {}, "diagnosis": []}))
-    heads = next(line for line in said.splitlines() if line.startswith("vectors"))
-    assert heads.split() == ["vectors", "backbone", "causal", "csft", "causal", "mntp", "llm2rec", "chance"]
-    assert said.count("1234.568") == len(sets) and "123456.789" in said and "…" not in said
 
 
 @pytest.fixture(scope="module")

@@ -132,10 +132,12 @@ def recommend(
 @app.command()
 def probe(run_folder: RunFolder, domain: DomainName = None) -> None:
     """What the vectors and language models of an evaluated run know, with a diagnosis of known failures."""
-    from llm2rec.probing import show_probes
+    from llm2rec.evaluation.findings import show_findings
 
-    for part in show_probes(lr.probe(run_folder, domain)):
+    found = lr.probe(run_folder, domain)
+    for part in show_findings(found):
         out.print(part)
+    out.print(f"page: {found['page']}", soft_wrap=True)
 
 
 @app.command("add-items")

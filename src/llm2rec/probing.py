@@ -2,89 +2,157 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from rich.console import RenderableType
+import polars as pl
 
 from llm2rec import artifacts, progress
-from llm2rec.data.sequences import TEST, Sequences
+from llm2rec.data import sources
+from llm2rec.data.sequences import TEST
 from llm2rec.data.tables import Catalogue
-from llm2rec.evaluation import probes, protocol, report
-from llm2rec.evaluation.diagnosis import data_probes, diagnose
+from llm2rec.errors import ArtifactError
+from llm2rec.evaluation import probes
+from llm2rec.evaluation.diagnosis import (
+    BACKBONE,
+    CSFT,
+    DATA,
+    FINAL,
+    ORDER,
+    PERPLEXITY,
+    Probed,
+    data_probes,
+    diagnose,
+)
+from llm2rec.evaluation.findings import PROBES as PAGE
+from llm2rec.evaluation.findings import render_findings_html
+from llm2rec.evaluation.order import order_probe
+from llm2rec.evaluation.probes import NothingToMeasure
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve.recommender import load_scorer, load_vectors
-from llm2rec.stages.base import Loaded, load_domain, model_path, trained_rows, vector_sets
+from llm2rec.stages import evaluate_stages, fitted, language_stages
+from llm2rec.stages.base import TINY_RANDOM, Loaded, load_domain, model_path, trained_rows, vector_sets
 
 PROBES = "probes.json"
-ORDERS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
-    "as it was": lambda history, generator: history,
-    "reversed": lambda history, generator: history[::-1],
-    "shuffled": lambda history, generator: generator.permutation(history),
-}
+
+Reasons = dict[str, str]
 
 
 def probe(run: str | Path | Run, domain: str | None = None) -> dict[str, Any]:
-    """Probes every vector set, the language models and the best row of a run; written to `evaluation/probes.json`.
+    """Probes every vector set, the language models and the best row of a run.
+
+    Written to `probes.json` and, to look at, `probes.html` beside the evaluation; what they held before is moved
+    aside where it differs.
 
     Returns:
         `vectors` (set, and `data` -> name -> Probe), `language_model` (model -> future sensitivity, perplexity of
-        the true and of a random next title), `order` (row, and NDCG@10 by order of the history), `diagnosis`
-        (sentences, none where no known failure shows).
+        the true and of a random next title), `order` (`order_probe` of the row that is best on validation),
+        `left_out` (what had nothing to measure -> why), `diagnosis` (a Diagnosis); and `page`, where that lies.
 
     Raises:
-        ArtifactError: the run is not evaluated.
+        ArtifactError: the run is not evaluated as its recipe now says, a model of it is missing or was changed,
+            its folder cannot be written to, or another process works in it.
     """
     run = run if isinstance(run, Run) else open_run(run)
     place = run.domain(domain)
     artifacts.require(place.evaluation, "evaluate")
-    loaded = load_domain(run, place)
-    found, models = _vector_probes(run, place, loaded), _language_probes(run, place, loaded)
-    content = {
-        "vectors": found,
-        "language_model": models,
-        "order": _order_probe(run, place, loaded.sequences),
-        "diagnosis": diagnose(found, models),
-    }
-    artifacts.write_json(place.evaluation / PROBES, content)
-    return content
+    for folder in (run.folder, place.evaluation):
+        artifacts.require_writable(folder)
+    with artifacts.run_lock(run.folder):
+        _require_current(run, place)
+        content = _measure(run, place)
+        _write(run, place, content)
+    return content | {"page": str(place.evaluation / PAGE)}
 
 
-def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict[str, probes.Probe]]:
-    sequences = loaded.sequences
+def _require_current(run: Run, domain: Domain) -> None:
+    """Raises ArtifactError, before any model is loaded, where what is to be probed is missing or out of date."""
+    for stage in evaluate_stages(run):
+        if stage.folder == domain.evaluation:
+            decision = artifacts.decide(stage.folder, stage.inputs())
+            if not decision.keep:
+                raise ArtifactError(
+                    f"{stage.folder} is not up to date ({decision.in_words}); run `llm2rec evaluate {run.folder}` "
+                    "first"
+                )
+    for stage in language_stages(run):
+        artifacts.require(stage.folder, stage.verb)
+    if vector_sets(run) and run.recipe.model.source != TINY_RANDOM:
+        sources.check_model(run.recipe.model.source)
+
+
+def _measure(run: Run, domain: Domain) -> dict[str, Any]:
+    """The content of `probes.json`."""
+    loaded = load_domain(run, domain)
+    vectors, left_out = _vector_probes(run, domain, loaded)
+    models, without = _language_probes(run, domain, loaded)
+    left_out |= without
+    order: dict[str, Any] = {}
+    try:
+        order = _order_probe(run, domain, loaded)
+    except NothingToMeasure as reason:
+        left_out[ORDER] = str(reason)
+    probed = Probed(vectors, models, order, left_out)
+    return asdict(probed) | {"diagnosis": diagnose(probed)}
+
+
+def _write(run: Run, domain: Domain, content: dict[str, Any]) -> None:
+    path, page = domain.evaluation / PROBES, domain.evaluation / PAGE
+    if path.exists() and path.read_bytes() != artifacts.json_text(content).encode():
+        for old in (path, page):
+            artifacts.move_aside(old, run.folder)
+    title = f"llm2rec: {run.folder.name}" + ("" if domain.alone else f", {domain.name}") + ", probed"
+    artifacts.write_text(page, render_findings_html(title, content))
+    artifacts.write_json(path, content)
+
+
+def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, dict[str, probes.Probe]], Reasons]:
+    """`data` and every vector set of the run, and why what was left out."""
+    sequences, sets = loaded.sequences, vector_sets(run)
     items, _ = sequences.training()
     counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
     targets = np.asarray(sequences.items)[sequences.held_out(TEST)]
-    found = {"data": data_probes(counts, loaded.texts, targets)}
+    found = {DATA: data_probes(counts, loaded.texts, targets)}
+    if not sets:
+        return found, {"vectors": "no row of this run reads item texts"}
+    progress.say(f"probe  vectors of {len(loaded.item_ids):,} items: {', '.join(sets)}")
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    categories = None
+    categories, left_out = None, {}
     if domain.config.categories:
         categories = [labels[0] if labels else None for labels in catalogue.labels(domain.config.categories)]
     pairs = probes.consumed_together(sequences, TEST)
-    for name in progress.track(vector_sets(run), "probe vectors", len(vector_sets(run))):
-        found[name] = probes.vector_probes(load_vectors(domain, name, catalogue), pairs, counts, categories)
-    return found
+    for name in progress.track(sets, "probe vectors", len(sets)):
+        found[name], left_out = probes.vector_probes(
+            load_vectors(domain, name, catalogue), pairs, counts, categories
+        )
+    return found, left_out
 
 
-def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict[str, float]]:
+def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, dict[str, float]], Reasons]:
+    """Every language model of the run, and why what was left out."""
     from llm2rec.lm import backbone as backbones
     from llm2rec.lm.backbone import future_sensitivity
     from llm2rec.lm.probes import next_title_perplexity
     from llm2rec.precision import resolve_dtype
 
-    sets = vector_sets(run)
-    causal = {"backbone": model_path(run), "csft": run.csft} if sets else {}
-    encoders = {"mntp": run.mntp, "llm2rec": run.iem}
-    found: dict[str, dict[str, float]] = {}
+    models = _language_models(run)
+    if not models:
+        return {}, {"language models": "no row of this run reads item texts"}
     dtype = resolve_dtype(run.recipe.model.dtype)
-    for name, path in causal.items():
-        if name == "backbone" or (run.csft / artifacts.MANIFEST).exists():
-            lm = backbones.load(path, dtype)
-            lm.set_causal(True)
-            found[name] = {"future_sensitivity": future_sensitivity(lm)} | next_title_perplexity(
+    found: dict[str, dict[str, float]] = {}
+    left_out: Reasons = {}
+    for name, path in models.items():
+        progress.say(f"probe  language model {name}")
+        lm = backbones.load(path, dtype, head=name in (BACKBONE, CSFT))
+        if name not in (BACKBONE, CSFT):
+            found[name] = {"future_sensitivity": future_sensitivity(lm)}
+            continue
+        lm.set_causal(True)
+        found[name] = {"future_sensitivity": future_sensitivity(lm)}
+        try:
+            found[name] |= next_title_perplexity(
                 lm,
                 loaded.sequences,
                 loaded.texts,
@@ -92,73 +160,43 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> dict[str, dict
                 max_title_tokens=run.recipe.model.max_title_tokens,
                 seed=run.recipe.seed,
             )
-    for name, path in encoders.items():
-        if (path / artifacts.MANIFEST).exists():
-            found[name] = {"future_sensitivity": future_sensitivity(backbones.load(path, dtype, head=False))}
-    return found
+        except NothingToMeasure as reason:
+            left_out[PERPLEXITY] = str(reason)
+    return found, left_out
 
 
-class _Reordered:
-    """A scorer that sees every history in another order."""
-
-    def __init__(self, scorer: protocol.Scorer, order: str) -> None:
-        self._scorer, self._order = scorer, ORDERS[order]
-        self.n_items = scorer.n_items
-        self.needs_times = getattr(scorer, "needs_times", False)
-
-    def score(self, histories: torch.Tensor, *times: torch.Tensor) -> torch.Tensor:
-        """Scores (B, N) after the reordered histories."""
-        generator = np.random.default_rng(0)
-        changed = histories.numpy().copy()
-        for row, length in zip(changed, (changed > 0).sum(axis=1), strict=True):
-            row[:length] = self._order(row[:length].copy(), generator)
-        return self._scorer.score(torch.from_numpy(changed), *times)
-
-
-def _order_probe(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
-    """NDCG@10 on the test events with the history as it was, reversed and shuffled: order must matter."""
-    rows = [row.name for row in trained_rows(run)]
-    if not rows:
+def _language_models(run: Run) -> dict[str, str | Path]:
+    """The untrained model, and those that the recipe trains from it, where they lie."""
+    if not vector_sets(run):
         return {}
-    scorer = load_scorer(domain, rows[-1], 0)
-    values = {}
-    for order in ORDERS:
-        ranked = protocol.evaluate(
-            _Reordered(scorer, order),
-            sequences,
-            TEST,
-            domain.config.history_length,
-            description=f"history {order}",
-        )
-        values[order] = protocol.mean_metric(ranked, "ndcg@10")
-    return {"row": rows[-1], "ndcg@10": values}
+    trained = [stage.folder for stage in language_stages(run)]
+    models: dict[str, str | Path] = {BACKBONE: model_path(run)}
+    for name, path in ((CSFT, run.csft), ("mntp", run.mntp), (FINAL, run.iem)):
+        if path in trained:
+            models[name] = path
+    return models
 
 
-def show_probes(content: dict[str, Any]) -> list[RenderableType]:
-    """The result of `probe` for the terminal."""
-    sets = [name for name in content["vectors"] if name != "data"]
-    heads = [*(name.replace("-", "\n") for name in sets), "chance"]
-    table = report.terminal_table("vectors", *heads, numbers=heads)
-    for name in dict.fromkeys(name for one in sets for name in content["vectors"][one]):
-        readings = [content["vectors"][one][name] for one in sets]
-        chance = readings[0]["chance"]
-        table.add_row(
-            name.replace("_", " "),
-            *(f"{reading['value']:.3f}" for reading in readings),
-            "" if chance is None else f"{chance:.3f}",
-        )
-    parts: list[RenderableType] = [table]
-    heads = ["future\nsensitivity", "perplexity of the\ntrue next title", "of a\nrandom one"]
-    models = report.terminal_table("language model", *heads, numbers=heads)
-    for name, one in content["language_model"].items():
-        models.add_row(
-            name, *(f"{one[key]:.3f}" if key in one else "" for key in ("future_sensitivity", "true", "random"))
-        )
-    parts.append(models)
-    if content["order"]:
-        values = ", ".join(f"{order} {value:.4f}" for order, value in content["order"]["ndcg@10"].items())
-        parts.append(f"NDCG@10 of {content['order']['row']} by order of the history: {values}")
-    parts += [
-        f"diagnosis: {sentence}" for sentence in content["diagnosis"] or ["none of the known failures shows"]
-    ]
-    return parts
+def _order_probe(run: Run, domain: Domain, loaded: Loaded) -> dict[str, Any]:
+    """`order_probe` of the row that is best on validation, and its name.
+
+    Raises:
+        NothingToMeasure: no row is trained, or no history has an order.
+    """
+    rows, seeds = [row.name for row in trained_rows(run)], range(run.recipe.recommender.seeds)
+    if not rows:
+        raise NothingToMeasure("no row of this run is trained")
+    validation = {row: sum(fitted(domain, row, seed)["validation_ndcg@10"] for seed in seeds) for row in rows}
+    best = max(rows, key=lambda row: validation[row])
+    progress.say(f"probe  order of the history: {best}")
+    per_user = pl.read_parquet(domain.evaluation / "per_user.parquet", glob=False)
+    found = order_probe(
+        {seed: load_scorer(domain, best, seed) for seed in seeds},
+        per_user.filter(pl.col("row") == best),
+        loaded.sequences,
+        TEST,
+        history_length=domain.config.history_length,
+        mask_history=run.recipe.evaluation.mask_history,
+        samples=run.recipe.evaluation.bootstrap_samples,
+    )
+    return {"row": best, **found}

@@ -6,7 +6,7 @@ by chance and between which values it lies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -73,32 +73,38 @@ def vector_probes(
     categories: Sequence[str | None] | None = None,
     neighbours: int = 10,
     seed: int = 0,
-) -> dict[str, Probe]:
-    """Every probe of one vector set by name; `same_category_share` only where categories are given.
+) -> tuple[dict[str, Probe], dict[str, str]]:
+    """Every probe of one vector set by name; and by name why a probe had nothing to measure.
 
     Args:
         vectors: (N, D) float, finite, no zero row.
         pairs: (P, 2) item_index of items consumed together in held-out data, from `consumed_together`.
         popularity: (N,) training events of each item.
-        categories: one label an item, None where unknown.
+        categories: one label an item, None where unknown; None where the items have none at all.
         neighbours: k of `same_category_share`.
         seed: of the random pairs.
 
     Raises:
-        ValueError: as the single probes.
+        ValueError: as the single probes, where the arguments do not fit.
     """
-    found = {
-        "co_consumption_auc": co_consumption_auc(vectors, pairs, popularity, seed=seed),
-        "pair_separation": pair_separation(vectors, pairs, popularity, seed=seed),
-        "alignment": alignment(vectors, pairs),
-        "uniformity": uniformity(vectors),
-        "mean_cosine": mean_cosine(vectors),
-        "effective_rank": effective_rank(vectors),
-        "first_direction_share": first_direction_share(vectors),
+    labels = [None] * len(vectors) if categories is None else categories
+    probes: dict[str, Callable[[], Probe]] = {
+        "co_consumption_auc": lambda: co_consumption_auc(vectors, pairs, popularity, seed=seed),
+        "pair_separation": lambda: pair_separation(vectors, pairs, popularity, seed=seed),
+        "alignment": lambda: alignment(vectors, pairs),
+        "uniformity": lambda: uniformity(vectors),
+        "mean_cosine": lambda: mean_cosine(vectors),
+        "effective_rank": lambda: effective_rank(vectors),
+        "first_direction_share": lambda: first_direction_share(vectors),
+        "same_category_share": lambda: same_category_share(vectors, labels, neighbours),
     }
-    if categories is not None:
-        found["same_category_share"] = same_category_share(vectors, categories, neighbours)
-    return found
+    found, left_out = {}, {}
+    for name, probe in probes.items():
+        try:
+            found[name] = probe()
+        except NothingToMeasure as reason:
+            left_out[name] = str(reason)
+    return found, left_out
 
 
 def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
@@ -127,7 +133,8 @@ def co_consumption_auc(
         seed: of the draws.
 
     Raises:
-        ValueError: vectors, pairs or popularity do not fit, or no pair has an item to compare with.
+        NothingToMeasure: no pairs, or none with an item to compare with.
+        ValueError: vectors, pairs or popularity do not fit.
     """
     true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
     wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
@@ -145,7 +152,7 @@ def pair_separation(
     resolves of a cosine. Random pairs and arguments as in `co_consumption_auc`.
 
     Raises:
-        ValueError: as `co_consumption_auc`.
+        NothingToMeasure, ValueError: as `co_consumption_auc`.
     """
     true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
     other = random[drawn]
@@ -167,7 +174,8 @@ def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k
         k: neighbours of each item; fewer where there are fewer items.
 
     Raises:
-        ValueError: k < 1, another number of categories than of vectors, or fewer than two known ones.
+        NothingToMeasure: fewer than two items have a category.
+        ValueError: k < 1, or another number of categories than of vectors.
     """
     if len(categories) != len(vectors) or k < 1:
         raise ValueError(
@@ -175,7 +183,7 @@ def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k
         )
     known = np.array([category is not None for category in categories])
     if known.sum() < 2:
-        raise ValueError(f"{int(known.sum())} items have a category; the probe takes at least 2")
+        raise NothingToMeasure(f"{int(known.sum())} of {len(known)} items have a category; it takes at least 2")
     _, labels = np.unique([category for category in categories if category is not None], return_inverse=True)
     unit = _unit(vectors)[known]
     k = min(k, len(unit) - 1)
@@ -197,6 +205,7 @@ def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
     Source: Wang and Isola (ICML 2020), alpha = 2.
 
     Raises:
+        NothingToMeasure: no pairs.
         ValueError: vectors or pairs do not fit.
     """
     unit = _unit(vectors)
@@ -212,7 +221,8 @@ def uniformity(vectors: np.ndarray) -> Probe:
     Source: Wang and Isola (ICML 2020), t = 2.
 
     Raises:
-        ValueError: vectors do not fit, or are fewer than two.
+        NothingToMeasure: fewer than two vectors.
+        ValueError: they do not fit.
     """
     unit = _unit(vectors)
     total = -float(len(unit))  # each item's exp(0) with itself
@@ -229,7 +239,8 @@ def mean_cosine(vectors: np.ndarray) -> Probe:
     Source: Ethayarajh (EMNLP 2019), anisotropy of contextual vectors.
 
     Raises:
-        ValueError: vectors do not fit, or are fewer than two.
+        NothingToMeasure: fewer than two vectors.
+        ValueError: they do not fit.
     """
     unit = _unit(vectors)
     return reading(_mean_cosine(unit), 0.0, -1 / (len(unit) - 1), 1.0, len(unit), LOWER)
@@ -242,7 +253,8 @@ def effective_rank(vectors: np.ndarray) -> Probe:
     quite reach. Equal vectors read 1. Source: Roy and Vetterli (EUSIPCO 2007).
 
     Raises:
-        ValueError: vectors do not fit, or are fewer than two.
+        NothingToMeasure: fewer than two vectors.
+        ValueError: they do not fit.
     """
     values = np.sqrt(_principal(vectors)[0])
     shares = values[values > 0] / values.sum() if values[0] else np.ones(1)
@@ -257,7 +269,8 @@ def first_direction_share(vectors: np.ndarray) -> Probe:
     read 1.
 
     Raises:
-        ValueError: vectors do not fit, or are fewer than two.
+        NothingToMeasure: fewer than two vectors.
+        ValueError: they do not fit.
     """
     variances = _principal(vectors)[0]
     chance = 1 / min(vectors.shape[1], len(vectors) - 1)
@@ -275,7 +288,8 @@ def principal_plane(vectors: np.ndarray) -> np.ndarray:
         vectors: (N, D) float, finite, N >= 2; not scaled to unit length.
 
     Raises:
-        ValueError: vectors do not fit, or are fewer than two.
+        NothingToMeasure: fewer than two vectors.
+        ValueError: they do not fit.
     """
     _, directions = _principal(vectors)
     plane = directions[:, :2]  # (D, 2)
@@ -286,8 +300,10 @@ def principal_plane(vectors: np.ndarray) -> np.ndarray:
 
 
 def _checked(vectors: np.ndarray) -> np.ndarray:
-    if vectors.ndim != 2 or len(vectors) < 2 or not vectors.shape[1]:
-        raise ValueError(f"vectors have shape {vectors.shape}; expected (N, D), N >= 2, D >= 1, one row an item")
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise ValueError(f"vectors have shape {vectors.shape}; expected (N, D), D >= 1, one row an item")
+    if len(vectors) < 2:
+        raise NothingToMeasure(f"there is {len(vectors)} item; expected are at least 2 to compare")
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise ValueError(f"the vector of item_index {int(np.flatnonzero(~finite)[0]) + 1} is not finite")
@@ -330,8 +346,10 @@ def _principal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked_pairs(pairs: np.ndarray, n_items: int) -> tuple[np.ndarray, np.ndarray]:
     """Both sides of the pairs as rows 0..N - 1."""
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(f"pairs have shape {pairs.shape}; expected (P, 2), P >= 1")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs have shape {pairs.shape}; expected (P, 2)")
+    if not len(pairs):
+        raise NothingToMeasure("no test event follows an event of another item")
     wrong = (pairs < 1) | (pairs > n_items)
     if wrong.any():
         raise ValueError(f"pairs hold item_index {int(pairs[wrong][0])}; allowed: 1..{n_items}")
@@ -356,7 +374,7 @@ def _pair_cosines(
     others, drawn = _matched_items(first, second, popularity, draws, np.random.default_rng(seed))
     kept = drawn.any(axis=1)
     if not kept.any():
-        raise ValueError("no pair has a random item to compare with: nearly all items are partners")
+        raise NothingToMeasure("no pair has a random item to compare with: nearly all items are partners")
     first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
     true = np.einsum("pd,pd->p", unit[first], unit[second])
     random = np.stack([np.einsum("pd,pd->p", unit[first], unit[column]) for column in others.T], axis=1)
