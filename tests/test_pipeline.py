@@ -209,6 +209,20 @@ def test_fresh_reruns_every_stage(copied, world):
     assert "keep" not in {event for _, event, _ in events(copied)[before:]}
 
 
+def test_an_average_has_the_weight_that_validation_chooses(copied, world):
+    rows = "[sasrec-id, sasrec-llm2rec, sasrec-llm2rec+average]"
+    rerun(copied, world, f"recommender.rows={rows}", "evaluation.reference=sasrec-id")
+    choice = json.loads((copied / "evaluation/metrics.json").read_text())["validation"]["sasrec-llm2rec+average"]
+    weights = choice["ndcg@10"]
+    assert list(weights) == [f"{10 * step} % ids" for step in range(11)]
+    assert weights[choice["chosen"]] == max(weights.values())
+    weight = json.loads((copied / "recommender/main/sasrec-llm2rec+average/seed-0/average.json").read_text())[
+        "weight"
+    ]
+    assert choice["chosen"] == f"{100 * weight:.0f} % ids"
+    assert lr.recommend(copied, ["i03", "i04"], k=1, row="sasrec-llm2rec+average")[0].item_id == "i05"
+
+
 def test_recommend_serves_an_unseen_history_and_hides_it(finished):
     listed = lr.recommend(finished, ["i03", "i04", "i05"], k=12)
     assert listed[0].item_id == "i06"

@@ -11,7 +11,8 @@ import torch
 
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.evaluation import ranking
+from llm2rec.evaluation import protocol, ranking
+from llm2rec.rec import average
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
@@ -272,6 +273,22 @@ class TestScoreAverage:
             correlation = np.delete(one * other, 4).mean()
             assert row[4] == pytest.approx(0.5 * (1 + correlation) * other[4], abs=1e-4)
             assert np.allclose(np.delete(row, 4), np.delete(0.5 * (one + other), 4), atol=1e-4)
+
+    def test_validation_of_each_weight_is_that_of_the_average_with_it(self):
+        pair, sequences = (built(self.ids), built(self.text)), random_sequences()
+        found = average.validation_by_weight(ScoreAverage(*pair), sequences, LENGTH)
+        assert list(found) == [step / 10 for step in range(11)] and len(set(found.values())) > 2
+        for weight, value in found.items():
+            ranked = protocol.evaluate(
+                ScoreAverage(*pair, weight), sequences, VALIDATION, LENGTH, description=None
+            )
+            assert protocol.mean_metric(ranked, "ndcg@10") == pytest.approx(value, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("by_weight", "best"), [({0.2: 0.1, 0.5: 0.1, 0.7: 0.3}, 0.7), ({0.0: 0.1, 0.4: 0.1, 1.0: 0.1}, 0.4)]
+    )
+    def test_the_best_weight_is_the_one_nearest_to_an_equal_say(self, by_weight, best):
+        assert average.best_weight(by_weight) == best
 
     def test_it_scores_as_the_two_do_one_history_or_eight(self):
         both = ScoreAverage(built(self.ids), built(self.text))

@@ -108,16 +108,13 @@ def evaluate(
     with torch.inference_mode():
         for start in starts if description is None else track(starts, description, len(starts)):
             batch = slice(start, start + batch_size)
-            histories = sequences.histories(positions[batch], history_length)
-            seen = [torch.from_numpy(histories.astype(np.int64))]
-            if getattr(scorer, "needs_times", False):
-                seen.append(torch.from_numpy(sequences.history_times(positions[batch], history_length)))
+            histories = seen(scorer, sequences, positions[batch], history_length)
             known = _known_items(sequences, positions[batch]) if mask_history else None
             wanted = torch.from_numpy(targets[batch].astype(np.int64))
             if isinstance(scorer, Ranker) and not list_length:
-                found[batch] = scorer.ranks(wanted, known, *seen).cpu().numpy()
+                found[batch] = scorer.ranks(wanted, known, *histories).cpu().numpy()
                 continue
-            scores = scorer.score(*seen)
+            scores = scorer.score(*histories)
             if scores.shape[1] != sequences.n_items:
                 raise ValueError(f"{scores.shape[1]} scores a history; expected {sequences.n_items}, one an item")
             found[batch] = ranks(scores, wanted, exclude=known).cpu().numpy()
@@ -127,6 +124,14 @@ def evaluate(
     users = sequences.users_of(positions)
     ranked = pl.DataFrame({"user_index": users, "item_index": targets, "rank": found})
     return ranked.with_columns(pl.Series("recommended", lists)) if list_length else ranked
+
+
+def seen(scorer: Scorer, sequences: Sequences, positions: np.ndarray, history_length: int) -> list[Tensor]:
+    """What a scorer is given for events at `positions` (B,): histories (B, L), and times where it needs them."""
+    given = [torch.from_numpy(sequences.histories(positions, history_length).astype(np.int64))]
+    if getattr(scorer, "needs_times", False):
+        given.append(torch.from_numpy(sequences.history_times(positions, history_length)))
+    return given
 
 
 def ranking_in_words(mask_history: bool) -> str:

@@ -1,12 +1,26 @@
-"""The average of two recommenders' scores: the plainest way to put ids and text together."""
+"""The average of two recommenders' scores: the plainest way to put ids and text together.
+
+Source: EnsRec (arXiv 2512.17820) averages recommenders that were trained apart. Ours: scores are standardised and
+weighted as validation chooses, because where one is much the better an equal say costs more than it gives.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+import polars as pl
+import torch
 from torch import Tensor
 
+from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.evaluation import protocol, ranking
+from llm2rec.progress import track
 from llm2rec.rec.sequential import SequentialRecommender
 
+AVERAGE = "average.json"
+WEIGHTS = tuple(step / 10 for step in range(11))
+METRIC = protocol.COMPARED_METRIC
+BATCH = 256
 _TINY = 1e-12
 
 
@@ -39,17 +53,55 @@ class ScoreAverage:
             )
         self.n_items = first.n_items
         self.needs_times = first.needs_times or second.needs_times
-        self._parts = ((first, weight), (second, 1 - weight))
+        self._first, self._second, self.weight = first, second, weight
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
         """(B, N) float32; arguments and errors as for the two recommenders."""
-        (first, first_weight), (second, second_weight) = self._parts
+        one, other = self.standardised_scores(histories, times)
+        return self.weight * one + (1 - self.weight) * other
+
+    def standardised_scores(self, histories: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What is averaged: the scores of both, (B, N) each."""
+        first, second = self._first, self._second
         one, other = (standardised(part.score(histories, times), part.known) for part in (first, second))
         both = first.known & second.known
-        if not both.all():
-            correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
-            one, other = one.where(first.known, correlation * other), other.where(second.known, correlation * one)
-        return first_weight * one + second_weight * other
+        if both.all():
+            return one, other
+        correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
+        return one.where(first.known, correlation * other), other.where(second.known, correlation * one)
+
+
+def validation_by_weight(
+    average: ScoreAverage, sequences: Sequences, history_length: int, description: str | None = None
+) -> dict[float, float]:
+    """Validation NDCG@10 of the average under each of WEIGHTS, ranked over the whole catalogue.
+
+    Args:
+        average: of any weight.
+        description: of the progress bar; None draws none.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    positions = sequences.held_out(VALIDATION)
+    targets = torch.from_numpy(np.asarray(sequences.items[positions]).astype(np.int64))
+    found = torch.empty(len(WEIGHTS), len(positions), dtype=torch.int64)
+    starts = range(0, len(positions), BATCH)
+    with torch.inference_mode():
+        for start in starts if description is None else track(starts, description, len(starts)):
+            batch = slice(start, start + BATCH)
+            given = protocol.seen(average, sequences, positions[batch], history_length)
+            one, other = average.standardised_scores(*given)
+            for row, weight in enumerate(WEIGHTS):
+                found[row, batch] = ranking.ranks(weight * one + (1 - weight) * other, targets[batch])
+    events = pl.DataFrame({"user_index": sequences.users_of(positions), "item_index": targets.numpy()})
+    ranked = (events.with_columns(rank=pl.Series(ranks.numpy())) for ranks in found)
+    return {weight: protocol.mean_metric(one, METRIC) for weight, one in zip(WEIGHTS, ranked, strict=True)}
+
+
+def best_weight(by_weight: dict[float, float]) -> float:
+    """The weight with the best validation; of equally good ones that nearest to an equal say."""
+    return max(by_weight, key=lambda weight: (by_weight[weight], -abs(weight - 0.5)))
 
 
 def standardised(scores: Tensor, known: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
-from llm2rec.rec.average import ScoreAverage
+from llm2rec.rec.average import AVERAGE, ScoreAverage
 from llm2rec.runs import Domain, Run, open_run, require_row
 from llm2rec.serve import added
 
@@ -136,12 +136,16 @@ def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -
         return baselines.FLOORS[row](Sequences.load(domain.data))
     parents = Row.parse(row).parents
     if parents:
-        first, second = (_load_trained(domain, parent, seed, False) for parent in parents)
-        return ScoreAverage(first, second)
-    return _load_trained(domain, row, seed, with_added)
+        folder = domain.recommender(row, seed)
+        artifacts.require(folder, "fit")
+        weight = artifacts.read_json(folder / AVERAGE)["weight"]
+        first, second = (load_trained(domain, parent, seed) for parent in parents)
+        return ScoreAverage(first, second, weight)
+    return load_trained(domain, row, seed, with_added)
 
 
-def _load_trained(domain: Domain, row: str, seed: int, with_added: bool) -> model.Recommender:
+def load_trained(domain: Domain, row: str, seed: int, with_added: bool = False) -> model.Recommender:
+    """The recommender of a trained row; errors as `load_scorer`."""
     folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
     catalogue = trained_catalogue(domain)

@@ -48,6 +48,12 @@ def trained_rows(run: Run) -> list[Row]:
     return [row for row in rows if row.architecture and not row.parents]
 
 
+def averaged_rows(run: Run) -> list[Row]:
+    """The rows whose scores are the average of two other rows'."""
+    rows = [Row.parse(name) for name in run.recipe.recommender.rows]
+    return [row for row in rows if row.parents]
+
+
 def vector_sets(run: Run) -> list[str]:
     """Names of the vector sets that the rows of the recipe need."""
     wanted = [name for row in trained_rows(run) for name in row_variants(row).values()]

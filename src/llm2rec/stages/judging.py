@@ -24,7 +24,7 @@ from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
-from llm2rec.stages.base import load_domain, row_variants, trained_rows
+from llm2rec.stages.base import averaged_rows, load_domain, row_variants, trained_rows
 from llm2rec.stages.recommenders import fitted
 
 KNOWN_ITEMS = 5
@@ -146,6 +146,7 @@ def _training_counts(sequences: Sequences) -> np.ndarray:
 def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
     """Row -> which of its variants validation chose, with the validation NDCG@10 of each."""
     rows = [row.name for row in trained_rows(run) if len(row_variants(row)) > 1]
+    rows += [row.name for row in averaged_rows(run)]
     chosen = {row: fitted(domain, row, 0) for row in rows}
     return {row: {"chosen": one["chosen"], "ndcg@10": one["validation"]} for row, one in chosen.items()}
 

@@ -13,6 +13,7 @@ from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
     Stage,
     Summary,
+    averaged_rows,
     catalogue_hash,
     load_domain,
     loggers_of,
@@ -32,7 +33,7 @@ def fit_stages(run: Run) -> list[Stage]:
 
 
 def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
-    """One stage a trained row and seed; for rows with variants, each variant and then the choice."""
+    """One stage a trained row and seed; for rows with variants each variant, then the choice; averages last."""
     stages = []
     seeds = range(run.recipe.recommender.seeds)
     for row in trained_rows(run):
@@ -42,6 +43,7 @@ def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
         ]
         if len(variants) > 1:
             stages += [_choice_stage(run, domain, row.name, list(variants), seed) for seed in seeds]
+    stages += [_average_stage(run, domain, row, seed) for row in averaged_rows(run) for seed in seeds]
     return stages
 
 
@@ -127,6 +129,35 @@ def _choice_stage(run: Run, domain: Domain, row: str, variants: list[str], seed:
         summary |= fitted(domain, chosen, seed) | {"chosen": chosen, "validation": validation}
 
     return Stage("fit", folder, inputs, execute)
+
+
+def _average_stage(run: Run, domain: Domain, row: Row, seed: int) -> Stage:
+    """The weight of an averaged row that is best on validation, of the trainings of one seed."""
+    folder = domain.recommender(row.name, seed)
+
+    def inputs() -> Inputs:
+        parents = {parent: parent_hash(domain.recommender(parent, seed), "fit") for parent in row.parents}
+        return {**sequence_inputs(domain), **parents, "data.history_length": domain.config.history_length}
+
+    def execute(summary: Summary) -> None:
+        from llm2rec.data.sequences import Sequences
+        from llm2rec.rec.average import AVERAGE, ScoreAverage, best_weight, validation_by_weight
+        from llm2rec.serve.recommender import load_trained
+
+        average = ScoreAverage(*(load_trained(domain, parent, seed) for parent in row.parents))
+        sequences = Sequences.load(domain.data)
+        length = domain.config.history_length
+        by_weight = validation_by_weight(average, sequences, length, f"fit {row.name}")
+        weight = best_weight(by_weight)
+        artifacts.write_json(folder / AVERAGE, {"weight": weight})
+        summary |= {"weight": weight, "validation_ndcg@10": by_weight[weight], "chosen": _weight_in_words(weight)}
+        summary["validation"] = {_weight_in_words(one): value for one, value in by_weight.items()}
+
+    return Stage("fit", folder, inputs, execute)
+
+
+def _weight_in_words(weight: float) -> str:
+    return f"{100 * weight:.0f} % ids"
 
 
 def fitted(domain: Domain, row: str, seed: int) -> Summary:

@@ -9,9 +9,9 @@ import polars as pl
 
 from llm2rec.data.sequences import TEST, Sequences, cold_items
 from llm2rec.evaluation.protocol import Scorer
-from llm2rec.rec.average import ScoreAverage
+from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import Domain, Run
-from llm2rec.serve.recommender import load_scorer
+from llm2rec.serve.recommender import load_trained
 from llm2rec.studies.base import (
     SMALL,
     Judged,
@@ -148,11 +148,15 @@ def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
     features = "the time between events" + (f" and the column `{column}`" if column else "")
     meaning = (
         f"`context` is SASRec over ids that reads {features}; `text` is SASRec over LLM2Rec vectors; two together "
-        "are the averages of their standardised scores."
+        "are the averages of their standardised scores, with the weight that validation chooses."
     )
     return [Judged("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
 
 
 def _combined(domain: Domain, seed: int) -> ScoreAverage:
-    first, second = (load_scorer(domain, row, seed) for row in COMBINED)
-    return ScoreAverage(first, second)  # type: ignore[arg-type]  # rows that are trained, not counted
+    """Both recommenders' scores with the weight that validation chooses, as an averaged row has it."""
+    first, second = (load_trained(domain, row, seed) for row in COMBINED)
+    by_weight = validation_by_weight(
+        ScoreAverage(first, second), Sequences.load(domain.data), domain.config.history_length
+    )
+    return ScoreAverage(first, second, best_weight(by_weight))
