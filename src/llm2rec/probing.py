@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from llm2rec import artifacts, progress
+from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
 from llm2rec.data.sequences import TEST
 from llm2rec.data.tables import Catalogue
@@ -33,7 +34,7 @@ from llm2rec.evaluation.probes import NothingToMeasure
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import evaluate_stages, fitted, language_stages
-from llm2rec.stages.base import TINY_RANDOM, Loaded, load_domain, model_path, trained_rows, vector_sets
+from llm2rec.stages.base import Loaded, load_domain, model_path, trained_rows, vector_sets
 
 PROBES = "probes.json"
 
@@ -119,7 +120,8 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, 
         return found, {"vectors": "no row of this run reads item texts"}
     progress.say(f"probe  vectors of {len(loaded.item_ids):,} items: {', '.join(sets)}")
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    categories, left_out = None, {}
+    left_out: Reasons = {}
+    categories = None
     if domain.config.categories:
         categories = [labels[0] if labels else None for labels in catalogue.labels(domain.config.categories)]
     pairs = probes.consumed_together(sequences, TEST)
