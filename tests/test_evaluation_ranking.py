@@ -96,6 +96,21 @@ def test_top_k_equals_a_sort_by_score_and_index(scores, k, data):
         assert best == [-score for score, _ in left] + [-math.inf] * padding
 
 
+@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("levels", [3, 40, 10**6])  # many ties, some, hardly any
+def test_top_k_of_many_columns_equals_a_stable_sort(k, levels, monkeypatch):
+    monkeypatch.setattr(ranking, "FEWEST_GROUPS", 1)
+    generator = torch.Generator().manual_seed(levels)
+    scores = torch.randint(levels, (30, 16 * 25 + 7), generator=generator).float()
+    hidden = torch.randint(0, scores.shape[1] + 1, (30, 4), generator=generator)
+    items, values = top_k(scores, k, exclude=hidden)
+    left = scores.clone()
+    for row, excluded in enumerate(hidden.tolist()):
+        left[row, [item - 1 for item in excluded if item]] = -math.inf
+    expected = left.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :k]) and torch.equal(items, expected.indices[:, :k] + 1)
+
+
 def test_top_k_leaves_the_scores_as_they_were():
     scores = torch.tensor([[1.0, 2.0]])
     top_k(scores, 1, exclude=torch.tensor([[2]]))

@@ -14,6 +14,9 @@ HEADLINE_CUTOFF = 10
 # Scores that are made and counted before the next are made: 4 MB, which stay in the cache. Whole, the scores of
 # 256 users over 17,000 items take 17 MB, and writing and reading them takes longer than the product.
 BLOCK_SCORES = 2**20
+# Columns of a group of `top_k`, and how many groups there must be for each wanted item. Measured with 8 to 64 columns
+# a group, microseconds a row: of 1,682 columns 6.4 -> 5.7, of 16,859 59 -> 21, of 200,000 626 -> 162.
+GROUP, FEWEST_GROUPS = 16, 8
 
 
 def ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:
@@ -176,7 +179,7 @@ def top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor
         empty = scores[:, :0]
         return empty.long(), empty
     more = width < scores.shape[1]
-    values, indices = scores.topk(width + more, dim=1)
+    values, indices = _largest(scores, width + more)
     # torch.topk breaks ties as it likes; which items it chose matters where the first one left out is as good.
     tied = (values[:, width - 1] == values[:, -1]).nonzero()[:, 0] if more else []
     indices = indices[:, :width].sort(dim=1).values
@@ -185,6 +188,27 @@ def top_k(scores: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor
     best, order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True)
     found = indices.gather(1, order) + 1
     return found.masked_fill(best.isneginf(), 0), best
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(k)` of (B, N), in a third of the time where the columns are many.
+
+    The k largest lie in the k groups of columns with the largest maxima, so only those are searched: every other
+    group holds nothing above the k-th of these maxima. Among equal values other columns may be chosen.
+    """
+    groups = scores.shape[1] // GROUP
+    if groups < FEWEST_GROUPS * k:
+        return scores.topk(k, dim=1)
+    grouped = groups * GROUP
+    maxima = (
+        scores[:, :grouped].unflatten(1, (GROUP, groups)).amax(dim=1)
+    )  # columns j, j + groups, ... are group j
+    best = maxima.topk(k, dim=1, sorted=False).indices
+    inside = torch.arange(0, grouped, groups, device=scores.device)
+    rest = torch.arange(grouped, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([(best[:, :, None] + inside).flatten(1), rest], dim=1)
+    values, places = scores.gather(1, columns).topk(k, dim=1)
+    return values, columns.gather(1, places)
 
 
 def _lowest_of_the_best(scores: Tensor, threshold: Tensor, width: int) -> Tensor:
