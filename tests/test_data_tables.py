@@ -72,6 +72,17 @@ def test_whole_number_times_tell_their_unit_by_their_size(digits):
     assert log.times().tolist() == times and log.ticks_per_second() == 10**digits
 
 
+@pytest.mark.parametrize(
+    "zoned", ["2022-07-08 20:52Z", "2022-07-08T20:52:10+02:00", "2022-07-08 20:52:10.5 -0330"]
+)
+def test_times_of_day_with_and_without_an_offset_are_refused_with_their_rows(zoned):
+    times = [zoned, "2022-07-08 20:53", "2022-07-09"]
+    with pytest.raises(DataError, match=r"no offset from UTC .* in 1 of 3 rows \(row 2: '2022-07-08 20:53'\)"):
+        interactions(timestamp=times)
+    for fine in ([zoned, zoned, "2022-07-09"], ["2022-07-08 20:52", "2022-07-08T20:53:01", "2022-07-09"]):
+        assert len(interactions(timestamp=fine)) == 3
+
+
 @pytest.mark.parametrize("times", [[0.5, 2.25, 1.0], ["0.5", "2.25", " 1"]])
 def test_seconds_with_a_fraction_are_moments(times):
     log = interactions(user_id=["a", "b", "a"], timestamp=times)

@@ -81,6 +81,8 @@ class Interactions:
             if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
                 _refuse(table, unreadable, name, _WRONG[name], origin)
         _refuse_mixed_units(table, columns[2], cls(events), origin)
+        if schema[TIME] == pl.String and events[TIME].dtype == MOMENT:
+            _refuse_mixed_offsets(table, origin)
         return cls(events.sort(USER, TIME, *(name for name in further if name == PART), ITEM))
 
     def __len__(self) -> int:
@@ -426,6 +428,16 @@ def _refuse_mixed_units(table: pl.LazyFrame, column: pl.Expr, log: Interactions,
     if times.dtype == pl.Int64 and ticks > 1 and times.is_between(*coarser).any():
         what = f"is in another unit (seconds, milliseconds, ...) than the highest, {int(log.times().max())},"
         _refuse(table, column.is_between(*coarser), TIME, what, origin)
+
+
+def _refuse_mixed_offsets(table: pl.LazyFrame, origin: str) -> None:
+    """Raises DataError where some times of day have an offset and some have none: their order would be a guess."""
+    text = pl.col(TIME).str.strip_chars()
+    without = text.str.contains(":") & ~text.str.contains(r"(?i)(z|utc|:.*[+-]\d\d:?(\d\d)?)$")
+    some, every = collect(table.select(without.any().alias("some"), without.all().alias("every")), origin).row(0)
+    if some and not every and collect(table.select((text.str.contains(":") & ~without).any()), origin).item():
+        what = "has no offset from UTC (Z, +02:00), as other rows have,"
+        _refuse(table, without, TIME, what, origin, "write all times with one, or all without")
 
 
 def _read_own(path: Path) -> pl.DataFrame:
