@@ -13,7 +13,8 @@ from llm2rec import artifacts, comparison, pipeline, studies
 from llm2rec.data.sequences import TEST, Sequences, cold_items
 from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, DataError
-from llm2rec.evaluation import report
+from llm2rec.evaluation import protocol, report
+from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
@@ -209,10 +210,13 @@ def test_context_and_text_are_averaged_with_the_times_that_context_needs(finishe
     (table,) = found["tables"].values()
     assert list(table["rows"]) == ["ids", "context", "text", "ids and text", "context and text"]
     domain = open_run(folder / "runs" / "all").domain()
-    assert load_scorer(domain, "sasrec-context", 0).needs_times
+    pair = load_scorer(domain, "sasrec-context", 0), load_scorer(domain, "sasrec-llm2rec", 0)
+    assert pair[0].needs_times and not pair[1].needs_times
+    sequences, length = Sequences.load(domain.data), domain.config.history_length
+    weight = best_weight(validation_by_weight(ScoreAverage(*pair), sequences, length))
+    expected = protocol.evaluate(ScoreAverage(*pair, weight), sequences, TEST, length)
     measured = pl.read_parquet(folder / "measured/combined/per_user.parquet")
-    alone = pl.read_parquet(domain.evaluation / "per_user.parquet").filter(pl.col("row") == "sasrec-context")
-    assert measured["rank"].to_list() != alone["rank"].to_list()
+    assert measured["rank"].to_list() == expected["rank"].to_list()
 
 
 def test_of_the_domain_outside_no_title_is_trained_on_in_either_variant(finished):
