@@ -13,10 +13,10 @@ from llm2rec import artifacts, loggers, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
-from llm2rec.errors import ArtifactError
 from llm2rec.loading import load_recipe, parse_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
+from llm2rec.stages.base import require_current
 from llm2rec.stages.checks import check_prepared
 
 VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
@@ -130,12 +130,7 @@ def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
     """Raises ArtifactError where an earlier stage is unfinished, or was made from what has changed since."""
     for verb in verbs:
         for stage in _stages_of(run, verb):
-            decision = artifacts.decide(stage.folder, stage.inputs())
-            if not decision.keep:
-                name = stage.folder.relative_to(run.folder)
-                raise ArtifactError(
-                    f"{name} is not up to date ({decision.in_words}); run `llm2rec {verb} {run.folder}` first"
-                )
+            require_current(run, stage)
 
 
 def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:

@@ -14,7 +14,6 @@ from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
 from llm2rec.data.sequences import TEST
 from llm2rec.data.tables import Catalogue
-from llm2rec.errors import ArtifactError
 from llm2rec.evaluation import probes
 from llm2rec.evaluation.diagnosis import (
     BACKBONE,
@@ -34,7 +33,7 @@ from llm2rec.evaluation.probes import NothingToMeasure
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import evaluate_stages, fitted, language_stages
-from llm2rec.stages.base import Loaded, load_domain, model_path, trained_rows, vector_sets
+from llm2rec.stages.base import Loaded, load_domain, model_path, require_current, trained_rows, vector_sets
 
 PROBES = "probes.json"
 
@@ -72,12 +71,7 @@ def _require_current(run: Run, domain: Domain) -> None:
     """Raises ArtifactError, before any model is loaded, where what is to be probed is missing or out of date."""
     for stage in evaluate_stages(run):
         if stage.folder == domain.evaluation:
-            decision = artifacts.decide(stage.folder, stage.inputs())
-            if not decision.keep:
-                raise ArtifactError(
-                    f"{stage.folder} is not up to date ({decision.in_words}); run `llm2rec evaluate {run.folder}` "
-                    "first"
-                )
+            require_current(run, stage)
     for stage in language_stages(run):
         artifacts.require(stage.folder, stage.verb)
     if vector_sets(run) and run.recipe.model.source != TINY_RANDOM:

@@ -42,6 +42,16 @@ class Stage:
     shared: bool = False
 
 
+def require_current(run: Run, stage: Stage) -> None:
+    """Raises ArtifactError where a stage is unfinished, or was made from what has changed since."""
+    decision = artifacts.decide(stage.folder, stage.inputs())
+    if not decision.keep:
+        name = stage.folder.relative_to(run.folder)
+        raise ArtifactError(
+            f"{name} is not up to date ({decision.in_words}); run `llm2rec {stage.verb} {run.folder}` first"
+        )
+
+
 def trained_rows(run: Run) -> list[Row]:
     """The rows that are trained: neither counted nor made of other rows."""
     rows = [Row.parse(name) for name in run.recipe.recommender.rows]
