@@ -96,7 +96,7 @@ def verdict(difference: float, p: float, n_users: int) -> str:
 
     Args:
         p: the larger of the two tests' corrected p-values. Where few users differ at all the percentile bootstrap
-            rejects too often (at 4 of 40 in one of eight samples without a difference), the sign-flip test does not.
+            rejects too often (at 4 of 40 in one of eight samples without a difference), the sign-flip test not.
     """
     if too_few_users(n_users) is not None:
         return TOO_FEW
