@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import TITLES, prepared_cycle
 from llm2rec.data.embeddings import ItemEmbeddings
@@ -20,6 +22,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode
 from llm2rec.lm.iem import MaskedBatches, TitleBatches, contrastive, distinct_texts, mntp
+from llm2rec.lm.lora import Lora
 from llm2rec.processes import Processes
 from llm2rec.training import Optimizer, TrainSettings, train
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them
 SECONDS = 100
 
 
-def work(root: Path, out: Path) -> None:
+def work(root: Path, out: Path, shard: bool = False) -> None:
     """Every language stage from the prepared world in `root` into `out`; what each process runs."""
     sequences = Sequences.load(root / "data")
     items = Catalogue.read(root / "data" / "catalogue.parquet")
@@ -37,6 +40,7 @@ def work(root: Path, out: Path) -> None:
         "max_title_tokens": 16,
         "seed": 0,
         "optimizer": Optimizer(learning_rate=3e-3),
+        "shard": shard,
     }
     csft(
         sequences,
@@ -81,33 +85,53 @@ def work(root: Path, out: Path) -> None:
     encode(ids, TITLES, model=root / "tiny", causal=False, shard_texts=6, out=out / "vectors", **shared)
 
 
+def variants(root: Path, out: Path, shard: bool = False) -> None:
+    """CSFT with adapters, with recomputed layers and with bfloat16 weights."""
+    sequences = Sequences.load(root / "data")
+    items = Catalogue.read(root / "data" / "catalogue.parquet")
+    plain = {"dtype": torch.float32, "max_title_tokens": 16, "seed": 0, "checkpoints": 0, "shard": shard}
+    plain |= {"history_length": 4, "max_tokens": 1200, "epochs": None, "optimizer": Optimizer(learning_rate=3e-3)}
+    for name, options in VARIANTS.items():
+        csft(
+            sequences,
+            items.titles,
+            model=root / "tiny",
+            batch_tokens=256,
+            micro_batch_tokens=64,
+            out=out / name,
+            **(plain | options),
+        )
+
+
+VARIANTS = {
+    "adapters": {"lora": Lora(rank=4, alpha=8.0)},
+    "recomputed": {"gradient_checkpointing": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def folders(tiny_folder, tmp_path_factory):
-    """The results of one process and of two."""
-    root = tmp_path_factory.mktemp("processes")
-    prepared_cycle(root / "data", users=12)
-    backbones.save(backbones.load(tiny_folder, torch.float32), root / "tiny")
-    command = "import sys; from pathlib import Path; from test_lm_processes import work; "
-    command += "work(*map(Path, sys.argv[1:]))"
+def together(root, out, *, shard=False, task=work):
+    """`task` into `out` in two processes."""
+    command = f"import sys; from pathlib import Path; from test_lm_processes import {task.__name__}; "
+    command += f"{task.__name__}(*map(Path, sys.argv[1:]), shard={shard})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", command, str(root), str(root / "two")],
+            [sys.executable, "-c", command, str(root), str(out)],
             env=shared | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    work(root, root / "one")
     try:
         for process in running:
             _, errors = process.communicate(timeout=SECONDS)
@@ -115,7 +139,23 @@ def folders(tiny_folder, tmp_path_factory):
     finally:
         for process in running:
             process.kill()
-    return root / "one", root / "two"
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folder, tmp_path_factory):
+    """A folder with a prepared log, a model, and the results `one` of one process."""
+    root = tmp_path_factory.mktemp("processes")
+    prepared_cycle(root / "data", users=12)
+    backbones.save(backbones.load(tiny_folder, torch.float32), root / "tiny")
+    work(root, root / "one")
+    return root
+
+
+@pytest.fixture(scope="module", params=["two", "shared out"])
+def folders(world, request):
+    """The results of one process and of two, which keep every layer whole or share the layers out."""
+    together(world, world / request.param, shard=request.param == "shared out")
+    return world / "one", world / request.param
 
 
 def logged(folder, name):
@@ -163,7 +203,64 @@ def test_two_processes_leave_the_files_of_one(folders):
         {str(path.relative_to(folder)) for path in folder.rglob("*") if "rng_state" not in path.name}
         for folder in folders
     ]
-    assert files[0] == files[1]
+    of_processes = {name for name in files[1] if name.endswith("optimizer-1.pt")}  # its part of what is shared out
+    assert files[0] == files[1] - of_processes
+    assert bool(of_processes) == (folders[1].name == "shared out")
+
+
+@pytest.mark.parametrize("folders", ["shared out"], indirect=True)
+def test_layers_that_are_shared_out_go_on_where_a_killed_training_stopped(folders, world):
+    killed = world / "killed"
+    shutil.copytree(folders[1], killed)
+    for stage in ("csft", "mntp", "iem"):
+        (killed / stage / "model.safetensors").unlink()
+        last = max((killed / stage / "checkpoints").iterdir(), key=lambda one: int(one.name.partition("-")[2]))
+        shutil.rmtree(last)
+    together(world, killed, shard=True)
+    for stage in ("csft", "mntp", "iem"):
+        whole, resumed = (load_file(folder / stage / "model.safetensors") for folder in (folders[1], killed))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert logged(folders[1] / stage, "loss") == logged(killed / stage, "loss")
+
+
+@pytest.mark.parametrize("folders", ["shared out"], indirect=True)
+def test_a_checkpoint_shared_out_among_others_is_refused(folders, world):
+    other = world / "other"
+    shutil.copytree(folders[1], other)
+    for checkpoint in (other / "csft" / "checkpoints").iterdir():
+        (checkpoint / "optimizer-2.pt").touch()
+    last = max((other / "csft" / "checkpoints").iterdir(), key=lambda one: int(one.name.partition("-")[2]))
+    shutil.rmtree(last)
+    with pytest.raises(AssertionError, match="shared out among 3 processes, these are 2"):
+        together(world, other, shard=True)
+
+
+def test_layers_shared_out_take_adapters_recompute_and_round(world):
+    variants(world, world / "variants one")
+    together(world, world / "variants shared out", shard=True, task=variants)
+    for name in VARIANTS:
+        one, two = (
+            load_file(world / f"variants {way}" / name / "model.safetensors") for way in ("one", "shared out")
+        )
+        start = load_file(world / "tiny" / "model.safetensors")
+        tolerance = {"bfloat16": 6e-3}.get(name, 3e-4)
+        assert max((one[key].float() - start[key]).abs().max() for key in one) > tolerance  # premise
+        assert all(torch.allclose(one[key].float(), two[key].float(), atol=tolerance) for key in one), name
+
+
+def test_one_process_has_nobody_to_share_layers_with(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    settings = TrainSettings(max_steps=1, learning_rate=0.1, seed=0)
+    with pytest.raises(ConfigError, match="there is one: start several"):
+        train(
+            model,
+            [1],
+            lambda *_: 0,
+            out=tmp_path,
+            settings=settings,
+            sharded=torch.nn.ModuleList(model),
+            description="x",
+        )
 
 
 def test_micro_batches_that_cannot_be_shared_evenly_are_refused(tmp_path, monkeypatch):

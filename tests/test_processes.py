@@ -83,6 +83,22 @@ def runs(tmp_path_factory):
     return one, lr.open_run(root / "two"), out, errors
 
 
+def test_the_recipe_for_large_models_trains_in_two_processes_the_weights_of_one(runs, tmp_path):
+    files = [f"data.{name}={runs[0].folder.parent}/{name}.csv" for name in ("interactions", "items")]
+    settings = (*files, *SETTINGS)
+    overrides = [part for override in settings for part in ("--set", override)]
+    running = launched("run", "large", "--out", str(tmp_path / "two"), *overrides)
+    whole = [f"{section}.shard=false" for section in ("csft", "iem.mntp", "iem.contrastive")]
+    one = lr.run("large", tmp_path / "one", (*settings, *whole))
+    status, _, errors = finished(running)
+    assert status == 0, errors[-3000:]
+    for stage in ("csft", "mntp", "iem"):
+        weights = [load_file(tmp_path / way / stage / "model.safetensors") for way in ("one", "two")]
+        assert all(torch.allclose(weights[0][name], weights[1][name], atol=2e-5) for name in weights[0])
+    assert one.recipe.csft.gradient_checkpointing and not one.recipe.csft.shard
+    assert lr.open_run(tmp_path / "two").recipe.csft.shard
+
+
 @pytest.mark.parametrize("stage", ["csft", "mntp", "iem"])
 def test_two_processes_train_the_weights_of_one(runs, stage):
     one, two = (load_file(run.folder / stage / "model.safetensors") for run in runs[:2])

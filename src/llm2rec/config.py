@@ -249,6 +249,11 @@ class LanguageConfig(OptimizerConfig):
 
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, a third slower")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the weights")
+    shard: bool = Field(
+        False,
+        description="share gradients and optimizer state of the layers out among the processes (FSDP): for models "
+        "whose weights fit a device, and whose training does not",
+    )
 
 
 class CsftConfig(LanguageConfig):

@@ -34,9 +34,11 @@ from llm2rec import artifacts, progress
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
 from llm2rec.processes import processes
+from llm2rec.sharding import clip_gradients, is_shared, parts_of, shared_out, whole_state
 
 COMPLETE = "complete"
 STATE = "trainer_state.json"
+MOMENTS = "optimizer-{}.pt"  # of layers that are shared out, by rank; the main process's is `optimizer.pt`
 # Our name of a schedule -> transformers'; its plain `constant` would leave the warm-up out.
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 SCHEDULES |= {"wsd": "warmup_stable_decay"}
@@ -170,6 +172,7 @@ def train(
     out: Path,
     settings: TrainSettings,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    sharded: nn.ModuleList | None = None,
     description: str,
 ) -> TrainSummary:
     """Trains `model` in place and returns a summary; afterwards it holds the best weights, in eval mode.
@@ -183,12 +186,15 @@ def train(
         out: stage folder; checkpoints go to `out/checkpoints`, the logged values to `out/metrics.jsonl`.
         settings: plain numbers.
         evaluate: validation measure under `settings.metric`; called every `evaluate_every` steps, by the
-            main process alone. With it the best weights win, without it the last.
+            main process alone unless layers are shared out. With it the best weights win, without it the last.
+        sharded: layers of `model` that the processes share out while they train (`sharding.shared_out`).
         description: what the progress bar says.
 
     Raises:
-        ArtifactError: a non-finite loss or gradient, or too little disk for a checkpoint.
-        ConfigError: micro-batches that cannot be shared out evenly among the processes.
+        ArtifactError: a non-finite loss or gradient, too little disk for a checkpoint, or a checkpoint that
+            another number of processes shared out.
+        ConfigError: micro-batches that cannot be shared out evenly among the processes, or layers without any
+            process to share them with.
     """
     if len(batches) == 0:
         raise ArtifactError(f"{description}: there is not one training batch; check the data of this stage")
@@ -200,7 +206,8 @@ def train(
     checkpoints = out / artifacts.CHECKPOINTS
     last = _last_complete_checkpoint(checkpoints)
     clock = _Clock(0.0 if last is None else artifacts.read_json(last / COMPLETE)["seconds"])
-    with _own_randomness(), settings.loggers.around(out), progress.bar(description, settings.max_steps) as running:
+    bar = progress.bar(description, settings.max_steps)
+    with _own_randomness(), settings.loggers.around(out), shared_out(sharded), bar as running:
         watch = _Watch(settings, running, clock)
         trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, watch)
         state = None if last is None else TrainerState.load_from_json(str(last / STATE))
@@ -251,6 +258,9 @@ class _StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by all targets of the optimizer step
         self._objective, self._measure = objective, evaluate
+        self._sharded = any(is_shared(parameter) for parameter in model.parameters())
+        if self._sharded:
+            model._is_accelerate_prepared = True  # accelerate would wrap it once more
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(_Numbered(self.train_dataset), batch_size=1, shuffle=False, collate_fn=_only)
@@ -281,7 +291,8 @@ class _StageTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        limit = self.args.max_grad_norm
+        norm = clip_gradients(self.model, limit) if self._sharded else super()._clip_grad_norm(model)
         if not math.isfinite(norm):
             raise ArtifactError(
                 f"the gradient is {float(norm)} at step {self.state.global_step + 1}; the last checkpoint is "
@@ -298,12 +309,48 @@ class _StageTrainer(Trainer):
         assert self._measure is not None
         self.model.eval()
         with torch.no_grad():
-            measured = self._measure() if processes().is_main else {}
+            measured = self._measure() if processes().is_main or self._sharded else {}
         measured = processes().agreed(measured)  # all stop, or none
         metrics = {f"eval_{name}": value for name, value in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self._sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = whole_state(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._sharded and not self.args.should_save:
+            assert self.optimizer is not None
+            Path(output_dir).mkdir(parents=True, exist_ok=True)  # the main process may not have come so far
+            torch.save(self.optimizer.state_dict(), Path(output_dir) / _own_moments())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._sharded:
+            return
+        parts = 1 + len(list(Path(checkpoint).glob(MOMENTS.format("*"))))
+        if parts != processes().count:
+            raise ArtifactError(
+                f"{checkpoint} was shared out among {parts} processes, these are {processes().count}; "
+                f"start {parts}, or run again with --fresh"
+            )
+        if not self.args.should_save:
+            assert self.optimizer is not None
+            own = Path(checkpoint) / _own_moments()
+            self.optimizer.load_state_dict(torch.load(own, map_location=default_device(), weights_only=True))
+
+    def _load_best_model(self) -> None:
+        _load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # the parent's estimate assumes padded `input_ids`
@@ -390,11 +437,11 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
 def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) -> torch.optim.Optimizer:
     """AdamW: fused for float32 weights, with Kahan summation for bfloat16 ones, which lose small updates."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": arguments.weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained:  # one group holds either whole tensors or parts of tensors
+        kinds.setdefault((name in decayed, is_shared(parameter)), []).append(parameter)
+    decay = arguments.weight_decay
+    groups = [{"params": kinds[kind], "weight_decay": decay if kind[0] else 0.0} for kind in sorted(kinds)[::-1]]
     if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
         from optimi import AdamW
 
@@ -425,7 +472,9 @@ def _only(batches: Sequence[Batch]) -> Batch:
 def _average_gradients(model: nn.Module) -> None:
     """Replaces every gradient by its mean over the processes, summed in float32."""
     for parameter in model.parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and not is_shared(
+            parameter.grad
+        ):  # parts were averaged in the backward pass
             total = parameter.grad.float()
             torch.distributed.all_reduce(total)
             parameter.grad.copy_(total / torch.distributed.get_world_size())
@@ -459,11 +508,15 @@ def _last_complete_checkpoint(checkpoints: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
+def _own_moments() -> str:
+    return MOMENTS.format(processes().rank)
+
+
 def _load_weights(model: nn.Module, checkpoint: Path) -> None:
     weights: dict[str, Tensor] = {}
     for file in checkpoint.glob("*.safetensors"):
         weights |= load_file(file)
-    _, unexpected = model.load_state_dict(weights, strict=False)  # tied weights are stored once
+    _, unexpected = model.load_state_dict(parts_of(weights, model), strict=False)  # tied weights are stored once
     if unexpected or not weights:
         raise ArtifactError(f"{checkpoint} does not hold this model's weights; run again with --fresh")
 

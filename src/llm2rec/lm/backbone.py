@@ -272,17 +272,20 @@ def probe(backbone: Backbone, causal: bool) -> None:
 @contextmanager
 def dropout(model: nn.Module, share: float) -> Iterator[None]:
     """Sets the attention dropout of every layer for the time being; the configuration stays as it was."""
-    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
-    if share and not layers:
+    before = [layer.attention_dropout for layer in _attentions(model)]
+    if share and not before:
         raise ArtifactError(f"{type(model).__name__} has no attention dropout to make two views with")
-    before = [layer.attention_dropout for layer in layers]
-    for layer in layers:
+    for layer in _attentions(model):
         layer.attention_dropout = share
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
+        for layer, value in zip(_attentions(model), before, strict=True):  # a training may replace layers
             layer.attention_dropout = value
+
+
+def _attentions(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "attention_dropout")]
 
 
 @contextmanager

@@ -67,6 +67,7 @@ def csft(
     patience: int | None = None,
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
+    shard: bool = False,
     user_shares: np.ndarray | None = None,
     loggers: Loggers = NO_LOGGERS,
     compiled: bool = False,
@@ -82,6 +83,7 @@ def csft(
             one win, and checkpoints are written then instead of `checkpoints` times.
         patience: evaluations without a gain before the stage stops.
         lora: trains adapters instead of the model's weights and merges them before saving.
+        shard: the processes share the layers out while they train (`sharding.shared_out`).
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
         compiled: see `Backbone.compile_layers`.
 
@@ -105,7 +107,7 @@ def csft(
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
     course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
     settings = TrainSettings(**asdict(optimizer), **course, patience=patience, seed=seed, loggers=loggers)
-    summary = _train(lm, batches, held_out, settings, merge, out)
+    summary = _train(lm, batches, held_out, settings, merge, shard, out)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -115,6 +117,7 @@ def _train(
     held_out: list[Batch],
     settings: TrainSettings,
     merge: Callable[[], None] | None,
+    shard: bool,
     out: Path,
 ) -> dict[str, Any]:
     """Trains, merges and saves; the summary of `csft` without its total time."""
@@ -126,6 +129,7 @@ def _train(
         out=out,
         settings=settings,
         evaluate=(lambda: {"perplexity": perplexity(lm, held_out)}) if settings.evaluate_every else None,
+        sharded=lm.body.layers if shard else None,
         description="csft",
     )
     if merge:

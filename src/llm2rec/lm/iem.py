@@ -61,6 +61,7 @@ def mntp(
     out: Path,
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
+    shard: bool = False,
     shares: np.ndarray | None = None,
     loggers: Loggers = NO_LOGGERS,
     compiled: bool = False,
@@ -69,6 +70,7 @@ def mntp(
 
     Args:
         lora: trains adapters instead of the model's weights and merges them before saving.
+        shard: the processes share the layers out while they train (`sharding.shared_out`).
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
         compiled: see `Backbone.compile_layers`.
 
@@ -89,7 +91,15 @@ def mntp(
     every = math.ceil(steps / checkpoints) if checkpoints else 0
     course: dict[str, Any] = {"max_steps": steps, "accumulation": parts, "checkpoint_every": every, "seed": seed}
     settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
-    summary = train(lm.model, batches, TokenObjective(lm), out=out, settings=settings, description="mntp")
+    summary = train(
+        lm.model,
+        batches,
+        TokenObjective(lm),
+        out=out,
+        settings=settings,
+        sharded=lm.body.layers if shard else None,
+        description="mntp",
+    )
     if merge:
         merge()
     backbones.save_once(lm, out)
@@ -124,6 +134,7 @@ def contrastive(
     pooling: Pooling = MEAN,
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
+    shard: bool = False,
     shares: np.ndarray | None = None,
     loggers: Loggers = NO_LOGGERS,
     compiled: bool = False,
@@ -137,6 +148,7 @@ def contrastive(
         positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
             two items consumed one after the other in the training events. `dropout` then merely regularises.
         lora: trains adapters instead of the model's weights and merges them before saving.
+        shard: the processes share the layers out while they train (`sharding.shared_out`).
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
         compiled: see `Backbone.compile_layers`.
 
@@ -163,7 +175,7 @@ def contrastive(
         course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": stage}
         settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
         objective = ContrastiveObjective(lm, temperature, pooling)
-        summary |= _train(lm, batches, objective, pairs, dropout, settings, out)
+        summary |= _train(lm, batches, objective, pairs, dropout, settings, shard, out)
     if merge:
         merge()
     export(lm, titles, max_title_tokens, out, pooling)
@@ -177,6 +189,7 @@ def _train(
     pairs: ValidationPairs,
     dropout: float,
     settings: TrainSettings,
+    shard: bool,
     out: Path,
 ) -> dict[str, Any]:
     """The contrastive training itself; its part of the summary."""
@@ -188,6 +201,7 @@ def _train(
             out=out,
             settings=settings,
             evaluate=lambda: {"auc": pairs.auc(lm)},
+            sharded=lm.body.layers if shard else None,
             description="contrastive",
         )
     summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
