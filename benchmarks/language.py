@@ -1,7 +1,8 @@
 """The language stages against the usual way: training, encoding, memory of the loss, tokenising.
 
     LLM2REC_DATA_DIR=... python benchmarks/language.py [--only csft mntp ...] [--rounds 5] [--json FILE]
-    python benchmarks/language.py --quick
+    python benchmarks/language.py --profile
+    python benchmarks/language.py --quick [--profile]
 
 SmolLM2-135M on the titles and histories of amazon-games (movielens-100k where LLM2REC_DATA_DIR is not set). Both
 sides run in turn in one process, each at the batch that a first pass finds best; printed are medians with their
@@ -20,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
@@ -53,6 +56,7 @@ from llm2rec.training import Batch, Batches, Objective, TrainSettings, train
 MODEL = "smollm2-135m-instruct-q4"
 HISTORY, TITLE_TOKENS, TEMPERATURE = 10, 64, 0.1
 DRIFT = 0.05
+PROFILED = 14  # operations shown
 Run = Callable[[], float]
 
 
@@ -61,17 +65,17 @@ class Sizes:
     """How much a side does in a round, and the batches it may choose from."""
 
     csft_tokens: int = 4096
-    csft_targets: int = 128
+    csft_targets: int = 64
     csft_micro_tokens: tuple[int, ...] = (1024, 2048, 4096)
     csft_micro_samples: tuple[int, ...] = (4, 8, 16)
-    mntp_titles: int = 128
+    mntp_titles: int = 96
     mntp_batch: int = 32
     contrastive_titles: int = 256
     contrastive_micro_tokens: tuple[int, ...] = (1024, 2048, 4096)
-    encoded_titles: int = 2048
+    encoded_titles: int = 1024
     encode_tokens: tuple[int, ...] = (2048, 4096, 8192)
     encode_batches: tuple[int, ...] = (8, 16, 32, 64, 128)
-    row_calls: int = 2000
+    row_calls: int = 40_000
     loss_tokens: tuple[int, ...] = (1024, 2048, 4096)
     loss_vocabularies: tuple[int, ...] = (16_384, 49_152, 151_936)
     loss_width: int = 576
@@ -203,16 +207,26 @@ def packed_batches(world: World, lm: Backbone, micro_tokens: int) -> BudgetBatch
     return training_data(lm, world.sequences, world.titles, form, budget, seed=0)[0]
 
 
+def packed_ways(lm: Backbone, made: dict[int, BudgetBatches]) -> dict[str, Run]:
+    """Our CSFT step with each size of micro-batch."""
+    return {
+        f"{micro} tokens": engine(lm, batches, TokenObjective(lm), batches.targets, len(batches))
+        for micro, batches in made.items()
+    }
+
+
 def measure_csft(world: World) -> list[Figure]:
     """Targets a second of CSFT, one optimizer step a round, and the useful share of the machine's peak."""
     sizes, ours, theirs = world.sizes, world.load(), world.load()
     for lm in (ours, theirs):
         lm.set_causal(True)
     made = {micro: packed_batches(world, ours, micro) for micro in sizes.csft_micro_tokens}
-    packed = {
-        f"{micro} tokens": engine(ours, batches, TokenObjective(ours), batches.targets, len(batches))
-        for micro, batches in made.items()
-    }
+    sides = {"ours, packed": packed_ways(ours, made)}
+    with suppress(ConfigError):  # no C++ compiler
+        compiled = world.load()
+        compiled.set_causal(True)
+        compiled.compile_layers()
+        sides["ours, packed, compiled"] = packed_ways(compiled, made)
     items, _ = sampling.training_items(world.sequences, HISTORY)
     chosen = np.random.default_rng(0).permutation(len(items))[: sizes.csft_targets]
     samples = sampling.make_samples(
@@ -224,9 +238,8 @@ def measure_csft(world: World) -> list[Figure]:
         separator=False,
     )
     padded = {f"{size} samples": plain.csft(theirs, samples, size) for size in sizes.csft_micro_samples}
-    authors = {key: run for key, run in padded.items() if key.startswith("4 ")}
+    sides["authors' samples"] = padded
     before = matmul_peak(sizes)
-    sides = {"ours, packed": packed, "authors' samples, best": padded, "authors' samples of 4": authors}
     figures = compare("CSFT", "targets/s", sides, world.rounds)
     after = matmul_peak(sizes)
     show_useful(figures, minimal_flops(ours, made[sizes.csft_micro_tokens[0]]), before, after)
@@ -454,6 +467,25 @@ def prepared(interactions: Interactions, catalogue: Catalogue) -> Sequences:
         return Sequences(**arrays, item_ids=loaded.item_ids, user_ids=loaded.user_ids)
 
 
+def profile_csft(world: World) -> None:
+    """Prints where the time of one packed CSFT step goes, by operation, in its own time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    lm = world.load()
+    lm.set_causal(True)
+    batches = packed_batches(world, lm, world.sizes.csft_micro_tokens[1])
+    step = engine(lm, batches, TokenObjective(lm), batches.targets, len(batches))
+    step()  # warm
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    spent = sorted(profiled.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    total = sum(one.self_cpu_time_total for one in spent)
+    print(f"\nprofile of one CSFT step, {total / 1e6:.1f} s\n\n| operation | calls | share |")
+    print("| --- | ---: | ---: |")
+    for one in spent[:PROFILED]:
+        print(f"| {one.key} | {one.count:,} | {one.self_cpu_time_total / total:.1%} |", flush=True)
+
+
 MEASURES: dict[str, Callable[[World], list]] = {
     "memory": measure_memory,
     "tokenising": measure_tokenising,
@@ -471,12 +503,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
+    parser.add_argument("--profile", action="store_true", help="only where the time of a CSFT step goes")
     parser.add_argument("--quick", action="store_true", help="a tiny random decoder and a small log")
     parser.add_argument("--json", type=Path, help="write the figures as JSON as well")
     arguments = parser.parse_args()
     os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # only the figures
     with tempfile.TemporaryDirectory() as folder:
         world = quick_world(arguments, Path(folder)) if arguments.quick else real_world(arguments)
+        if arguments.profile:
+            profile_csft(world)
+            return
         found = {}
         for name in arguments.only:
             print(f"\n{name}\n\n| what | side | batch | median | spread | ratio |")

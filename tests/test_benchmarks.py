@@ -35,6 +35,13 @@ def test_every_side_of_a_comparison_gives_a_figure(world, name):
     assert figures[-1].ratio == 1
 
 
+def test_the_profile_of_a_step_names_operations_with_their_shares(world, capsys):
+    language.profile_csft(world)
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| aten::")]
+    shares = [float(line[3].strip(" %")) for line in lines]
+    assert len(shares) > 5 and sorted(shares, reverse=True) == shares and 0 < sum(shares) <= 100.1
+
+
 def test_a_side_is_measured_at_its_fastest_batch():
     sides = {"a": {"slow": lambda: 1.0, "fast": lambda: 4.0}, "b": {"only": lambda: 2.0}}
     ours, theirs = language.compare("x", "a second", sides, rounds=3)

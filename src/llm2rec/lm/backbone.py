@@ -41,6 +41,7 @@ from llm2rec.processes import processes
 from llm2rec.training import default_device
 
 PACKED = "llm2rec_packed"
+LONGEST_AT_ONCE = 512  # tokens; 9 heads then keep 2.4 million shares a sequence and layer for the backward pass
 TINY_HIDDEN_SIZE, TINY_LAYERS = 16, 2
 
 
@@ -329,19 +330,60 @@ def _packed_attention_forward(
         return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
 
     causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
-    mask = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(
-        pad(query),
-        pad(key),
-        pad(value),
-        attn_mask=None if causal else mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+    seen = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
+    attend = _attend_at_once if query.device.type == "cpu" and longest <= LONGEST_AT_ONCE else _attend_in_tiles
+    mixed = attend(
+        pad(query), pad(key), pad(value), None if causal else seen, dropout, scaling
     )  # (S, heads, L, d)
     flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
     return flat.index_select(0, scatter)[None], None
+
+
+def _attend_in_tiles(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """Attention by torch's kernel, whose memory does not grow with L x L.
+
+    Args:
+        query, key, value: (S, heads, L, d); key and value may have fewer heads, each for as many of the query's.
+        seen: bool, broadcast to (S, heads, L, L), which cell (row) sees which; None: every cell those up to itself.
+    """
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen,
+        dropout_p=dropout,
+        is_causal=seen is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _attend_at_once(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """The same with all scores in memory, by matrix products: on a CPU four to ten times faster for short sequences.
+
+    Torch's own backward pass in bfloat16 took 29 % of a CSFT step and 39 ms where this takes 4 (140 titles of 16
+    tokens). Scores and shares are rounded to the dtype of the inputs, as in transformers' eager attention.
+    """
+    sequences, heads, longest, width = query.shape
+    groups = key.shape[1]
+
+    def stacked(states: Tensor) -> Tensor:  # (S, heads, L, d) -> (S * groups, heads / groups * L, d)
+        return states.reshape(sequences * groups, -1, width)
+
+    if seen is None:
+        seen = query.new_ones(longest, longest, dtype=torch.bool).tril()
+    barred = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    barred.masked_fill_(~seen, torch.finfo(query.dtype).min)  # finite: padding that sees nothing gives no NaN
+    scale = scaling if scaling is not None else width**-0.5
+    scores = torch.bmm(stacked(query) * scale, stacked(key).transpose(1, 2))
+    scores = scores.view(sequences, heads, longest, longest) + barred
+    shares = F.dropout(torch.softmax(scores, dim=-1), dropout)
+    mixed = torch.bmm(shares.view(sequences * groups, -1, longest), stacked(value))
+    return mixed.view(sequences, heads, longest, width)
 
 
 AttentionInterface.register(PACKED, _packed_attention_forward)
