@@ -48,6 +48,71 @@ def test_packed_attention_equals_plain_attention_in_every_family(config_class, c
             assert torch.allclose(states, alone, atol=1e-5)
 
 
+def attended(attend, seen, dropout=0.0, heads=6, groups=2, dtype=torch.float32):
+    """What a way of attending gives for random states, and the gradients it passes on."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, heads, 7, 8), (3, groups, 7, 8), (3, groups, 7, 8)]
+    states = [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    mixed = attend(*states, seen, dropout, None)
+    (mixed * torch.randn(mixed.shape, generator=generator)).sum().backward()
+    return [mixed.detach(), *(state.grad for state in states)]
+
+
+RULES = {
+    "causal": None,
+    "bidirectional": (torch.arange(7) < torch.tensor([[7], [3], [1]]))[:, None, None, :],
+    "tree": torch.tensor([[True], [False], [True]])[..., None, None] | torch.eye(7, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("groups", [6, 2, 1])
+def test_attention_at_once_equals_attention_in_tiles(rule, groups):
+    ways = [
+        attended(way, RULES[rule], groups=groups)
+        for way in (backbones._attend_at_once, backbones._attend_in_tiles)
+    ]
+    for ours, torchs in zip(*ways, strict=True):
+        assert ours.abs().max() > 0.1  # premise
+        assert torch.allclose(ours, torchs, atol=1e-5)
+
+
+def test_attention_at_once_in_bfloat16_is_about_as_near_to_float32_as_torchs():
+    exact = attended(backbones._attend_at_once, None)
+
+    def errors(attend):
+        rounded = attended(attend, None, dtype=torch.bfloat16)
+        return [float((one - whole).norm() / whole.norm()) for one, whole in zip(rounded, exact, strict=True)]
+
+    for ours, torchs in zip(errors(backbones._attend_at_once), errors(backbones._attend_in_tiles), strict=True):
+        assert 0 < ours < 1.5 * torchs
+
+
+def test_a_cell_that_sees_nothing_gives_finite_gradients():
+    seen = RULES["bidirectional"] & torch.tensor([True] * 5 + [False] * 2)[:, None]
+    assert all(torch.isfinite(one).all() for one in attended(backbones._attend_at_once, seen))
+
+
+def test_attention_at_once_drops_shares_and_keeps_their_mean():
+    torch.manual_seed(0)
+    mixed = torch.stack([attended(backbones._attend_at_once, None, dropout=0.3)[0] for _ in range(400)])
+    whole = attended(backbones._attend_at_once, None)[0]
+    assert mixed.std(0).mean() > 0.1
+    assert (mixed.mean(0) - whole).abs().mean() < 0.05
+
+
+def test_long_sequences_keep_no_scores(monkeypatch):
+    ways = []
+    monkeypatch.setattr(backbones, "LONGEST_AT_ONCE", 4)
+    for name in ("_attend_at_once", "_attend_in_tiles"):
+        way = getattr(backbones, name)
+        monkeypatch.setattr(backbones, name, lambda *a, way=way, name=name: ways.append(name) or way(*a))
+    lm = Backbone(random_model(LlamaConfig).eval(), None)
+    for length in (4, 5):
+        lm.hidden_states(pack(np.arange(5, 5 + length), np.array([length])))
+    assert ways == ["_attend_at_once"] * 2 + ["_attend_in_tiles"] * 2
+
+
 def test_the_probe_refuses_a_model_that_stays_causal(tiny):
     tiny.set_causal(True)
     with pytest.raises(ArtifactError, match="should be bidirectional"):
