@@ -13,12 +13,14 @@ from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, ranking
 from llm2rec.rec import average
+from llm2rec.rec import fit as fitting
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.rec.baselines import FLOORS, ItemKNN
 from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
 from llm2rec.rec.items import Categories
+from llm2rec.rec.losses import NegativeSampler
 
 N, LENGTH = 12, 5
 CATEGORISED = "categorised"
@@ -101,6 +103,35 @@ def random_sequences(order=None):
     parts[offsets[1:] - 2], parts[offsets[1:] - 1] = VALIDATION, TEST
     users = [f"u{user}" for user in range(30)]
     return Sequences((items + 1).astype(np.int32), offsets, parts, [f"i{item}" for item in range(N)], users)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_some_items_have_the_vectors_and_gradients_that_they_have_among_all(case):
+    rows = torch.tensor([11, 2, 7, 2])
+    slopes = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for chosen in (lambda items: items.vectors(rows), lambda items: items.vectors()[rows]):
+        items = built(case).items
+        some = chosen(items)
+        (some * slopes).sum().backward()
+        found.append([some.detach(), *(one.grad for one in items.parameters())])
+    for ours, of_all in zip(*found, strict=True):
+        assert of_all.abs().max() > 0  # premise
+        assert torch.allclose(ours, of_all, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loss", ["sampled_softmax", "gbce"])
+def test_a_sampled_loss_looks_at_the_wanted_items_alone(case, loss, monkeypatch):
+    model, sequences = built(case), random_sequences()
+    sequences = replace(sequences, times=np.arange(len(sequences.items)))
+    settings = Optimisation(0.1, 0.0, 4, 1, 1, loss=loss, negatives=3)
+    sampler = NegativeSampler(np.ones(N), 3, "uniform")
+    batch = WindowBatches(sequences, LENGTH, 4, 0, with_times=model.needs_times, sampler=sampler)[0]
+    objective = NextItemObjective(model, settings)
+    ours = objective(model, batch)
+    monkeypatch.setattr(fitting, "_of_wanted_items", lambda batch: (None, batch))
+    assert ours.item() == pytest.approx(objective(model, batch).item(), rel=1e-5)
 
 
 def test_the_conformance_suite_covers_every_architecture():

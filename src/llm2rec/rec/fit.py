@@ -268,9 +268,12 @@ class NextItemObjective:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of one batch from `WindowBatches`, summed over its targets."""
+        wanted = None
+        if self._loss != losses.FULL:
+            wanted, batch = _of_wanted_items(batch)
         with torch.autocast(batch["histories"].device.type, self.dtype, enabled=self.dtype != torch.float32):
             # `model` may be the engine's wrapper of the recommender, which has only its forward.
-            vectors = self._recommender.items.vectors()
+            vectors = self._recommender.items.vectors(wanted)
             states = model(batch["histories"], vectors, batch.get("times"))
         labelled = states.flatten(0, 1).index_select(0, batch["rows"])  # (M, H)
         queries, candidates = (part.to(self.dtype) for part in self._recommender.comparable(labelled, vectors))
@@ -285,6 +288,16 @@ class NextItemObjective:
             return losses.sampled_softmax(queries, candidates, targets, negatives, batch["log_expected"])
         beta = losses.gbce_beta(len(negatives), self._recommender.n_items, self._calibration)
         return losses.gbce(queries, candidates, targets, negatives, beta)
+
+
+def _of_wanted_items(batch: Batch) -> tuple[Tensor, Batch]:
+    """The catalogue rows (R,) that a step over sampled items needs, and its batch in terms of these alone."""
+    histories, targets, negatives = batch["histories"], batch["targets"], batch["negatives"]
+    seen = histories > 0
+    wanted = torch.cat([histories[seen] - 1, targets, negatives]).unique()
+    places = {name: torch.searchsorted(wanted, batch[name]) for name in ("targets", "negatives")}
+    places["histories"] = torch.where(seen, torch.searchsorted(wanted, histories - 1) + 1, 0)
+    return wanted, batch | places
 
 
 def _prefixes(offsets: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

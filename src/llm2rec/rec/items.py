@@ -37,8 +37,13 @@ class ItemTable(nn.Module, ABC):
         """Items that can be seen and scored, N, or N + M with added ones."""
 
     @abstractmethod
-    def vectors(self) -> Tensor:
-        """(N + M, H) float32, row j for item_index j + 1; call once a step."""
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
+        """(N + M, H) float32, row j for item_index j + 1; call once a step.
+
+        Args:
+            rows: (R,) int64 in 0..N - 1, of a table without added items: only these, (R, H), computed without
+                the others, so that a step over samples of a large catalogue does not cost the catalogue.
+        """
 
     def blank(self, rows: Tensor) -> None:
         """Zeroes what is learned of the items at (N,) bool `rows`, which no training will see.
@@ -78,9 +83,9 @@ class LearnedItems(ItemTable):
         """Items in the catalogue, N."""
         return len(self.weight)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N, H) float32: the table itself."""
-        return self.weight
+        return _at(self.weight, rows)
 
     def blank(self, rows: Tensor) -> None:
         """See the base class."""
@@ -139,16 +144,16 @@ class CategorisedItems(LearnedItems):
         highest = int(categories.indices.max()) if len(categories.indices) else 0
         self.category_weight = learned(highest + 1, hidden_size)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N, H) float32: own vector plus mean of the categories'."""
-        bags = F.embedding_bag(
-            self.category_indices,
-            self.category_weight,
-            self.category_offsets,
-            mode="mean",
-            include_last_offset=True,
-        )
-        return self.weight + bags
+        indices, offsets = self.category_indices, self.category_offsets
+        if rows is not None:
+            starts, counts = offsets[rows], offsets.diff()[rows]
+            offsets = F.pad(counts.cumsum(0), (1, 0))
+            places = torch.arange(int(offsets[-1]), device=rows.device)
+            indices = indices[places + (starts - offsets[:-1]).repeat_interleave(counts)]
+        bags = F.embedding_bag(indices, self.category_weight, offsets, mode="mean", include_last_offset=True)
+        return _at(self.weight, rows) + bags
 
 
 class FrozenItems(ItemTable):
@@ -177,9 +182,9 @@ class FrozenItems(ItemTable):
         """Items in the catalogue and added, N + M."""
         return len(self.frozen)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N + M, H): the adapter applied to the whole catalogue."""
-        return self._adapted(self.frozen)
+        return self._adapted(self.frozen if rows is None else self.frozen.index_select(0, rows))
 
     def _adapted(self, values: Tensor) -> Tensor:
         return self._apart(self.adapter, values)
@@ -189,9 +194,9 @@ class FrozenItems(ItemTable):
         mapped: Tensor = torch.cat([layer(part) for part in self.parts(values)]) if self.n_added else layer(values)
         return mapped
 
-    def _for_all(self, learned_rows: Tensor) -> Tensor:
-        """(N, ...) -> (N + M, ...): zeros for the added items."""
-        return F.pad(learned_rows, (0, 0, 0, self.n_added)) if self.n_added else learned_rows
+    def _for_all(self, table: Tensor, rows: Tensor | None = None) -> Tensor:
+        """(N, ...) -> (N + M, ...): zeros for the added items; or some rows."""
+        return F.pad(table, (0, 0, 0, self.n_added)) if self.n_added else _at(table, rows)
 
 
 class SummedItems(FrozenItems):
@@ -201,9 +206,9 @@ class SummedItems(FrozenItems):
         super().__init__(frozen, hidden_size, adapter)
         self.weight = learned(len(frozen.values) - frozen.n_added, hidden_size)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N + M, H) float32: the sum."""
-        return super().vectors() + self._for_all(self.weight)
+        return super().vectors(rows) + self._for_all(self.weight, rows)
 
     def blank(self, rows: Tensor) -> None:
         """See the base class."""
@@ -223,9 +228,9 @@ class ConcatenatedItems(FrozenItems):
         nn.init.normal_(self.merge.weight, std=(2 * hidden_size) ** -0.5)  # keeps the standard deviation
         nn.init.zeros_(self.merge.bias)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N + M, H) float32: both, merged."""
-        both = torch.cat([super().vectors(), self._for_all(self.weight)], dim=1)  # (N + M, 2H)
+        both = torch.cat([super().vectors(rows), self._for_all(self.weight, rows)], dim=1)  # (N + M, 2H)
         return self._apart(self.merge, both)
 
     def blank(self, rows: Tensor) -> None:
@@ -251,15 +256,17 @@ class DeltaItems(FrozenItems):
         self.register_buffer("longest", share * trained.norm(dim=1, keepdim=True), persistent=False)  # (N, 1)
         self.delta = nn.Parameter(torch.zeros_like(trained))
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """(N + M, H) float32: the adapter applied to the moved vectors."""
-        return self._adapted(self.frozen + self._for_all(self.bounded_delta()))
+        frozen = self.frozen if rows is None else self.frozen.index_select(0, rows)
+        return self._adapted(frozen + self._for_all(self.bounded_delta(rows)))
 
-    def bounded_delta(self) -> Tensor:
-        """(N, K) float32: the deltas, none longer than `share` of its vector."""
-        squares = self.delta.square().sum(dim=1, keepdim=True)  # (N, 1)
+    def bounded_delta(self, rows: Tensor | None = None) -> Tensor:
+        """(N, K) float32, or of some rows (R, K): the deltas, none longer than `share` of its vector."""
+        delta, longest = _at(self.delta, rows), _at(self.longest, rows)
+        squares = delta.square().sum(dim=1, keepdim=True)  # (N, 1)
         # Where the delta is short enough the factor is 1 and has no gradient; tiny keeps 0 / 0 away.
-        return self.delta * (self.longest * squares.clamp(min=self.longest.square() + _TINY).rsqrt())
+        return delta * (longest * squares.clamp(min=longest.square() + _TINY).rsqrt())
 
 
 TEXT_TABLES = {"text": FrozenItems, "sum": SummedItems, "concatenation": ConcatenatedItems}
@@ -268,6 +275,11 @@ TEXT_TABLES = {"text": FrozenItems, "sum": SummedItems, "concatenation": Concate
 def learned(rows: int, hidden_size: int) -> nn.Parameter:
     """Trained vectors, (rows, H), drawn from N(0, 0.02)."""
     return nn.Parameter(nn.init.normal_(torch.empty(rows, hidden_size), std=INITIAL_STD))
+
+
+def _at(table: Tensor, rows: Tensor | None) -> Tensor:
+    """The table, or some of its rows."""
+    return table if rows is None else F.embedding(rows, table)
 
 
 def _zero(weight: nn.Parameter, rows: Tensor) -> None:
