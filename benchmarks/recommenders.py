@@ -14,6 +14,7 @@ catalogue and prints what that added to the anonymous memory of the process.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -37,10 +38,12 @@ from llm2rec.evaluation import protocol, ranking
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
+from llm2rec.rec.losses import FULL, SAMPLED_SOFTMAX, UNIFORM, NegativeSampler
 from llm2rec.training import Batch, Batches, TrainSettings, train
 
 WIDTH, HIDDEN, LENGTH = 576, 128, 10
 STEPS = 6
+NEGATIVES = 2048  # of the sampled softmax
 SHAPE = Architecture("sasrec", "text", HIDDEN, 2, 2, 0.3, LENGTH)
 
 
@@ -73,11 +76,14 @@ def prepared(name: str) -> Sequences:
         return Sequences(**arrays, item_ids=loaded.item_ids, user_ids=loaded.user_ids)
 
 
-def bare_training(sequences: Sequences, vectors: np.ndarray, batch_size: int, dtype: str) -> Callable[[], float]:
+def bare_training(
+    sequences: Sequences, vectors: np.ndarray, batch_size: int, dtype: str, loss: str = FULL
+) -> Callable[[], float]:
     """Targets a second of our training without the engine: the steps alone."""
     recommender = models.build(SHAPE, n_items=sequences.n_items, seed=0, vectors=vectors).train()
-    batches = WindowBatches(sequences, LENGTH, batch_size, 0)
-    objective = NextItemObjective(recommender, Optimisation(1e-3, 1e-4, batch_size, 1, 1, dtype=dtype))
+    sampler = None if loss == FULL else NegativeSampler(np.ones(sequences.n_items), NEGATIVES, UNIFORM)
+    batches = WindowBatches(sequences, LENGTH, batch_size, 0, sampler=sampler)
+    objective = NextItemObjective(recommender, Optimisation(1e-3, 1e-4, batch_size, 1, 1, loss=loss, dtype=dtype))
     optimizer = torch.optim.AdamW([p for p in recommender.parameters() if p.requires_grad], 1e-3, fused=True)
 
     def run() -> float:
@@ -265,30 +271,34 @@ def measure_speed(arguments: argparse.Namespace) -> None:
 
 
 def measure_memory(sizes: list[int]) -> None:
-    """The table of what training adds to the memory of a process."""
-    print("| items | GiB added by training | bytes an item |\n| ---: | ---: | ---: |")
-    for items in sizes:
-        command = [sys.executable, __file__, "--items", str(items)]
+    """The table of what training adds to the memory of a process, and how fast it is."""
+    print(
+        "| items | loss | GiB added by training | bytes an item | targets/s |\n| ---: | --- | ---: | ---: | ---: |"
+    )
+    for items, loss in itertools.product(sizes, (FULL, SAMPLED_SOFTMAX)):
+        command = [sys.executable, __file__, "--items", str(items), "--loss", loss]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        added = json.loads(done.stdout.splitlines()[-1])
-        print(f"| {items:,} | {added / 2**30:.3f} | {added / items:,.0f} |", flush=True)
+        added, speed = json.loads(done.stdout.splitlines()[-1])
+        figures = f"{added / 2**30:.3f} | {added / items:,.0f} | {speed:,.0f}"
+        print(f"| {items:,} | {loss} | {figures} |", flush=True)
 
 
-def train_on(items: int) -> None:
-    """Trains on a made catalogue whose vectors lie in a file, as those of a run do; prints the bytes added."""
+def train_on(items: int, loss: str) -> None:
+    """Trains on a made catalogue whose vectors lie in a file, as those of a run do; prints bytes added, targets/s."""
     generator = np.random.default_rng(0)
     with tempfile.NamedTemporaryFile() as file:
         vectors = np.memmap(file.name, dtype=np.float32, mode="w+", shape=(items, WIDTH))
         for start in range(0, items, 10_000):
             part = vectors[start : start + 10_000]
             part[:] = generator.standard_normal(part.shape, dtype=np.float32)
+        few = made(max(1_000, NEGATIVES + 1))
         bare_training(
-            made(1_000), np.array(vectors[:1_000]), 128, "bfloat16"
+            few, np.array(vectors[: few.n_items]), 128, "bfloat16", loss
         )()  # what does not depend on the size
         sequences = made(items)
         with PeakMemory() as memory:
-            bare_training(sequences, vectors, 128, "bfloat16")()
-    print(json.dumps(memory.added))
+            speed = bare_training(sequences, vectors, 128, "bfloat16", loss)()
+    print(json.dumps([memory.added, speed]))
 
 
 def made(items: int, users: int = 2_000, events: int = 8) -> Sequences:
@@ -333,9 +343,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[128, 512], help="windows a step of ours")
     parser.add_argument("--memory", type=int, nargs="*", help="sizes of catalogues; measures memory, not speed")
     parser.add_argument("--items", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--loss", default=FULL, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.items:
-        train_on(arguments.items)
+        train_on(arguments.items, arguments.loss)
     elif arguments.memory is not None:
         measure_memory(arguments.memory or [10_000, 100_000, 1_000_000])
     else:

@@ -117,8 +117,11 @@ def test_every_way_of_training_and_ranking_gives_a_figure(monkeypatch):
 
 
 def test_the_memory_that_a_training_adds_is_measured(capsys):
-    recommenders.train_on(20_000)
-    assert int(capsys.readouterr().out) > 20_000 * recommenders.WIDTH * 2  # the frozen vectors at least
+    for loss in (recommenders.FULL, recommenders.SAMPLED_SOFTMAX):
+        recommenders.train_on(20_000, loss)
+        added, speed = json.loads(capsys.readouterr().out)
+        assert added > 20_000 * recommenders.WIDTH * 2  # the frozen vectors at least
+        assert speed > 0
 
 
 def test_both_ways_of_preparing_a_log_leave_the_same_events(tmp_path):
