@@ -30,7 +30,6 @@ import numpy as np
 import plain_language as plain
 import polars as pl
 import torch
-import torch.nn.functional as F
 
 from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences, prepare
@@ -356,7 +355,7 @@ def measure_encode(world: World) -> list[Figure]:
         folder = Path(root) / "encoder"
         lm = world.load(head=False)
         lm.set_causal(False)
-        export(lm, titles, TITLE_TOKENS, folder)
+        export(lm, titles, TITLE_TOKENS, folder)  # fails where the two sides give different vectors
         theirs = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": world.dtype})
         shipped = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
 
@@ -366,12 +365,6 @@ def measure_encode(world: World) -> list[Figure]:
     def peer(encoder: SentenceTransformer, batch: int) -> Run:
         return timed(len(titles), lambda: encoder.encode(titles, batch_size=batch, show_progress_bar=False))
 
-    sample = titles[:64]
-    vectors = torch.from_numpy(encode_titles(lm, sample, TITLE_TOKENS, 4096)[0])
-    others = torch.from_numpy(theirs.encode(sample, show_progress_bar=False)).float()
-    equal = F.cosine_similarity(vectors, others).min().item()
-    if equal < 0.999:
-        raise SystemExit(f"the two sides give different vectors (cosine {equal:.4f}): nothing to compare")
     tuned = {f"{batch} titles": peer(theirs, batch) for batch in world.sizes.encode_batches}
     sides = {
         "ours": {f"{tokens} tokens": ours(tokens) for tokens in world.sizes.encode_tokens},

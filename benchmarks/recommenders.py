@@ -284,7 +284,7 @@ def measure_memory(sizes: list[int]) -> None:
 
 
 def train_on(items: int, loss: str) -> None:
-    """Trains on a made catalogue whose vectors lie in a file, as those of a run do; prints bytes added, targets/s."""
+    """Trains on a made catalogue with vectors in a file, as in a run; prints bytes added and targets a second."""
     generator = np.random.default_rng(0)
     with tempfile.NamedTemporaryFile() as file:
         vectors = np.memmap(file.name, dtype=np.float32, mode="w+", shape=(items, WIDTH))

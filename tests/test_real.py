@@ -63,8 +63,10 @@ def test_the_real_model_attends_both_ways_and_exports_its_vectors(smollm2, movie
         (causal * bidirectional).sum(1) / np.linalg.norm(causal, axis=1) / np.linalg.norm(bidirectional, axis=1)
     )
     assert cosine.max() < 0.999
-    export(lm, titles, 64, tmp_path / "encoder")  # raises where sentence-transformers gives other vectors
-    assert (tmp_path / "encoder" / "modules.json").exists()
+    for dtype in (torch.float32, torch.bfloat16):
+        lm.model.to(dtype)
+        export(lm, titles, 64, tmp_path / str(dtype))  # raises where sentence-transformers gives other vectors
+        assert (tmp_path / str(dtype) / "modules.json").exists()
 
 
 def test_a_few_csft_steps_lower_the_perplexity_of_held_out_titles(smollm2, movielens, tmp_path):
