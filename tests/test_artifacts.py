@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -83,6 +84,29 @@ def test_a_stage_that_fails_after_it_has_written_does_not_bring_the_old_one_back
     assert artifacts.decide(tmp_path / "data", {"a": 2}).reasons == ("interrupted",)
     (old,) = (tmp_path / artifacts.SUPERSEDED).rglob("out.txt")
     assert old.read_text() == "old"
+
+
+def test_a_stage_killed_while_its_checkpoints_are_deleted_is_finished(tmp_path, monkeypatch):
+    folder = tmp_path / "csft"
+
+    def killed(source, target):
+        if "checkpoints" in str(source):
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt),
+        artifacts.stage(folder, "csft", {"a": 1}, tmp_path),
+    ):
+        (folder / artifacts.CHECKPOINTS).mkdir()
+        (folder / artifacts.CHECKPOINTS / "weights").write_text("large")
+        (folder / "weights").write_text("x")
+        patched.setattr(artifacts.os, "replace", killed)
+    assert artifacts.decide(folder, {"a": 1}).keep
+    assert list(artifacts.require(folder, "csft").outputs) == ["weights"]
+    artifacts.tidy(folder)
+    assert {path.name for path in folder.iterdir()} == {"weights", artifacts.MANIFEST}
 
 
 def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):

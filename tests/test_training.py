@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from llm2rec import training
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.training import Batches, Optimizer, TrainSettings, stage_seed, train
 
@@ -217,6 +218,40 @@ def test_a_checkpoint_that_was_not_written_whole_is_ignored(tmp_path):
     (half / "trainer_state.json").write_text("{")
     summary = train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
     assert summary.steps == 6
+
+
+def test_an_older_checkpoint_goes_only_once_the_newer_one_is_complete(tmp_path, monkeypatch):
+    def complete():
+        return sorted(path.parent.name for path in tmp_path.glob("checkpoints/*/complete"))
+
+    seen = []
+    delete = training._delete
+    monkeypatch.setattr(training, "_delete", lambda folders: seen.append(complete()) or delete(folders))
+    scores = iter([0.5, 0.9, 0.3, 0.4])
+    train(
+        network(),
+        Numbers(),
+        squared_error,
+        out=tmp_path,
+        settings=settings(max_steps=8, evaluate_every=2),
+        evaluate=lambda: {"ndcg@10": next(scores)},
+        description="x",
+    )
+    steps = [[f"checkpoint-{step}" for step in kept] for kept in ([], [2], [2, 4], [4, 6], [4, 6, 8])]
+    assert seen == steps  # before each deletion; the best is step 4
+    assert complete() == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_a_checkpoint_killed_while_it_was_deleted_is_not_resumed(tmp_path, monkeypatch):
+    def killed(folder):
+        raise Killed
+
+    monkeypatch.setattr("llm2rec.training.shutil.rmtree", killed)
+    options = settings(max_steps=6, checkpoint_every=2)
+    with pytest.raises(Killed):
+        train(network(), Numbers(), squared_error, out=tmp_path, settings=options, description="x")
+    left = {path.name: (path / "complete").exists() for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"checkpoint-2": False, "checkpoint-4": True}
 
 
 def test_a_finished_training_is_not_trained_further(tmp_path):

@@ -28,6 +28,7 @@ from llm2rec.errors import ArtifactError
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CHECKPOINTS = "checkpoints"
+DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
 TAKEN = ".taken"
 FORMAT = 1
@@ -240,10 +241,23 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
                 os.replace(aside, folder)  # over the empty folder
                 progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
         raise
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
-    started.unlink()
+    tidy(folder)  # last: a stage killed while its checkpoints are deleted is finished all the same
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a finished stage no longer needs; it may have been killed before it came to that."""
+    _drop_checkpoints(folder)
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _drop_checkpoints(folder: Path) -> None:
+    """Deletes the checkpoints of a stage, of which at no moment some are half there."""
+    shutil.rmtree(folder / DROPPED, ignore_errors=True)
+    if (folder / CHECKPOINTS).exists():
+        os.replace(folder / CHECKPOINTS, folder / DROPPED)
+        shutil.rmtree(folder / DROPPED, ignore_errors=True)
 
 
 def _inputs_at_start(started: Path) -> Inputs | None:
@@ -256,11 +270,12 @@ def _inputs_at_start(started: Path) -> Inputs | None:
 
 
 def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, Any]) -> None:
-    """Hashes everything in `folder` and writes the manifest last."""
+    """Hashes everything in `folder` but checkpoints and writes the manifest last."""
+    passing = (CHECKPOINTS, DROPPED, MANIFEST, STARTED)
     outputs = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, STARTED)
+        if path.is_file() and path.relative_to(folder).parts[0] not in passing
     }
     content = {"format": FORMAT, "stage": name, "inputs": inputs, "outputs": outputs, "summary": summary}
     write_json(folder / MANIFEST, content)
@@ -274,7 +289,7 @@ def move_aside(folder: Path, run_folder: Path) -> Path | None:
     Returns:
         Where it lies now; None where there was nothing to move.
     """
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # optimizer states: large, useless elsewhere
+    _drop_checkpoints(folder)  # optimizer states: large, useless elsewhere
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")

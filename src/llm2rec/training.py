@@ -396,6 +396,8 @@ class _Watch(TrainerCallback):
         processes().wait()  # each process writes a file of its own
         if state.is_world_process_zero:
             artifacts.write_json(folder / COMPLETE, {"step": state.global_step, "seconds": self._clock.seconds})
+            best = Path(state.best_model_checkpoint or folder)
+            _delete([one for one in _checkpoints(folder.parent) if one.name not in (folder.name, best.name)])
 
 
 def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
@@ -415,7 +417,6 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         max_grad_norm=settings.max_grad_norm,
         save_strategy="steps" if every else "no",
         save_steps=every or 1,
-        save_total_limit=2,  # never fewer: the older one stands until the newer one is complete
         eval_strategy="steps" if evaluates else "no",
         eval_steps=every or 1,
         load_best_model_at_end=evaluates,
@@ -499,13 +500,23 @@ def _is_over(state: TrainerState, settings: TrainSettings, evaluates: bool) -> b
 
 def _last_complete_checkpoint(checkpoints: Path) -> Path | None:
     """The newest checkpoint that was written whole; half-written ones (killed while saving) are deleted."""
-    complete = []
-    for folder in checkpoints.glob("checkpoint-*"):
-        if (folder / COMPLETE).exists():
-            complete.append(folder)
-        elif processes().is_main:
-            shutil.rmtree(folder)
+    found = _checkpoints(checkpoints)
+    complete = [folder for folder in found if (folder / COMPLETE).exists()]
+    if processes().is_main:
+        _delete([folder for folder in found if folder not in complete])
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("checkpoint-*"))
+
+
+def _delete(checkpoints: list[Path]) -> None:
+    """Deletes checkpoints; one that a kill leaves half deleted counts as incomplete."""
+    # Not by the trainer's own limit: it would delete the last complete one while the next is not yet marked.
+    for folder in checkpoints:
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _own_moments() -> str:
