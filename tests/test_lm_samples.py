@@ -238,9 +238,9 @@ def test_arguments_that_exclude_each_other_are_refused(world, tiny_folder, tmp_p
 
 
 def test_the_weights_with_the_lowest_perplexity_win(world, tiny_folder, tmp_path):
-    options = {"max_tokens": 20_000, "optimizer": Optimizer(learning_rate=0.5), "evaluations": 4, "patience": 1}
+    options = {"max_tokens": 20_000, "optimizer": Optimizer(learning_rate=0.5), "evaluations": 12, "patience": 1}
     summary = run_csft(world, tiny_folder, tmp_path, **options)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     measured = [json.loads(line)["eval_perplexity"] for line in lines if "eval_perplexity" in line]
     assert summary["perplexity_after"] == pytest.approx(min(measured), rel=1e-3)
-    assert len(measured) < 4  # a rate this high only does harm: it stopped early
+    assert len(measured) < 12  # a rate this high soon does harm: it stopped early
