@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,10 +29,10 @@ import numpy as np
 import plain_language as plain
 import polars as pl
 import torch
+from interleaved import Figure, Run, compare, prepared, timed
 
 from llm2rec.data import sources
-from llm2rec.data.sequences import Sequences, prepare
-from llm2rec.data.splits import Split
+from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
@@ -41,12 +40,12 @@ from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import Budget, BudgetBatches, Form, TokenObjective, WindowBatches, csft_texts, training_data
 from llm2rec.lm.encode import encode_titles
+from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
     ContrastiveObjective,
     MaskedBatches,
     contrastive_batches,
     distinct_texts,
-    export,
 )
 from llm2rec.lm.text import item_texts
 from llm2rec.precision import resolve_dtype
@@ -56,7 +55,6 @@ MODEL = "smollm2-135m-instruct-q4"
 HISTORY, TITLE_TOKENS, TEMPERATURE = 10, 64, 0.1
 DRIFT = 0.05
 PROFILED = 14  # operations shown
-Run = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -121,52 +119,6 @@ class World:
         distinct = np.array(sorted(set(item_texts(self.titles))), dtype=object)
         generator = np.random.default_rng(0)
         return generator.permutation(distinct)[:count].tolist()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table: a side at its best batch, and how many times the last side it is."""
-
-    what: str
-    side: str
-    batch: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-
-    def line(self) -> str:
-        """As a row of the table."""
-        spread = f"{self.low:,.4g}–{self.high:,.4g}"
-        ratio = f"{self.ratio:.3g}x ({self.ratio_low:.3g}–{self.ratio_high:.3g})"
-        return (
-            f"| {self.what} | {self.side} | {self.batch} | {self.median:,.4g} {self.unit} | {spread} | {ratio} |"
-        )
-
-
-def compare(what: str, unit: str, sides: dict[str, dict[str, Run]], rounds: int) -> list[Figure]:
-    """Each side at the fastest of its batches, in turn; ratios are taken within a round, against the last side."""
-    best: dict[str, str] = {}
-    for side, by_batch in sides.items():
-        next(iter(by_batch.values()))()  # warm
-        first = {batch: run() for batch, run in by_batch.items()}
-        best[side] = max(first, key=lambda batch: first[batch])
-    found = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, batch in best.items():
-            found[side].append(sides[side][batch]())
-    base = list(found.values())[-1]
-    figures = []
-    for side, values in found.items():
-        ratios = [value / other for value, other in zip(values, base, strict=True)]
-        speeds = statistics.median(values), min(values), max(values)
-        shares = statistics.median(ratios), min(ratios), max(ratios)
-        figures.append(Figure(what, side, best[side], unit, *speeds, *shares))
-        print(figures[-1].line(), flush=True)
-    return figures
 
 
 class Clocked(Batches):
@@ -374,17 +326,6 @@ def measure_encode(world: World) -> list[Figure]:
     return compare("encode", "titles/s", sides, world.rounds)
 
 
-def timed(count: int, work: Callable[[], object]) -> Run:
-    """How many of `count` a second `work` does."""
-
-    def run() -> float:
-        began = time.perf_counter()
-        work()
-        return count / (time.perf_counter() - began)
-
-    return run
-
-
 def measure_tokenising(world: World) -> list[Figure]:
     """Targets a second from titles to tensors: each title once, the rows batched, each row alone."""
     tokenizer, sequences, titles = backbones.load_tokenizer(world.model), world.sequences, world.titles
@@ -449,15 +390,6 @@ def quick_world(arguments: argparse.Namespace, folder: Path) -> World:
     sequences = prepared(Interactions.from_frame(log, "log"), Catalogue.from_frame(table, "items"))
     backbones.make_tiny_random(titles, folder, seed=0)
     return World(sequences, titles, folder, torch.float32, QUICK, arguments.rounds)
-
-
-def prepared(interactions: Interactions, catalogue: Catalogue) -> Sequences:
-    """The sequences of two tables in memory, leave-one-out."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(interactions, catalogue, split=Split(), short_histories="drop", out=Path(folder))
-        loaded = Sequences.load(Path(folder))
-        arrays = {key: np.array(getattr(loaded, key)) for key in ("items", "offsets", "parts", "times")}
-        return Sequences(**arrays, item_ids=loaded.item_ids, user_ids=loaded.user_ids)
 
 
 def profile_csft(world: World) -> None:

@@ -34,9 +34,10 @@ from types import TracebackType
 import numpy as np
 import polars as pl
 import torch
+from interleaved import prepared
 from peer_sides.side import LENGTH, LISTS, RANKS, TRAINING, Done, Log
-from recommenders import prepared
 
+from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.splits import TEST, TRAIN, VALIDATION
 from llm2rec.evaluation.ranking import measure, ranks
@@ -246,7 +247,7 @@ def main() -> None:
     if arguments.parity:
         differences = parity({"recbole": arguments.recbole_python, "ranx": arguments.ranx_python})
         raise SystemExit(any(difference > 1e-6 for difference in differences.values()))
-    sequences = quick_sequences() if arguments.quick else prepared(arguments.data)
+    sequences = quick_sequences() if arguments.quick else prepared(*sources.fetch_data(arguments.data))
     ours = {OURS: sys.executable, "torch": sys.executable}
     theirs = {"rectools": arguments.rectools_python, "recbole": arguments.recbole_python}
     os.environ["OUR_DTYPE"] = arguments.dtype

@@ -29,11 +29,11 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
+from interleaved import prepared
 from torch import nn
 
 from llm2rec.data import sources
-from llm2rec.data.sequences import TEST, TRAIN, Sequences, prepare
-from llm2rec.data.splits import Split
+from llm2rec.data.sequences import TEST, TRAIN, Sequences
 from llm2rec.evaluation import protocol, ranking
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture
@@ -65,15 +65,6 @@ class PlainSASRec(nn.Module):
         future = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), 1)
         states = self.body(states, mask=future)
         return states[:, -1] @ table.T
-
-
-def prepared(name: str) -> Sequences:
-    """The sequences of a named data set, leave-one-out."""
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(*sources.fetch_data(name), split=Split(), short_histories="drop", out=Path(folder))
-        loaded = Sequences.load(Path(folder))
-        arrays = {key: np.array(getattr(loaded, key)) for key in ("items", "offsets", "parts", "times")}
-        return Sequences(**arrays, item_ids=loaded.item_ids, user_ids=loaded.user_ids)
 
 
 def bare_training(
@@ -244,7 +235,7 @@ def compare(name: str, unit: str, ways: dict[str, Callable[[], float]], rounds: 
 
 def measure_speed(arguments: argparse.Namespace) -> None:
     """The table of training, overhead and ranking."""
-    sequences = prepared(arguments.data)
+    sequences = prepared(*sources.fetch_data(arguments.data))
     vectors = np.random.default_rng(0).standard_normal((sequences.n_items, WIDTH)).astype(np.float32)
     print(f"{arguments.data}: {sequences.n_items:,} items, {torch.get_num_threads()} threads\n")
     print("| what | way | median | spread | ratio |\n| --- | --- | ---: | ---: | ---: |")

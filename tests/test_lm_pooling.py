@@ -7,7 +7,7 @@ import torch
 from conftest import TITLES
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm.encode import encode_titles
-from llm2rec.lm.iem import export
+from llm2rec.lm.export import export
 from llm2rec.lm.pooling import Pooling, pool_last, pool_mean, pool_weighted_mean
 
 HIDDEN = torch.tensor([[[1.0], [3.0], [8.0], [10.0]]])

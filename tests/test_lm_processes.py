@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import TITLES, prepared_cycle
+from llm2rec import checkpoints
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue
@@ -116,10 +117,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def together(root, out, *, shard=False, task=work):
+def keep_all_checkpoints() -> None:
+    """Makes this process delete none, so that a training can be taken back to an earlier one."""
+    checkpoints._delete = lambda folders: None
+
+
+def together(root, out, *, shard=False, task=work, keep_all=False):
     """`task` into `out` in two processes."""
-    command = f"import sys; from pathlib import Path; from test_lm_processes import {task.__name__}; "
-    command += f"{task.__name__}(*map(Path, sys.argv[1:]), shard={shard})"
+    command = "import sys; from pathlib import Path; import test_lm_processes as tests; "
+    command += "tests.keep_all_checkpoints(); " if keep_all else ""
+    command += f"tests.{task.__name__}(*map(Path, sys.argv[1:]), shard={shard})"
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
@@ -208,31 +215,32 @@ def test_two_processes_leave_the_files_of_one(folders):
     assert bool(of_processes) == (folders[1].name == "shared out")
 
 
-@pytest.mark.parametrize("folders", ["shared out"], indirect=True)
-def test_layers_that_are_shared_out_go_on_where_a_killed_training_stopped(folders, world):
-    killed = world / "killed"
-    shutil.copytree(folders[1], killed)
+@pytest.fixture
+def interrupted(world, tmp_path):
+    """A folder of stages that shared layers out and were killed between their last two checkpoints."""
+    together(world, tmp_path / "killed", shard=True, keep_all=True)
     for stage in ("csft", "mntp", "iem"):
-        (killed / stage / "model.safetensors").unlink()
-        last = max((killed / stage / "checkpoints").iterdir(), key=lambda one: int(one.name.partition("-")[2]))
+        (tmp_path / "killed" / stage / "model.safetensors").unlink()
+        *earlier, last = sorted((tmp_path / "killed" / stage / "checkpoints").iterdir())
+        assert earlier  # premise: there is something to go on from
         shutil.rmtree(last)
-    together(world, killed, shard=True)
-    for stage in ("csft", "mntp", "iem"):
-        whole, resumed = (load_file(folder / stage / "model.safetensors") for folder in (folders[1], killed))
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-        assert logged(folders[1] / stage, "loss") == logged(killed / stage, "loss")
+    return tmp_path / "killed"
 
 
 @pytest.mark.parametrize("folders", ["shared out"], indirect=True)
-def test_a_checkpoint_shared_out_among_others_is_refused(folders, world):
-    other = world / "other"
-    shutil.copytree(folders[1], other)
-    for checkpoint in (other / "csft" / "checkpoints").iterdir():
+def test_layers_that_are_shared_out_go_on_where_a_killed_training_stopped(folders, world, interrupted):
+    together(world, interrupted, shard=True)
+    for stage in ("csft", "mntp", "iem"):
+        whole, resumed = (load_file(folder / stage / "model.safetensors") for folder in (folders[1], interrupted))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        assert logged(folders[1] / stage, "loss") == logged(interrupted / stage, "loss")
+
+
+def test_a_checkpoint_shared_out_among_others_is_refused(world, interrupted):
+    for checkpoint in (interrupted / "csft" / "checkpoints").iterdir():
         (checkpoint / "optimizer-2.pt").touch()
-    last = max((other / "csft" / "checkpoints").iterdir(), key=lambda one: int(one.name.partition("-")[2]))
-    shutil.rmtree(last)
     with pytest.raises(AssertionError, match="shared out among 3 processes, these are 2"):
-        together(world, other, shard=True)
+        together(world, interrupted, shard=True)
 
 
 def test_layers_shared_out_take_adapters_recompute_and_round(world):

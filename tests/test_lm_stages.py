@@ -14,6 +14,7 @@ from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
 from llm2rec.lm.encode import encode, encode_titles
+from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
     ContrastiveObjective,
     MaskedBatches,
@@ -21,7 +22,6 @@ from llm2rec.lm.iem import (
     ValidationPairs,
     contrastive,
     distinct_texts,
-    export,
     mntp,
     shuffled_batches,
 )

@@ -13,7 +13,7 @@ from llm2rec.errors import DataError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode_titles
-from llm2rec.lm.iem import export
+from llm2rec.lm.export import export
 from llm2rec.precision import resolve_dtype
 from llm2rec.training import Optimizer
 

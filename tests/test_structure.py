@@ -20,7 +20,7 @@ LEVELS = [
     {"runs"},
     {"data"},
     {"evaluation"},
-    {"softmax", "sharding", "precision"},
+    {"softmax", "sharding", "checkpoints", "precision"},
     {"training"},
     {"lm", "rec"},
     {"models"},

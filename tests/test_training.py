@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm2rec import training
+from llm2rec import checkpoints
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.training import Batches, Optimizer, TrainSettings, stage_seed, train
 
@@ -225,8 +225,8 @@ def test_an_older_checkpoint_goes_only_once_the_newer_one_is_complete(tmp_path, 
         return sorted(path.parent.name for path in tmp_path.glob("checkpoints/*/complete"))
 
     seen = []
-    delete = training._delete
-    monkeypatch.setattr(training, "_delete", lambda folders: seen.append(complete()) or delete(folders))
+    delete = checkpoints._delete
+    monkeypatch.setattr(checkpoints, "_delete", lambda folders: seen.append(complete()) or delete(folders))
     scores = iter([0.5, 0.9, 0.3, 0.4])
     train(
         network(),
@@ -246,7 +246,7 @@ def test_a_checkpoint_killed_while_it_was_deleted_is_not_resumed(tmp_path, monke
     def killed(folder):
         raise Killed
 
-    monkeypatch.setattr("llm2rec.training.shutil.rmtree", killed)
+    monkeypatch.setattr("llm2rec.checkpoints.shutil.rmtree", killed)
     options = settings(max_steps=6, checkpoint_every=2)
     with pytest.raises(Killed):
         train(network(), Numbers(), squared_error, out=tmp_path, settings=options, description="x")
@@ -290,7 +290,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_move(tmp_path):
 
 
 def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm2rec.training.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("llm2rec.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(ArtifactError, match="GB free"):
         train(
             network(),

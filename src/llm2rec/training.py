@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,21 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from llm2rec import artifacts, progress
+from llm2rec import artifacts, checkpoints, progress
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
 from llm2rec.processes import processes
-from llm2rec.sharding import clip_gradients, is_shared, parts_of, shared_out, whole_state
+from llm2rec.sharding import clip_gradients, is_shared, shared_out, whole_state
 
-COMPLETE = "complete"
-STATE = "trainer_state.json"
-MOMENTS = "optimizer-{}.pt"  # of layers that are shared out, by rank; the main process's is `optimizer.pt`
 # Our name of a schedule -> transformers'; its plain `constant` would leave the warm-up out.
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 SCHEDULES |= {"wsd": "warmup_stable_decay"}
@@ -203,19 +198,20 @@ def train(
             f"{description}: {settings.accumulation} micro-batches a step cannot be shared by {processes().count} "
             "processes; make their number a multiple of the processes, or start one process"
         )
-    checkpoints = out / artifacts.CHECKPOINTS
-    last = _last_complete_checkpoint(checkpoints)
-    clock = _Clock(0.0 if last is None else artifacts.read_json(last / COMPLETE)["seconds"])
+    folder = out / artifacts.CHECKPOINTS
+    last = checkpoints.last_complete(folder)
+    clock = _Clock(0.0 if last is None else checkpoints.seconds_before(last))
     bar = progress.bar(description, settings.max_steps)
     with _own_randomness(), settings.loggers.around(out), shared_out(sharded), bar as running:
         watch = _Watch(settings, running, clock)
-        trainer = _StageTrainer(model, batches, objective, checkpoints, settings, evaluate, watch)
-        state = None if last is None else TrainerState.load_from_json(str(last / STATE))
+        trainer = _StageTrainer(model, batches, objective, folder, settings, evaluate, watch)
+        state = None if last is None else TrainerState.load_from_json(str(last / checkpoints.STATE))
         if state is not None and _is_over(state, settings, evaluate is not None):
-            _load_weights(model, Path(state.best_model_checkpoint or str(last)))
+            checkpoints.load_weights(model, Path(state.best_model_checkpoint or str(last)))
             seconds = clock.before
         else:
-            _require_disk(model, out, settings)
+            if settings.checkpoint_every or settings.evaluate_every:
+                checkpoints.require_disk(model, out)
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             state, seconds = trainer.state, clock.seconds
     model.eval()
@@ -243,14 +239,14 @@ class _StageTrainer(Trainer):
         model: nn.Module,
         batches: Batches,
         objective: Objective,
-        checkpoints: Path,
+        folder: Path,
         settings: TrainSettings,
         evaluate: Callable[[], dict[str, float]] | None,
         watch: _Watch,
     ) -> None:
         super().__init__(
             model=model,
-            args=_arguments(checkpoints, settings, evaluate is not None),
+            args=_arguments(folder, settings, evaluate is not None),
             train_dataset=batches,
             eval_dataset=batches if evaluate else None,  # only so that the parent agrees to evaluate
             callbacks=[watch],
@@ -327,30 +323,18 @@ class _StageTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._sharded and not self.args.should_save:
-            assert self.optimizer is not None
-            Path(output_dir).mkdir(parents=True, exist_ok=True)  # the main process may not have come so far
-            torch.save(self.optimizer.state_dict(), Path(output_dir) / _own_moments())
+            checkpoints.save_moments(self.optimizer, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _load_weights(self.model, Path(resume_from_checkpoint))
+        checkpoints.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._sharded:
-            return
-        parts = 1 + len(list(Path(checkpoint).glob(MOMENTS.format("*"))))
-        if parts != processes().count:
-            raise ArtifactError(
-                f"{checkpoint} was shared out among {parts} processes, these are {processes().count}; "
-                f"start {parts}, or run again with --fresh"
-            )
-        if not self.args.should_save:
-            assert self.optimizer is not None
-            own = Path(checkpoint) / _own_moments()
-            self.optimizer.load_state_dict(torch.load(own, map_location=default_device(), weights_only=True))
+        if checkpoint is not None and self._sharded:
+            checkpoints.load_moments(self.optimizer, Path(checkpoint), default_device())
 
     def _load_best_model(self) -> None:
-        _load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        checkpoints.load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def floating_point_ops(self, inputs: Batch) -> int:
         return 0  # the parent's estimate assumes padded `input_ids`
@@ -395,17 +379,16 @@ class _Watch(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         processes().wait()  # each process writes a file of its own
         if state.is_world_process_zero:
-            artifacts.write_json(folder / COMPLETE, {"step": state.global_step, "seconds": self._clock.seconds})
-            best = Path(state.best_model_checkpoint or folder)
-            _delete([one for one in _checkpoints(folder.parent) if one.name not in (folder.name, best.name)])
+            best = state.best_model_checkpoint
+            checkpoints.complete(folder, self._clock.seconds, keep=None if best is None else Path(best))
 
 
-def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
+def _arguments(folder: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:
     every = settings.evaluate_every if evaluates else settings.checkpoint_every
     loggers = settings.loggers
     decay = {"num_decay_steps": settings.decay_steps, "decay_type": settings.decay}
     return TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(folder),
         max_steps=settings.max_steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=settings.accumulation // processes().count,
@@ -428,7 +411,7 @@ def _arguments(checkpoints: Path, settings: TrainSettings, evaluates: bool) -> T
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=list(loggers.names),
-        run_name=loggers.name_of(checkpoints.parent),
+        run_name=loggers.name_of(folder.parent),
         project=PROJECT,
         use_cpu=default_device().type == "cpu",
         dataloader_pin_memory=default_device().type != "cpu",
@@ -473,9 +456,7 @@ def _only(batches: Sequence[Batch]) -> Batch:
 def _average_gradients(model: nn.Module) -> None:
     """Replaces every gradient by its mean over the processes, summed in float32."""
     for parameter in model.parameters():
-        if parameter.grad is not None and not is_shared(
-            parameter.grad
-        ):  # parts were averaged in the backward pass
+        if parameter.grad is not None and not is_shared(parameter.grad):  # parts are means already
             total = parameter.grad.float()
             torch.distributed.all_reduce(total)
             parameter.grad.copy_(total / torch.distributed.get_world_size())
@@ -496,55 +477,6 @@ def _is_over(state: TrainerState, settings: TrainSettings, evaluates: bool) -> b
     """Whether a checkpoint already ends its training, so that a resume must not take another step."""
     stale = evaluates and settings.patience and _evaluations_without_gain(state, settings) >= settings.patience
     return state.global_step >= settings.max_steps or bool(stale)
-
-
-def _last_complete_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written whole; half-written ones (killed while saving) are deleted."""
-    found = _checkpoints(checkpoints)
-    complete = [folder for folder in found if (folder / COMPLETE).exists()]
-    if processes().is_main:
-        _delete([folder for folder in found if folder not in complete])
-    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return list(folder.glob("checkpoint-*"))
-
-
-def _delete(checkpoints: list[Path]) -> None:
-    """Deletes checkpoints; one that a kill leaves half deleted counts as incomplete."""
-    # Not by the trainer's own limit: it would delete the last complete one while the next is not yet marked.
-    for folder in checkpoints:
-        (folder / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
-def _own_moments() -> str:
-    return MOMENTS.format(processes().rank)
-
-
-def _load_weights(model: nn.Module, checkpoint: Path) -> None:
-    weights: dict[str, Tensor] = {}
-    for file in checkpoint.glob("*.safetensors"):
-        weights |= load_file(file)
-    _, unexpected = model.load_state_dict(parts_of(weights, model), strict=False)  # tied weights are stored once
-    if unexpected or not weights:
-        raise ArtifactError(f"{checkpoint} does not hold this model's weights; run again with --fresh")
-
-
-def _require_disk(model: nn.Module, out: Path, settings: TrainSettings) -> None:
-    if not (settings.checkpoint_every or settings.evaluate_every):
-        return
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = 3 * (stored + 3 * trained)  # two kept and one being written; moments and compensation
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise ArtifactError(
-            f"{out} has {free / 1e9:.1f} GB free, checkpoints of this stage need up to {needed / 1e9:.1f} GB; "
-            "free some space or choose another --out"
-        )
 
 
 def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:

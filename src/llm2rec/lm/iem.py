@@ -7,9 +7,7 @@ pairs only decide when the contrastive part stops. Source: LLM2Rec section 3.3.
 
 from __future__ import annotations
 
-import copy
 import math
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import TokenObjective
 from llm2rec.lm.encode import encode_tokens
+from llm2rec.lm.export import export
 from llm2rec.lm.lora import Lora, attach
 from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, gather_rows
 from llm2rec.lm.packing import (
@@ -468,47 +467,3 @@ class ValidationPairs:
         other = targets[None, :] != targets[:, None]
         wins = np.where(other, (own > scores) + 0.5 * (own == scores), 0.0)
         return float(wins.sum() / max(other.sum(), 1))
-
-
-def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling = MEAN) -> None:
-    """Writes a SentenceTransformer folder and checks that it gives the encoder's vectors.
-
-    Of several processes the main one does so, and the others wait for it.
-
-    Raises:
-        ArtifactError: the folder cannot express the pooling, or its vectors differ by more than rounding.
-    """
-    mode = pooling.exported()
-    if processes().is_main:
-        _export(lm, titles, max_title_tokens, out, pooling, mode)
-    processes().wait()
-
-
-def _export(
-    lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling, mode: str
-) -> None:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
-    from sentence_transformers.sentence_transformer.modules import Transformer
-
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        backbones.save(lm, Path(folder))
-        transformer = Transformer(folder, max_seq_length=max_title_tokens)
-        encoder = SentenceTransformer(
-            modules=[transformer, STPooling(lm.body.config.hidden_size, pooling_mode=mode)], device="cpu"
-        )
-        encoder.save(str(out))
-    sample = item_texts(titles)[:16]
-    # Both in float32: in bfloat16 two kernels differ as much as either does from float32, which is a lot where a
-    # model was made bidirectional and hardly trained (cosine 0.93 at worst on SmolLM2-135M).
-    reloaded = SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": torch.float32})
-    theirs = torch.from_numpy(reloaded.encode(sample, convert_to_numpy=True, show_progress_bar=False))
-    tokens = tokenise(lm.tokenizer, sample, max_title_tokens, special_tokens=True)
-    exact = Backbone(copy.deepcopy(lm.model).float(), lm.tokenizer)
-    ours = torch.from_numpy(encode_tokens(exact, tokens, 4096, "check", pooling))
-    similarity = torch.nn.functional.cosine_similarity(ours, theirs).min().item()
-    if similarity < 0.999:
-        raise ArtifactError(
-            f"the exported encoder {out} gives other vectors than the trained one (cosine {similarity:.4f}); "
-            "this version of sentence-transformers reads the model's attention, pooling or tokenizer otherwise"
-        )
