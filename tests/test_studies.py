@@ -23,7 +23,7 @@ from llm2rec.studies.recommenders import known_users
 from llm2rec.studies.worlds import THEMES, World
 
 TINY = (
-    "csft.max_tokens=512",
+    "csft.max_tokens=4096",  # a quarter of it has steps before its decay
     "csft.batch_tokens=512",
     "iem.mntp.steps=1",
     "iem.contrastive.steps=2",

@@ -28,6 +28,7 @@ from llm2rec.errors import ArtifactError
 MANIFEST = "manifest.json"
 STARTED = "started.json"
 CHECKPOINTS = "checkpoints"
+STABLE = "stable"  # the checkpoint that a longer training may go on from
 DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
 TAKEN = ".taken"
@@ -183,9 +184,9 @@ def decide(folder: Path, inputs: Inputs) -> Decision:
         return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
         return Decision(False, _unfinished(folder / STARTED, inputs))
-    changed = _changed(manifest.inputs, inputs)
-    if changed:
-        return Decision(False, changed)
+    differing = changed(manifest.inputs, inputs)
+    if differing:
+        return Decision(False, differing)
     damaged = _damaged(folder, manifest)
     return Decision(not damaged, tuple(f"damaged {path}" for path in damaged))
 
@@ -193,7 +194,7 @@ def decide(folder: Path, inputs: Inputs) -> Decision:
 _MISSING = object()
 
 
-def _changed(before: Inputs, inputs: Inputs) -> tuple[str, ...]:
+def changed(before: Inputs, inputs: Inputs) -> tuple[str, ...]:
     """The keys whose values differ, sorted."""
     keys = sorted(before.keys() | inputs.keys())
     return tuple(key for key in keys if before.get(key, _MISSING) != inputs.get(key, _MISSING))
@@ -204,7 +205,7 @@ def _unfinished(started: Path, inputs: Inputs) -> tuple[str, ...]:
     if not started.exists():
         return ("not run yet",)
     before = _inputs_at_start(started)
-    return ("interrupted", *(() if before is None else _changed(before, inputs)))
+    return ("interrupted", *(() if before is None else changed(before, inputs)))
 
 
 def _damaged(folder: Path, manifest: Manifest) -> list[str]:
@@ -320,13 +321,18 @@ def take_over(source: Path, folder: Path, run_folder: Path) -> None:
     shutil.rmtree(taken, ignore_errors=True)
     for path in (*manifest.outputs, MANIFEST):
         (taken / path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / path, taken / path)
-        except OSError:
-            shutil.copyfile(source / path, taken / path)
+        link(source / path, taken / path)
     move_aside(folder, run_folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     os.replace(taken, folder)  # the manifest appears with everything else, or not at all
+
+
+def link(source: str | Path, target: str | Path) -> None:
+    """A hard link to a file that is never written to again, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The training engine writes them; here it is decided which of them count. Any kil
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -36,11 +37,37 @@ def seconds_before(checkpoint: Path) -> float:
     return float(artifacts.read_json(checkpoint / _COMPLETE)["seconds"])
 
 
-def complete(checkpoint: Path, seconds: float, keep: Path | None) -> None:
-    """Marks a checkpoint as complete; then, not before, all others but `keep`, the best, are deleted."""
+def complete(checkpoint: Path, seconds: float, keep: set[str]) -> None:
+    """Marks a checkpoint as complete; then, not before, all others are deleted but those named in `keep`."""
     artifacts.write_json(checkpoint / _COMPLETE, {"seconds": seconds})
-    kept = {checkpoint.name, checkpoint.name if keep is None else keep.name}
-    _delete([one for one in _all(checkpoint.parent) if one.name not in kept])
+    _delete([one for one in _all(checkpoint.parent) if one.name not in keep | {checkpoint.name}])
+
+
+def name_of(step: int) -> str:
+    """The folder of the checkpoint after a step."""
+    return f"checkpoint-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(artifacts.read_json(checkpoint / STATE)["global_step"])
+
+
+def keep_stable(out: Path, step: int) -> None:
+    """Keeps the checkpoint after `step` of a finished training, if one was written, as `out/stable`."""
+    found = out / artifacts.CHECKPOINTS / name_of(step)
+    if processes().is_main and found.exists():
+        os.replace(found, out / artifacts.STABLE)
+
+
+def go_on_from(stable: Path, out: Path) -> None:
+    """Puts the kept checkpoint of another training under the checkpoints of `out`, unless there is one already."""
+    folder = out / artifacts.CHECKPOINTS
+    if last_complete(folder) is None and processes().is_main:
+        copy = folder / name_of(step_of(stable))
+        shutil.copytree(stable, copy, ignore=shutil.ignore_patterns(_COMPLETE), copy_function=artifacts.link)
+        artifacts.link(stable / _COMPLETE, copy / _COMPLETE)  # last: before, it does not count
+    processes().wait()
 
 
 def _all(folder: Path) -> list[Path]:
@@ -95,7 +122,7 @@ def require_disk(model: nn.Module, out: Path) -> None:
     """Raises ArtifactError where `out` has too little space for the checkpoints of a training of `model`."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = 3 * (stored + 3 * trained)  # two kept and one being written; moments and compensation
+    needed = 4 * (stored + 3 * trained)  # up to three kept and one being written; moments and compensation
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     if free < needed:

@@ -176,7 +176,7 @@ def compare(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="ablation, cold-start, context, transfer or csft-direct")],
+    name: Annotated[str, typer.Argument(help="ablation, budget, cold-start, context, transfer or csft-direct")],
     small: Annotated[bool, typer.Option("--small", help="on a made log, with a random decoder")] = False,
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="the study's folder; by default runs/studies/NAME")

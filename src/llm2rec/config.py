@@ -273,6 +273,18 @@ class CsftConfig(LanguageConfig):
     checkpoints: Count = Field(4, description="checkpoints in the course of the stage (0: none)")
     evaluations: Count = Field(0, description="held-out perplexities on the way; the best weights win (0: none)")
     patience: Positive | None = Field(None, description="evaluations without a gain before the stage stops")
+    extends: str | None = Field(
+        None,
+        description="a run with a smaller budget under wsd, to go on from before its decay; its warm-up counts",
+    )
+
+    @model_validator(mode="after")
+    def _extends_to_the_end(self) -> CsftConfig:
+        if self.extends is not None and (self.schedule != "wsd" or self.evaluations):
+            raise ValueError(
+                "csft.extends goes on at the stable rate and to the end: set schedule wsd, and evaluations 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> CsftConfig:

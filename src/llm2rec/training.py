@@ -131,6 +131,11 @@ class TrainSettings(Optimizer):
         """Steps of the last part of `wsd`; with the warm-up never more than all steps."""
         return min(math.ceil(self.decay_share * self.max_steps), self.max_steps - self.warmup_steps)
 
+    @property
+    def stable_steps(self) -> int | None:
+        """Under `wsd` the steps before the decay; a checkpoint after them is kept as long as the training runs."""
+        return self.max_steps - self.decay_steps if self.schedule == "wsd" else None
+
 
 @dataclass(frozen=True)
 class TrainSummary:
@@ -356,6 +361,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, settings: TrainSettings, running: progress.Bar, clock: _Clock) -> None:
         self._settings, self._running, self._clock = settings, running, clock
+        self._saves = bool(settings.checkpoint_every or settings.evaluate_every)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -364,6 +370,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._running.advance()
+        if self._saves and state.global_step == self._settings.stable_steps:
+            control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         log = state.log_history[-1]
@@ -376,11 +384,14 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir) / checkpoints.name_of(state.global_step)
         processes().wait()  # each process writes a file of its own
         if state.is_world_process_zero:
-            best = state.best_model_checkpoint
-            checkpoints.complete(folder, self._clock.seconds, keep=None if best is None else Path(best))
+            stable = self._settings.stable_steps
+            keep = set() if stable is None else {checkpoints.name_of(stable)}
+            if state.best_model_checkpoint is not None:
+                keep.add(Path(state.best_model_checkpoint).name)
+            checkpoints.complete(folder, self._clock.seconds, keep)
 
 
 def _arguments(folder: Path, settings: TrainSettings, evaluates: bool) -> TrainingArguments:

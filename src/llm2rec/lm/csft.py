@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec.checkpoints import go_on_from, keep_stable, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
@@ -71,6 +72,7 @@ def csft(
     user_shares: np.ndarray | None = None,
     loggers: Loggers = NO_LOGGERS,
     compiled: bool = False,
+    extends: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tunes a causal language model on the training events and writes it to `out`.
 
@@ -86,12 +88,17 @@ def csft(
         shard: the processes share the layers out while they train (`sharding.shared_out`).
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
         compiled: see `Backbone.compile_layers`.
+        extends: what a shorter training under `wsd`, with equal arguments beside budget, warm-up and decay, had
+            before its decay (its folder `stable`): this one goes on from there, with the same weights in the
+            end as had it taken those steps itself.
 
     Returns:
-        Summary: tokens and targets trained on, tokens per second, held-out perplexity before and after.
+        Summary: tokens and targets trained on, tokens per second, held-out perplexity before and after; of an
+        extended training all of it, the part that it did not repeat included.
 
     Raises:
-        ConfigError: the budget is smaller than one optimizer step; arguments that exclude each other.
+        ConfigError: the budget is smaller than one optimizer step, or ends before the decay of the training
+            that it extends; arguments that exclude each other.
     """
     began = time.perf_counter()
     _check_arguments(mode, paper_separator, evaluations, patience)
@@ -107,6 +114,10 @@ def csft(
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
     course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
     settings = TrainSettings(**asdict(optimizer), **course, patience=patience, seed=seed, loggers=loggers)
+    if extends:
+        settings = replace(settings, warmup_share=0.0)  # it is behind
+        _check_extends(extends, settings)
+        go_on_from(extends, out)
     summary = _train(lm, batches, held_out, settings, merge, shard, out)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -136,6 +147,8 @@ def _train(
         merge()
     after = perplexity(lm, held_out)
     backbones.save_once(lm, out)
+    if settings.stable_steps:
+        keep_stable(out, settings.stable_steps)
     tokens, targets = batches.spent(summary.steps * settings.accumulation)
     return {
         "steps": summary.steps,
@@ -157,6 +170,15 @@ def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patienc
         )
     if patience is not None and not evaluations:
         raise ConfigError("csft.patience counts evaluations: set csft.evaluations as well, or leave it out")
+
+
+def _check_extends(stable: Path, settings: TrainSettings) -> None:
+    taken = step_of(stable)
+    if settings.stable_steps is None or taken > settings.stable_steps:
+        raise ConfigError(
+            f"csft.extends: {stable.parent} took {taken} steps before its decay, this training only "
+            f"{settings.stable_steps or 0}; raise its budget, or let it extend a shorter one"
+        )
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
 from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
+from llm2rec.errors import ConfigError
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
     VARIANTS,
@@ -28,6 +30,13 @@ from llm2rec.stages.base import (
 if TYPE_CHECKING:
     from llm2rec.data.mixture import Mixture
     from llm2rec.lm.pooling import Pooling
+
+
+# What may differ between a CSFT and the shorter one that it extends.
+OF_LENGTH = {
+    f"csft.{key}"
+    for key in ("max_tokens", "epochs", "warmup_share", "decay_share", "decay", "checkpoints", "extends")
+}
 
 
 def language_stages(run: Run) -> list[Stage]:
@@ -98,6 +107,8 @@ def _tiny_random_stage(run: Run) -> Stage:
 def _csft_stage(run: Run) -> Stage:
     def inputs() -> Inputs:
         settings = flatten("csft", run.recipe.csft.model_dump(mode="json"))
+        if run.recipe.csft.extends:
+            settings["csft.extends"] = parent_hash(Path(run.recipe.csft.extends, "csft"), "csft")
         window = {"data.history_length": trained_history_length(run)}
         data = of_each(run, lambda one: {**sequence_inputs(one), **text_inputs(run, one)})
         return {**data, **model_inputs(run), **settings, **window}
@@ -106,6 +117,8 @@ def _csft_stage(run: Run) -> Stage:
         from llm2rec.lm.csft import csft
 
         mixture = _checked_mixture(run, first=True)
+        arguments = _arguments(run, run.recipe.csft)
+        arguments["extends"] = _extended(run, inputs()) if run.recipe.csft.extends else None
         summary |= csft(
             mixture.sequences,
             mixture.texts,
@@ -113,10 +126,29 @@ def _csft_stage(run: Run) -> Stage:
             history_length=trained_history_length(run),
             out=run.csft,
             user_shares=mixture.user_shares,
-            **_arguments(run, run.recipe.csft),
+            **arguments,
         )
 
     return Stage("csft", run.csft, inputs, execute, shared=True)
+
+
+def _extended(run: Run, inputs: Inputs) -> Path:
+    """Where the shorter CSFT that this one extends was before its decay.
+
+    Raises:
+        ConfigError: it was trained with other settings or on other data, or without a checkpoint.
+    """
+    shorter = Path(str(run.recipe.csft.extends), "csft")
+    theirs = artifacts.require(shorter, "csft").inputs
+    differ = [key for key in artifacts.changed(theirs, inputs) if key not in OF_LENGTH]
+    if differ:
+        raise ConfigError(
+            f"csft.extends: {shorter} was trained with other {', '.join(differ)}; only what makes a training "
+            f"longer may differ ({', '.join(sorted(OF_LENGTH))})"
+        )
+    if not (shorter / artifacts.STABLE).exists():
+        raise ConfigError(f"csft.extends: {shorter} kept nothing from before its decay; train it with checkpoints")
+    return shorter / artifacts.STABLE
 
 
 def _mntp_stage(run: Run) -> Stage:

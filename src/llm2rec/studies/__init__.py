@@ -17,20 +17,21 @@ from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.ranking import metric_names
 from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
-from llm2rec.studies.base import WORLD, Judged, Study, Variant, base_recipe
+from llm2rec.studies.base import RUNS, WORLD, Judged, Study, Variant, base_recipe
 from llm2rec.studies.direct import csft_direct
-from llm2rec.studies.language import ablation, transfer
+from llm2rec.studies.language import ablation, budget, transfer
 from llm2rec.studies.recommenders import cold_start, context
 
 STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "ablation": ablation,
+    "budget": budget,
     "cold-start": cold_start,
     "context": context,
     "transfer": transfer,
     "csft-direct": csft_direct,
 }
 BUDGETS = {"csft.max_tokens", "iem.mntp.steps"}  # a variant may leave the stage out; the others have the budget
-PLAN, RESULT, PAGE, RUNS = "plan.json", "study.json", "study.html", "runs"
+PLAN, RESULT, PAGE = "plan.json", "study.json", "study.html"
 
 
 def study(
@@ -73,7 +74,8 @@ def study(
     _refuse_fixed(name, chosen, overrides)
     reference = f"evaluation.reference={EvaluationConfig().reference}"
     shared = (*chosen.overrides, reference, *overrides)
-    settings = {variant.name: (*shared, *variant.overrides) for variant in chosen.variants}
+    base = load_recipe(chosen.recipe, shared)
+    settings = {one.name: (*shared, *_share_of_budget(one, base), *one.overrides) for one in chosen.variants}
     for changes in settings.values():
         _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
     _refuse_foreign(folder, name, small)
@@ -95,6 +97,15 @@ def study(
         title = f"llm2rec study: {name}" + (" (small: a trial)" if small else "")
         (folder / PAGE).write_text(report.render_study_html(title, content), encoding="utf-8")
     return content
+
+
+def _share_of_budget(variant: Variant, base: Recipe) -> tuple[str, ...]:
+    """The override that gives a variant its share of the CSFT budget."""
+    if variant.csft_share is None:
+        return ()
+    if base.csft.max_tokens is None:
+        return (f"csft.epochs={variant.csft_share * float(base.csft.epochs or 0)}",)
+    return (f"csft.max_tokens={round(variant.csft_share * base.csft.max_tokens)}",)
 
 
 def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:

@@ -27,8 +27,9 @@ from llm2rec.studies.worlds import World
 WORLD = "world"
 MEASURED = "measured"
 PER_USER = "per_user.parquet"
+RUNS = "runs"
 
-Runs = Mapping[str, Run]
+Runs = Mapping[str, Run]  # by variant
 
 # A random two-layer decoder and short trainings: what a study shows with them is that it runs.
 SMALL = (
@@ -52,11 +53,15 @@ SMALL = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of a study: what it is in words, and what it sets beyond the study's base."""
+    """One recipe of a study: what it is in words, and what it sets beyond the study's base.
+
+    csft_share: of the base's CSFT budget; None: all of it, and no override of the budget is refused.
+    """
 
     name: str
     meaning: str
     overrides: tuple[str, ...] = ()
+    csft_share: float | None = None
 
 
 @dataclass(frozen=True)

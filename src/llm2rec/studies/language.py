@@ -1,14 +1,18 @@
-"""Studies of the language stages: what each step adds (`ablation`), and where it carries over (`transfer`)."""
+"""Studies of the language stages: each step (`ablation`), CSFT's budget (`budget`), other logs (`transfer`)."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from llm2rec import artifacts
 from llm2rec.errors import ConfigError
 from llm2rec.loading import load_recipe, recipe_names
 from llm2rec.studies.base import (
+    RUNS,
     SMALL,
     Entry,
     Judged,
@@ -32,6 +36,9 @@ LADDER = (
     Entry("all but CSFT", "no-csft", "sasrec-llm2rec"),
     Entry("contrastive alone", "contrastive-alone", "sasrec-llm2rec"),
 )
+# Of the CSFT budget.
+SHARES = (Fraction(1, 48), Fraction(1, 16), Fraction(1, 4), Fraction(1, 2), Fraction(1))
+SMALL_SHARES = (Fraction(1, 4), Fraction(1))
 ENTRIES_OF_TRANSFER = (
     Entry("untrained", "one", "sasrec-backbone-bidirectional"),
     Entry("CSFT on one", "one", "sasrec-csft-bidirectional"),
@@ -84,6 +91,69 @@ def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
         Judged("Steps against all of them", steps, "+ contrastive", per_user),
+    ]
+
+
+def budget(small: bool, folder: Path, recipe: str) -> Study:
+    """CSFT of growing budgets, each going on from the one before, by itself and as the start of IEM."""
+    world = World("games", users=60)
+    shares = SMALL_SHARES if small else SHARES
+    rows = rows_of(["sasrec-csft-causal", "sasrec-llm2rec"])
+    variants = [
+        Variant(
+            "none",
+            "no CSFT: the untrained model, and IEM from it",
+            (rows_of(["sasrec-backbone-causal", "sasrec-llm2rec"]), "csft.max_tokens=0"),
+        )
+    ]
+    for shorter, share in zip((None, *shares), shares, strict=False):
+        extends = "null" if shorter is None else json.dumps(str(folder / RUNS / _name_of(shorter)))
+        meaning = f"{share} of the CSFT budget" if share != 1 else "the whole CSFT budget"
+        variants.append(Variant(_name_of(share), meaning, (rows, f"csft.extends={extends}"), float(share)))
+    return Study(
+        question="From which budget on does CSFT help, and how much of it is left after IEM?",
+        recipe=recipe,
+        overrides=(
+            *((*SMALL, *over_world(world, folder)) if small else ()),
+            "csft.schedule=wsd",
+            "csft.evaluations=0",
+            "csft.patience=null",
+        ),
+        variants=tuple(variants),
+        judge=_judge_budget,
+        worlds=(world,) if small else (),
+    )
+
+
+def _name_of(share: Fraction) -> str:
+    return f"csft-{share.numerator}-{share.denominator}"
+
+
+def _judge_budget(runs: Runs, folder: Path) -> list[Judged]:
+    tokens = {
+        name: f"{artifacts.require(run.csft, 'csft').summary['tokens']:,} tokens"
+        for name, run in runs.items()
+        if name != "none"
+    }
+    alone = [Entry("no CSFT", "none", "sasrec-backbone-causal")]
+    alone += [Entry(label, name, "sasrec-csft-causal") for name, label in tokens.items()]
+    after = [Entry("no CSFT", "none", "sasrec-llm2rec")]
+    after += [Entry(label, name, "sasrec-llm2rec") for name, label in tokens.items()]
+    schedule = "Every training goes on from what the one before it had before its decay; its own decay follows."
+    return [
+        Judged(
+            "Vectors of the CSFT model",
+            f"Means over the title, read causally, by the tokens that CSFT was trained on. {schedule}",
+            "no CSFT",
+            gathered(runs, alone),
+        ),
+        Judged(
+            "Vectors after IEM",
+            "LLM2Rec vectors, by the tokens of the CSFT that IEM started from; the reference started from the "
+            "untrained model.",
+            "no CSFT",
+            gathered(runs, after),
+        ),
     ]
 
 
