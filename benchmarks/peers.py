@@ -153,11 +153,11 @@ def measure_sides(log: Log, pythons: dict[str, str | None], arguments: argparse.
                 workers[name] = stack.enter_context(worker)
                 says[name] = worker.start()  # one after the other: they share the cores
         show_head(log, says, arguments)
-        for what, whole in ((TRAINING, log.targets), (RANKS, log.n_users), (LISTS, log.n_users)):
+        for what in arguments.only:
             able = {name: worker for name, worker in workers.items() if what in says[name]["batches"]}
             batches = {name: says[name]["batches"][what] for name in able}
             for figure in compare(what, able, batches, arguments.rounds):
-                print(figure.line(whole), flush=True)
+                print(figure.line(log.targets if what == TRAINING else log.n_users), flush=True)
     for name in pythons:
         if name not in workers:
             print(f"| all | {name} | left out: no --{name}-python | | | | |")
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--data", default="amazon-games")
     parser.add_argument("--quick", action="store_true", help="a small made log instead")
     parser.add_argument("--parity", action="store_true", help="compare metrics, not speed")
+    parser.add_argument("--only", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--targets", type=int, default=32_768, help="training targets a round, about")
     parser.add_argument("--threads", type=int, default=2)
