@@ -11,6 +11,7 @@ from conftest import cyclic_log
 from llm2rec import artifacts
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import csft as module
+from llm2rec.loading import load_recipe
 
 SMALL = (
     "model.source=tiny-random",
@@ -92,6 +93,19 @@ def test_it_repeats_no_step(short, world, tmp_path, monkeypatch):
 def test_a_training_that_cannot_be_extended_is_refused(short, world, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(tmp_path / "run", world, f"csft.extends={short.folder}", *changes)
+
+
+def test_the_run_that_is_extended_is_found_from_the_recipe_s_folder(tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {source: movielens-100k}\nmodel: {source: tiny-random}\n"
+        "csft: {max_tokens: 8192, schedule: wsd, extends: runs/short}\n"
+        "iem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
+    )
+    assert load_recipe(recipe).csft.extends == str(tmp_path / "runs/short")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(recipe, ["csft.extends=other"]).csft.extends == str(tmp_path / "other")
+    assert load_recipe(recipe, ["csft.extends=null"]).csft.extends is None
 
 
 def test_a_run_without_checkpoints_cannot_be_extended(world, tmp_path):

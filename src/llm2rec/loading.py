@@ -137,6 +137,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
         for other in CSFT_BUDGETS - {parts[-1]}:
             section.pop(other, None)
+    _anchor_extended(content, Path.cwd())
     if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
         _replace_origin(section, parts[-1], parsed)
 
@@ -171,12 +172,20 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 def _anchor_paths(content: dict[str, Any], base: Path) -> None:
     _convert_numbers(content)
+    _anchor_extended(content, base)
     domains = content.get("domains")
     sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
     for section in sections:
         for key in set(ORIGINS) - {"source"}:
             if isinstance(section, dict) and isinstance(section.get(key), str):
                 section[key] = _expand(section[key], base)
+
+
+def _anchor_extended(content: dict[str, Any], base: Path) -> None:
+    """Makes the run that CSFT extends an absolute path; one that is absolute stays as it is."""
+    section = content.get("csft")
+    if isinstance(section, dict) and isinstance(section.get("extends"), str):
+        section["extends"] = _expand(section["extends"], base)
 
 
 def _convert_numbers(section: dict[str, Any]) -> None:
