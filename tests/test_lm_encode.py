@@ -101,7 +101,7 @@ def test_shards_of_another_training_are_not_used(monkeypatch, tiny, tiny_folder,
 
 
 def test_too_little_disk_is_refused_before_anything_is_encoded(monkeypatch, tiny_folder, tmp_path):
-    monkeypatch.setattr("llm2rec.lm.encode.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr("llm2rec.artifacts.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100}))
     monkeypatch.setattr(encoding, "encode_tokens", lambda *args: 1 / 0)
     with pytest.raises(ArtifactError, match="GB free"):
         run(tiny_folder, tmp_path)

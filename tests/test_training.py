@@ -290,7 +290,7 @@ def test_a_non_finite_gradient_stops_before_the_weights_move(tmp_path):
 
 
 def test_too_little_disk_is_refused_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr("llm2rec.checkpoints.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("llm2rec.artifacts.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(ArtifactError, match="GB free"):
         train(
             network(),

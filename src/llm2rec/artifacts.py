@@ -176,6 +176,24 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
+def require_disk(folder: Path, needed: int, what: str) -> None:
+    """Makes a folder where `needed` bytes are free.
+
+    Args:
+        what: needs them, for the error.
+
+    Raises:
+        ArtifactError: fewer are free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(
+            f"{folder} has {free / 1e9:.1f} GB free, {what} need up to {needed / 1e9:.1f} GB; "
+            "free some space or choose another --out"
+        )
+
+
 def decide(folder: Path, inputs: Inputs) -> Decision:
     """Keep or rerun: compares `inputs` with the manifest and checks that the outputs are intact."""
     try:

@@ -123,10 +123,4 @@ def require_disk(model: nn.Module, out: Path) -> None:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     needed = 4 * (stored + 3 * trained)  # up to three kept and one being written; moments and compensation
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise ArtifactError(
-            f"{out} has {free / 1e9:.1f} GB free, checkpoints of this stage need up to {needed / 1e9:.1f} GB; "
-            "free some space or choose another --out"
-        )
+    artifacts.require_disk(out, needed, "checkpoints of this stage")

@@ -76,7 +76,8 @@ def encode(
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
     texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
     shard_texts = min(shard_texts, -(-len(texts) // processes().count))  # every process has a share
-    _require_disk(out, (len(texts) + len(item_ids)) * lm.body.config.hidden_size * 4)
+    vectors = len(texts) + len(item_ids)
+    artifacts.require_disk(out, vectors * lm.body.config.hidden_size * 4, "its vectors, while they are made,")
     shards = out / artifacts.CHECKPOINTS
     if processes().is_main:
         what = provenance | {"max_title_tokens": max_title_tokens, "shard_texts": shard_texts}
@@ -98,16 +99,6 @@ def encode(
         "distinct_titles": len(texts),
         "titles_per_second": round(encoded / seconds, 1),
     }
-
-
-def _require_disk(out: Path, needed: int) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise ArtifactError(
-            f"{out} has {free / 1e9:.1f} GB free, its vectors need up to {needed / 1e9:.1f} GB while made; "
-            "free some space or choose another --out"
-        )
 
 
 def _sum_of_weights(lm: Backbone) -> float:
