@@ -151,6 +151,12 @@ def test_a_row_over_mntp_vectors_is_refused_where_mntp_is_left_out():
     assert load_recipe("demo", ["iem.mntp.steps=0"]).iem.mntp.steps == 0
 
 
+def test_a_causal_encoder_has_no_mntp():
+    with pytest.raises(ConfigError, match="set mntp.steps 0"):
+        load_recipe("demo", ["iem.attention=causal"])
+    assert load_recipe("demo", ["iem.attention=causal", "iem.mntp.steps=0"]).iem.attention == "causal"
+
+
 @pytest.mark.parametrize(
     "override", ["evaluation.k=[1001]", "evaluation.k=[0]", "evaluation.bootstrap_samples=99"]
 )

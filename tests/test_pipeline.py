@@ -121,6 +121,17 @@ def test_every_language_stage_changes_the_weights(finished):
     assert all(not torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False))
 
 
+def test_a_causal_encoder_never_sees_what_comes_after(copied, world):
+    from sentence_transformers import SentenceTransformer
+
+    rerun(copied, world, "iem.attention=causal", "iem.mntp.steps=0", "encode.pooling=mean")
+    run = lr.open_run(copied)
+    assert lr.ItemEmbeddings.load(run.embeddings("llm2rec")).provenance["causal"] is True
+    encoder = SentenceTransformer(str(run.iem))
+    first, second = encoder.encode(["alpha beta", "alpha gamma"], output_value="token_embeddings")
+    assert torch.allclose(first[0], second[0], atol=1e-5)
+
+
 def test_the_run_folder_is_laid_out_as_documented(finished):
     root = finished.folder
     files = ["recipe.yaml", "resolved.json", "log.jsonl", "data/main/interactions.parquet"]

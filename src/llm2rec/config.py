@@ -328,6 +328,17 @@ class IemConfig(Section):
 
     mntp: MntpConfig
     contrastive: ContrastiveConfig
+    attention: Literal["bidirectional", "causal"] = Field(
+        "bidirectional", description="of the item encoder (paper: bidirectional); a causal one goes without MNTP"
+    )
+
+    @model_validator(mode="after")
+    def _mntp_sees_both_ways(self) -> IemConfig:
+        if self.attention == "causal" and self.mntp.steps:
+            raise ValueError(
+                "MNTP is what makes a model bidirectional; with iem.attention causal set mntp.steps 0"
+            )
+        return self
 
 
 class EncodeConfig(Section):

@@ -1,4 +1,4 @@
-"""Stage `iem`, item-level embedding modelling: the language model becomes a bidirectional item encoder.
+"""Stage `iem`, item-level embedding modelling: the language model becomes an item encoder, bidirectional by default.
 
 Masked next-token prediction (MNTP) teaches it to use the future, contrastive learning on two dropout views
 of each title spreads the vectors. Both read titles of the whole catalogue, no interactions; validation
@@ -130,6 +130,7 @@ def contrastive(
     optimizer: Optimizer,
     seed: int,
     out: Path,
+    causal: bool = False,
     positives: str = "dropout",
     pooling: Pooling = MEAN,
     gradient_checkpointing: bool = False,
@@ -145,6 +146,9 @@ def contrastive(
     the item before it than what another user consumed next. The best state wins.
 
     Args:
+        causal: whether the encoder's tokens see only those before them, as the model was pretrained. Ours, because
+            a model switched to bidirectional attention first loses what it knows, and a short stage may not
+            make up for it.
         positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
             two items consumed one after the other in the training events. `dropout` then merely regularises.
         lora: trains adapters instead of the model's weights and merges them before saving.
@@ -161,7 +165,7 @@ def contrastive(
     pooling.exported()  # refused before it is trained for
     recompute = gradient_checkpointing
     lm = backbones.load_for_training(
-        model, dtype, causal=False, head=False, gradient_checkpointing=recompute, compiled=compiled
+        model, dtype, causal=causal, head=False, gradient_checkpointing=recompute, compiled=compiled
     )
     merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
     stage = stage_seed(seed, "contrastive")

@@ -179,7 +179,7 @@ def _contrastive_stage(run: Run) -> Stage:
 
     def inputs() -> Inputs:
         settings = flatten("iem.contrastive", run.recipe.iem.contrastive.model_dump(mode="json"))
-        settings["encode.pooling"] = run.recipe.encode.pooling
+        settings |= {"iem.attention": run.recipe.iem.attention, "encode.pooling": run.recipe.encode.pooling}
         data = of_each(run, lambda one: {**sequence_inputs(one), **text_inputs(run, one)})
         return {**_parent_inputs(run, start), **data, **settings}
 
@@ -192,6 +192,7 @@ def _contrastive_stage(run: Run) -> Stage:
             mixture.texts,
             model=start or model_path(run),
             out=run.iem,
+            causal=_is_causal(run, "llm2rec"),
             pooling=_pooling(run, "llm2rec"),
             shares=mixture.item_shares,
             **_arguments(run, run.recipe.iem.contrastive),
@@ -217,6 +218,11 @@ def _arguments(run: Run, section: LanguageConfig) -> dict[str, Any]:
     return values | {"seed": run.recipe.seed, "loggers": loggers_of(run), "compiled": model.compile}
 
 
+def _is_causal(run: Run, name: str) -> bool:
+    """Whether the tokens of a title see only those before them, where a vector set is made."""
+    return name.endswith("-causal") or (name == "llm2rec" and run.recipe.iem.attention == "causal")
+
+
 def _pooling(run: Run, name: str) -> Pooling:
     """How vectors are pooled; those of the trained encoder are what its folder gives, so of the last layer."""
     from llm2rec.lm.pooling import Pooling
@@ -238,7 +244,7 @@ def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out
         item_ids,
         texts,
         model=_trained_models(run).get(name) or model_path(run),
-        causal=name.endswith("-causal"),
+        causal=_is_causal(run, name),
         dtype=resolve_dtype(run.recipe.model.dtype),
         max_title_tokens=run.recipe.model.max_title_tokens,
         batch_tokens=run.recipe.encode.batch_tokens,
