@@ -1,4 +1,4 @@
-"""Stage `iem`, item-level embedding modelling: the language model becomes an item encoder, bidirectional by default.
+"""Stage `iem`, item-level embedding modelling: the language model becomes an encoder of items, seeing both ways.
 
 Masked next-token prediction (MNTP) teaches it to use the future, contrastive learning on two dropout views
 of each title spreads the vectors. Both read titles of the whole catalogue, no interactions; validation
