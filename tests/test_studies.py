@@ -77,6 +77,16 @@ def test_the_ablation_shows_every_step_and_what_is_missing_without_csft(finished
     assert (first["reference"], second["reference"]) == ("bidirectional", "+ contrastive")
 
 
+def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_one_before(finished):
+    folder, found = finished("budget")
+    runs = {name: open_run(folder / "runs" / name) for name in ("csft-1-4", "csft-1-1")}
+    assert [run.recipe.csft.max_tokens for run in runs.values()] == [1024, 4096]  # of TINY
+    assert runs["csft-1-4"].recipe.csft.extends is None
+    assert runs["csft-1-1"].recipe.csft.extends == str(runs["csft-1-4"].folder)
+    tokens = [f"{artifacts.require(run.csft, 'csft').summary['tokens']:,} tokens" for run in runs.values()]
+    assert [list(table["rows"]) for table in found["tables"].values()] == 2 * [["no CSFT", *tokens]]
+
+
 def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
     folder, _ = finished("ablation")
     assert ("csft", "run") in events(folder / "runs" / "steps")
@@ -327,7 +337,7 @@ def test_a_row_without_its_vectors_is_named(finished, tmp_path):
 
 
 def test_an_unknown_study_is_refused_with_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match="ablation, cold-start, context, transfer, csft-direct"):
+    with pytest.raises(ConfigError, match="ablation, budget, cold-start, context, transfer, csft-direct"):
         lr.study("nothing", tmp_path / "study")
 
 
@@ -444,7 +454,7 @@ def test_what_a_study_sets_itself_cannot_be_overridden(tmp_path, name, override)
 def test_budgets_that_a_variant_leaves_out_can_be_overridden(finished):
     folder, _ = finished("ablation")
     budgets = {name: open_run(folder / "runs" / name).recipe.csft.max_tokens for name in ("steps", "no-csft")}
-    assert budgets == {"steps": 512, "no-csft": 0}  # of TINY, and of the variant
+    assert budgets == {"steps": 4096, "no-csft": 0}  # of TINY, and of the variant
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
