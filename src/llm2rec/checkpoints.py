@@ -60,12 +60,18 @@ def keep_stable(out: Path, step: int) -> None:
         os.replace(found, out / artifacts.STABLE)
 
 
-def go_on_from(stable: Path, out: Path) -> None:
-    """Puts the kept checkpoint of another training under the checkpoints of `out`, unless there is one already."""
+def go_on_from(stable: Path, out: Path, intervals: dict[str, int]) -> None:
+    """Puts the kept checkpoint of another training under the checkpoints of `out`, unless there is one already.
+
+    Args:
+        intervals: of the training that goes on, `TrainSettings.intervals`; its checkpoints hold them.
+    """
     folder = out / artifacts.CHECKPOINTS
     if last_complete(folder) is None and processes().is_main:
         copy = folder / name_of(step_of(stable))
-        shutil.copytree(stable, copy, ignore=shutil.ignore_patterns(_COMPLETE), copy_function=artifacts.link)
+        apart = shutil.ignore_patterns(_COMPLETE, STATE)
+        shutil.copytree(stable, copy, ignore=apart, copy_function=artifacts.link)
+        artifacts.write_json(copy / STATE, artifacts.read_json(stable / STATE) | intervals)
         artifacts.link(stable / _COMPLETE, copy / _COMPLETE)  # last: before, it does not count
     processes().wait()
 

@@ -132,6 +132,12 @@ class TrainSettings(Optimizer):
         return min(math.ceil(self.decay_share * self.max_steps), self.max_steps - self.warmup_steps)
 
     @property
+    def intervals(self) -> dict[str, int]:
+        """Steps between logged values, between validations and between checkpoints."""
+        every = self.evaluate_every or self.checkpoint_every or 1
+        return {"logging_steps": max(1, self.max_steps // 100), "eval_steps": every, "save_steps": every}
+
+    @property
     def stable_steps(self) -> int | None:
         """Under `wsd` the steps before the decay; a checkpoint after them is kept as long as the training runs."""
         return self.max_steps - self.decay_steps if self.schedule == "wsd" else None
@@ -410,13 +416,11 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool) -> Traini
         lr_scheduler_kwargs=decay if settings.schedule == "wsd" else None,
         max_grad_norm=settings.max_grad_norm,
         save_strategy="steps" if every else "no",
-        save_steps=every or 1,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=every or 1,
         load_best_model_at_end=evaluates,
         metric_for_best_model=settings.metric if evaluates else None,
         greater_is_better=settings.greater_is_better if evaluates else None,
-        logging_steps=max(1, settings.max_steps // 100),
+        **settings.intervals,
         logging_nan_inf_filter=False,
         seed=settings.seed,
         remove_unused_columns=False,

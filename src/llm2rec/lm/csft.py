@@ -117,7 +117,7 @@ def csft(
     if extends:
         settings = replace(settings, warmup_share=0.0)  # it is behind
         _check_extends(extends, settings)
-        go_on_from(extends, out)
+        go_on_from(extends, out, settings.intervals)
     summary = _train(lm, batches, held_out, settings, merge, shard, out)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
