@@ -221,6 +221,8 @@ def test_a_user_with_nothing_before_the_target_is_ranked_under_masking():
 def test_the_protocol_says_whether_the_history_competes():
     assert protocol.ranking_in_words(False) != protocol.ranking_in_words(True)
     assert "history compete as well" in protocol.ranking_in_words(False)
+    assert "consumes one twice" in protocol.ranking_in_words(False, none_repeats=True)
+    assert "consumes one twice" not in protocol.ranking_in_words(True, none_repeats=True)
 
 
 def test_fewer_than_thirty_users_are_not_compared():
@@ -236,3 +238,11 @@ def test_a_comparison_says_how_many_users_its_difference_takes():
     result = protocol.compare_rows(table(a=[BAD], b=[GOOD]), "a", samples=100)["b"]
     assert result["users"] == 100
     assert result["users_needed"] == significance.users_needed(result["deviation"], result["difference"])
+
+
+@pytest.mark.parametrize(("last", "none_repeats"), [(4, True), (1, False)])
+def test_a_log_in_which_nobody_consumes_an_item_twice_is_known(last, none_repeats):
+    items = np.array([1, 2, 3, last, 1, 2, 3, 4], dtype=np.int32)  # what two users share repeats nothing
+    parts = np.tile(np.array([TRAIN, TRAIN, VALIDATION, TEST], dtype=np.uint8), 2)
+    sequences = Sequences(items, np.array([0, 4, 8]), parts, ["a", "b", "c", "d"], ["u0", "u1"])
+    assert protocol.never_repeats(sequences) is none_repeats

@@ -134,14 +134,32 @@ def seen(scorer: Scorer, sequences: Sequences, positions: np.ndarray, history_le
     return given
 
 
-def ranking_in_words(mask_history: bool) -> str:
-    """What competes with a target, for the `protocol` entry of `metrics.json`."""
+def never_repeats(sequences: Sequences) -> bool:
+    """Whether no user of the log consumes an item twice."""
+    users = np.repeat(np.arange(sequences.n_users), np.diff(sequences.offsets))
+    events = pl.DataFrame({"user": users, "item": np.asarray(sequences.items)})
+    return int(events.select(pl.struct("user", "item").n_unique()).item()) == events.height
+
+
+def ranking_in_words(mask_history: bool, none_repeats: bool = False) -> str:
+    """What competes with a target, for the `protocol` entry of `metrics.json`.
+
+    Args:
+        none_repeats: see `never_repeats`; then rows that put items of the history first lose places that no target
+            can have, which is said.
+    """
     if mask_history:
         return (
             "full, over the whole catalogue without the items of the user's whole known history, "
             "unless such an item is the target"
         )
-    return "full, over the whole catalogue; items of the history compete as well"
+    competing = "full, over the whole catalogue; items of the history compete as well"
+    if none_repeats:
+        return (
+            competing
+            + ", though no user of this log consumes one twice (evaluation.mask_history: true hides them)"
+        )
+    return competing
 
 
 def per_user_table(ranked: pl.DataFrame, sequences: Sequences, row: str, seed: int) -> pl.DataFrame:

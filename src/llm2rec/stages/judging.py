@@ -58,7 +58,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
         "slices": summarise_slices(per_user, slice_events(sequences, TEST), reference, settings.bootstrap_samples),
         "validation": validation_choices(run, domain),
         "protocol": {
-            "ranking": protocol.ranking_in_words(settings.mask_history),
+            "ranking": protocol.ranking_in_words(settings.mask_history, protocol.never_repeats(sequences)),
             "test_events": test_events,
             "split": split_in_words(domain.config.split),
             "history_length": domain.config.history_length,
