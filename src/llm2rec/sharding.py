@@ -88,6 +88,17 @@ def _part(value: Tensor, like: Any) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def average_gradients(model: nn.Module) -> None:
+    """Replaces every gradient by its mean over the processes, summed in float32; each must come here."""
+    from torch.distributed import all_reduce
+
+    for parameter in model.parameters():
+        if parameter.grad is not None and not is_shared(parameter.grad):  # parts are means already
+            total = parameter.grad.float()
+            all_reduce(total)
+            parameter.grad.copy_(total / processes().count)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scales all gradients down to a norm of at most `max_norm`; their norm before, over all processes' parts."""
     trained = [parameter for parameter in model.parameters() if parameter.grad is not None]

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,7 +31,7 @@ from llm2rec import artifacts, checkpoints, progress
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
 from llm2rec.processes import processes
-from llm2rec.sharding import clip_gradients, is_shared, shared_out, whole_state
+from llm2rec.sharding import average_gradients, clip_gradients, is_shared, shared_out, whole_state
 
 # Our name of a schedule -> transformers'; its plain `constant` would leave the warm-up out.
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -294,7 +293,7 @@ class _StageTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
-            _average_gradients(self.model)  # the parent's wrapper never sees the objective's forward passes
+            average_gradients(self.model)  # the parent's wrapper never sees the objective's forward passes
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -466,15 +465,6 @@ class _Numbered(Dataset):
 
 def _only(batches: Sequence[Batch]) -> Batch:
     return batches[0]
-
-
-def _average_gradients(model: nn.Module) -> None:
-    """Replaces every gradient by its mean over the processes, summed in float32."""
-    for parameter in model.parameters():
-        if parameter.grad is not None and not is_shared(parameter.grad):  # parts are means already
-            total = parameter.grad.float()
-            torch.distributed.all_reduce(total)
-            parameter.grad.copy_(total / torch.distributed.get_world_size())
 
 
 def _best(state: TrainerState, settings: TrainSettings) -> int:
