@@ -17,7 +17,7 @@ import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts, comparison
 from llm2rec.config import SplitConfig
-from llm2rec.data.sequences import TEST, Sequences
+from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -207,6 +207,16 @@ def test_a_corrected_title_leaves_the_id_row_alone(copied, world, tmp_path):
     ran = [stage for stage, _ in rerun(copied, tmp_path / "world")]
     assert {"data/main", "csft", "embeddings/main/llm2rec", "evaluation"} <= set(ran)
     assert "recommender/main/sasrec-id/seed-0" not in ran
+
+
+def test_validation_ranks_as_the_test_does(copied, world):
+    ran = rerun(copied, world, "evaluation.mask_history=true", "recommender.rows=[markov, sasrec-id]")
+    assert [stage for stage, _ in ran] == ["recommender/main/sasrec-id/seed-0", "evaluation"]
+    run = lr.open_run(copied)
+    sequences, scorer = Sequences.load(run.domain().data), load_scorer(run.domain(), "sasrec-id", 0)
+    hidden = protocol.evaluate(scorer, sequences, VALIDATION, 4, mask_history=True)
+    best = artifacts.require(run.domain().recommender("sasrec-id", 0), "fit").summary["validation_ndcg@10"]
+    assert protocol.mean_metric(hidden, "ndcg@10") == pytest.approx(best)
 
 
 def test_superseded_results_are_kept_aside(copied, world):

@@ -109,7 +109,7 @@ def evaluate(
         for start in starts if description is None else track(starts, description, len(starts)):
             batch = slice(start, start + batch_size)
             histories = seen(scorer, sequences, positions[batch], history_length)
-            known = _known_items(sequences, positions[batch]) if mask_history else None
+            known = known_items(sequences, positions[batch]) if mask_history else None
             wanted = torch.from_numpy(targets[batch].astype(np.int64))
             if isinstance(scorer, Ranker) and not list_length:
                 found[batch] = scorer.ranks(wanted, known, *histories).cpu().numpy()
@@ -274,7 +274,7 @@ def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tup
     return {row: list(zip(cutoffs, values, strict=True)) for row, values in means.items()}
 
 
-def _known_items(sequences: Sequences, positions: np.ndarray) -> Tensor:
+def known_items(sequences: Sequences, positions: np.ndarray) -> Tensor:
     """(B, L) int64 item_index of all the user's events before each position, padded with 0."""
     before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
     return torch.from_numpy(sequences.histories(positions, max(1, int(before.max()))).astype(np.int64))

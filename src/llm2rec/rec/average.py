@@ -72,13 +72,18 @@ class ScoreAverage:
 
 
 def validation_by_weight(
-    average: ScoreAverage, sequences: Sequences, history_length: int, description: str | None = None
+    average: ScoreAverage,
+    sequences: Sequences,
+    history_length: int,
+    description: str | None = None,
+    mask_history: bool = False,
 ) -> dict[float, float]:
     """Validation NDCG@10 of the average under each of WEIGHTS, ranked over the whole catalogue.
 
     Args:
         average: of any weight.
         description: of the progress bar; None draws none.
+        mask_history: as in `protocol.evaluate`.
 
     Raises:
         ValueError: a score is not finite.
@@ -92,8 +97,9 @@ def validation_by_weight(
             batch = slice(start, start + BATCH)
             given = protocol.seen(average, sequences, positions[batch], history_length)
             one, other = average.standardised_scores(*given)
+            known = protocol.known_items(sequences, positions[batch]) if mask_history else None
             for row, weight in enumerate(WEIGHTS):
-                found[row, batch] = ranking.ranks(weight * one + (1 - weight) * other, targets[batch])
+                found[row, batch] = ranking.ranks(weight * one + (1 - weight) * other, targets[batch], known)
     events = pl.DataFrame({"user_index": sequences.users_of(positions), "item_index": targets.numpy()})
     ranked = (events.with_columns(rank=pl.Series(ranks.numpy())) for ranks in found)
     return {weight: protocol.mean_metric(one, METRIC) for weight, one in zip(WEIGHTS, ranked, strict=True)}

@@ -99,6 +99,7 @@ def fit(
     trainable: np.ndarray | None = None,
     seed: int,
     out: Path,
+    mask_history: bool = False,
     description: str = "fit",
     loggers: Loggers = NO_LOGGERS,
 ) -> FitSummary:
@@ -113,6 +114,7 @@ def fit(
         trainable: (N,) bool, False for held-out items, which must not stand in the softmax even as wrong answers,
             and whose learned vectors are 0; None trains against all.
         seed: initial weights, order of the windows, negatives and dropout derive from it.
+        mask_history: of the validation, as in `protocol.evaluate`: it chooses by what the test will measure.
 
     Raises:
         ConfigError: parts that do not fit each other, too many negatives.
@@ -146,7 +148,7 @@ def fit(
         objective,
         out=out,
         settings=_course(optimisation, len(batches), seed, loggers),
-        evaluate=lambda: validate(recommender, sequences, architecture.history_length),
+        evaluate=lambda: validate(recommender, sequences, architecture.history_length, mask_history),
         description=description,
     )
     models.save(recommender, out, sequences.item_ids)
@@ -175,10 +177,13 @@ def _course(optimisation: Optimisation, epoch_steps: int, seed: int, loggers: Lo
     )
 
 
-def validate(scorer: protocol.Scorer, sequences: Sequences, history_length: int) -> dict[str, float]:
+def validate(
+    scorer: protocol.Scorer, sequences: Sequences, history_length: int, mask_history: bool = False
+) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
+    hidden = {"mask_history": mask_history}
     try:
-        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None)
+        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None, **hidden)
     except ValueError as error:  # a score that is not finite
         raise ArtifactError(f"the recommender has diverged ({error}); lower recommender.learning_rate") from error
     return {METRIC: protocol.mean_metric(ranked, METRIC)}

@@ -57,7 +57,7 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
         window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
         if row.name == CONTEXT:
             window |= {"catalogue": catalogue_hash(domain), "data.categories": domain.config.categories}
-        return {**sequence_inputs(domain), **parent, **window, **settings}
+        return {**sequence_inputs(domain), **parent, **window, **settings, **_validation_inputs(run)}
 
     def execute(summary: Summary) -> None:
         from llm2rec.data.embeddings import ItemEmbeddings
@@ -80,6 +80,7 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
             trainable=loaded.trainable,
             seed=seed,
             out=folder,
+            mask_history=run.recipe.evaluation.mask_history,
             description=f"fit {name}",
             loggers=loggers_of(run),
         )
@@ -87,6 +88,11 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
         summary |= {"vectors": vectors, "dtype": result.dtype, "validation_ndcg@10": result.best_metric}
 
     return Stage("fit", folder, inputs, execute)
+
+
+def _validation_inputs(run: Run) -> Inputs:
+    """How validation ranks, where it is not the usual way."""
+    return {"evaluation.mask_history": True} if run.recipe.evaluation.mask_history else {}
 
 
 def _values_of(kind: type, config: RecommenderConfig) -> dict[str, Any]:
@@ -137,7 +143,8 @@ def _average_stage(run: Run, domain: Domain, row: Row, seed: int) -> Stage:
 
     def inputs() -> Inputs:
         parents = {parent: parent_hash(domain.recommender(parent, seed), "fit") for parent in row.parents}
-        return {**sequence_inputs(domain), **parents, "data.history_length": domain.config.history_length}
+        window = {"data.history_length": domain.config.history_length}
+        return {**sequence_inputs(domain), **parents, **window, **_validation_inputs(run)}
 
     def execute(summary: Summary) -> None:
         from llm2rec.data.sequences import Sequences
@@ -147,7 +154,8 @@ def _average_stage(run: Run, domain: Domain, row: Row, seed: int) -> Stage:
         average = ScoreAverage(*(load_trained(domain, parent, seed) for parent in row.parents))
         sequences = Sequences.load(domain.data)
         length = domain.config.history_length
-        by_weight = validation_by_weight(average, sequences, length, f"fit {row.name}")
+        hidden = run.recipe.evaluation.mask_history
+        by_weight = validation_by_weight(average, sequences, length, f"fit {row.name}", hidden)
         weight = best_weight(by_weight)
         artifacts.write_json(folder / AVERAGE, {"weight": weight})
         summary |= {"weight": weight, "validation_ndcg@10": by_weight[weight], "chosen": _weight_in_words(weight)}

@@ -137,7 +137,9 @@ def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
 
     def make() -> pl.DataFrame:
         seeds = range(run.recipe.recommender.seeds)
-        pairs: list[tuple[str, int, Scorer]] = [(COMBINED_LABEL, seed, _combined(domain, seed)) for seed in seeds]
+        pairs: list[tuple[str, int, Scorer]] = [
+            (COMBINED_LABEL, seed, _combined(run, domain, seed)) for seed in seeds
+        ]
         return ranked_by(pairs, Sequences.load(domain.data), run, domain.config.history_length)
 
     alone = gathered(runs, entries_of(ONLY, CONTEXT_ROWS))
@@ -153,10 +155,13 @@ def _judge_context(runs: Runs, folder: Path) -> list[Judged]:
     return [Judged("Side features, ids and text", meaning, CONTEXT, pl.concat([alone, together]))]
 
 
-def _combined(domain: Domain, seed: int) -> ScoreAverage:
+def _combined(run: Run, domain: Domain, seed: int) -> ScoreAverage:
     """Both recommenders' scores with the weight that validation chooses, as an averaged row has it."""
     first, second = (load_trained(domain, row, seed) for row in COMBINED)
     by_weight = validation_by_weight(
-        ScoreAverage(first, second), Sequences.load(domain.data), domain.config.history_length
+        ScoreAverage(first, second),
+        Sequences.load(domain.data),
+        domain.config.history_length,
+        mask_history=run.recipe.evaluation.mask_history,
     )
     return ScoreAverage(first, second, best_weight(by_weight))
