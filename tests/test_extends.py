@@ -109,6 +109,11 @@ def test_the_run_that_is_extended_is_found_from_the_recipe_s_folder(tmp_path, mo
     assert load_recipe(recipe, ["csft.extends=null"]).csft.extends is None
 
 
+def test_a_training_that_validation_stops_keeps_nothing_to_go_on_from(world, tmp_path):
+    run = train(tmp_path / "run", world, "csft.max_tokens=2560", "csft.evaluations=2")
+    assert not (run.csft / "stable").exists()
+
+
 def test_a_run_without_checkpoints_cannot_be_extended(world, tmp_path):
     short = train(tmp_path / "short", world, "csft.max_tokens=2560", "csft.checkpoints=0")
     with pytest.raises(ConfigError, match="train it with checkpoints"):

@@ -138,8 +138,13 @@ class TrainSettings(Optimizer):
 
     @property
     def stable_steps(self) -> int | None:
-        """Under `wsd` the steps before the decay; a checkpoint after them is kept as long as the training runs."""
-        return self.max_steps - self.decay_steps if self.schedule == "wsd" else None
+        """Under `wsd` the steps before the decay, after which a longer training can go on.
+
+        None where validation chooses the weights: which are the best would hang on another training's checkpoints.
+        """
+        if self.schedule != "wsd" or self.evaluate_every:
+            return None
+        return self.max_steps - self.decay_steps
 
 
 @dataclass(frozen=True)
