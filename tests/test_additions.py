@@ -52,6 +52,17 @@ def test_added_items_may_stand_in_a_history(run):
     assert listed(run, ["i03", "new1"]) != listed(run, ["i03", "new2"])
 
 
+def test_rows_over_a_text_encoder_rank_added_items(run, trained):
+    changes = (
+        "recommender.rows=[sasrec-text-encoder]",
+        f"encode.text_encoder={trained.iem}",
+        "evaluation.reference=sasrec-text-encoder",
+    )
+    over = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *CHANGES, *changes))
+    lr.add_items(over, run.folder.parent / "new.csv")
+    assert {"new1", "new2"} <= set(listed(over, ["i03"], row="sasrec-text-encoder"))
+
+
 @pytest.mark.parametrize("row", ["sasrec-id", "markov"])
 def test_id_rows_do_not_know_them(run, row):
     before = listed(run, ["i03"], row=row)

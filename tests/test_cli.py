@@ -132,6 +132,15 @@ def test_a_folder_without_a_model_is_refused_before_the_data_are_read(run_on, tm
     assert not (tmp_path / "run" / "data").exists()
 
 
+@pytest.mark.parametrize(("source", "words"), [("./nowhere", "no file or folder"), (".", "modules.json")])
+def test_a_text_encoder_that_is_not_there_is_refused_before_the_data_are_read(run_on, tmp_path, source, words):
+    status, err = run_on(
+        None, None, f"encode.text_encoder={source}", "recommender.rows=[popularity, sasrec-text-encoder]"
+    )
+    assert status == 1 and "encode.text_encoder" in err and words in err
+    assert not (tmp_path / "run" / "data").exists()
+
+
 def test_a_hub_that_cannot_be_asked_is_one_message_with_the_known_models(run_on, monkeypatch):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("no route to host")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm2rec import config, loading
+from llm2rec import config, loading, rows
 from llm2rec.errors import ConfigError
 from llm2rec.loading import load_recipe, recipe_names
 
@@ -128,15 +128,23 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
 
 
 def test_a_row_may_name_the_attention_of_its_vectors():
-    row = config.Row.parse("sasrec-csft-causal+average")
+    row = rows.Row.parse("sasrec-csft-causal+average")
     assert (row.vectors, row.attention, row.fusion) == ("csft", "causal", "average")
     assert row.parents == ("sasrec-id", "sasrec-csft-causal")
 
 
-@pytest.mark.parametrize("row", ["sasrec-llm2rec-causal", "sasrec-id-causal", "sasrec-csft-", "sasrec-csft-both"])
+def test_a_row_over_a_text_encoder_may_have_ids_beside_it():
+    row = rows.Row.parse("gru4rec-text-encoder+sum")
+    assert (row.architecture, row.vectors, row.attention, row.fusion) == ("gru4rec", "text-encoder", None, "sum")
+
+
+NO_ATTENTION = ("llm2rec-causal", "text-encoder-causal", "text", "id-causal", "csft-", "csft-both")
+
+
+@pytest.mark.parametrize("row", [f"sasrec-{vectors}" for vectors in NO_ATTENTION])
 def test_no_other_row_names_an_attention(row):
     with pytest.raises(ConfigError, match="unknown row"):
-        config.Row.parse(row)
+        rows.Row.parse(row)
 
 
 def test_a_row_over_csft_vectors_is_refused_where_csft_is_left_out():

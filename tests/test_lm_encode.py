@@ -9,7 +9,7 @@ from conftest import TITLES
 from llm2rec.data.embeddings import ItemEmbeddings, write_embeddings
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import encode as encoding
-from llm2rec.lm.encode import encode
+from llm2rec.lm.encode import encode, encode_by_text_encoder
 from llm2rec.lm.pooling import Pooling
 
 MANY = [*TITLES, *TITLES[3:7], *reversed(TITLES)]  # 44 items, 20 distinct titles
@@ -149,3 +149,34 @@ def test_vectors_are_read_when_they_are_used(tmp_path):
     aligned = loaded.aligned_to(["b", "a"])
     aligned[0, 0] = 7  # a copy of its own
     assert loaded.vectors[1, 0] == 1
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(tiny_folder, tmp_path_factory):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    modules = [Transformer(str(tiny_folder), max_seq_length=16), Pooling(64, pooling_mode="mean"), Normalize()]
+    folder = tmp_path_factory.mktemp("encoder")
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return folder
+
+
+def test_a_text_encoder_gives_its_own_vectors_by_item(sentence_transformer, tmp_path, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+
+    monkeypatch.setattr(encoding, "TEXTS_AT_ONCE", 6)
+    ids = [str(number) for number in range(len(MANY))]
+    arguments = {"model": sentence_transformer, "name": "text-encoder", "out": tmp_path, "shard_texts": 7}
+    summary = encode_by_text_encoder(ids, MANY, **arguments)
+    expected = SentenceTransformer(str(sentence_transformer), device="cpu").encode(MANY)
+    found = ItemEmbeddings.load(tmp_path)
+    assert found.item_ids == ids and np.allclose(found.vectors, expected, atol=1e-5)
+    assert np.allclose(np.linalg.norm(found.vectors, axis=1), 1, atol=1e-5)  # as it comes: normalised
+    assert (summary["dimensions"], summary["distinct_titles"]) == (expected.shape[1], 20)
+
+
+def test_a_folder_that_is_no_text_encoder_is_refused(tmp_path):
+    (tmp_path / "modules.json").write_text("[]x")
+    with pytest.raises(ConfigError, match=r"encode\.text_encoder"):
+        encode_by_text_encoder(["1"], ["One"], model=tmp_path, name="text-encoder", out=tmp_path / "out")

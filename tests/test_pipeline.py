@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy
 import polars as pl
 import pytest
 import torch
@@ -17,6 +18,7 @@ import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts, comparison
 from llm2rec.config import SplitConfig
+from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.display import show
@@ -425,6 +427,32 @@ def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
     run = lr.run("demo", tmp_path / "ids", (*overrides(world), "recommender.rows=[popularity, sasrec-id]"))
     assert not run.csft.exists()
     assert set(run.metrics()["rows"]) == {"popularity", "sasrec-id"}
+
+
+def over_text_encoder(finished):
+    """Overrides for a run over a ready text encoder, for which the trained encoder of another run will do."""
+    return "recommender.rows=[popularity, sasrec-text-encoder]", f"encode.text_encoder={finished.iem}"
+
+
+def test_a_row_over_a_text_encoder_needs_no_language_model(finished, world, tmp_path):
+    changes = (*over_text_encoder(finished), "model.source=./no/such/model", "recommender.max_epochs=2")
+    run = lr.run("demo", tmp_path / "run", (*overrides(world), *changes))
+    assert not run.csft.exists() and not run.backbone.exists()
+    theirs, ours = (
+        ItemEmbeddings.load(one.embeddings(name)) for one, name in ((run, "text-encoder"), (finished, "llm2rec"))
+    )
+    assert numpy.allclose(theirs.vectors, ours.aligned_to(theirs.item_ids), atol=1e-4)
+    assert "sasrec-text-encoder" in run.metrics()["rows"]
+
+
+def test_another_text_encoder_leaves_the_vectors_of_the_language_model(copied, finished, world):
+    assert rerun(copied, world, f"encode.text_encoder={finished.iem}") == []
+    ran = rerun(copied, world, *over_text_encoder(finished))
+    assert [stage for stage, _ in ran] == [
+        "embeddings/main/text-encoder",
+        "recommender/main/sasrec-text-encoder/seed-0",
+        "evaluation",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "llm2rec"
 # A module may import modules of its own level or of earlier ones; lm and rec share a level but never meet.
 LEVELS = [
     {"version", "errors", "processes"},
-    {"loggers"},
+    {"loggers", "rows"},
     {"progress", "artifacts", "config"},
     {"loading"},
     {"runs"},

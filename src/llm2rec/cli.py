@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Language models as item encoders for sequential recommendation (LLM2Rec, KDD 2025).",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Named public data sets, and a look into any log.")
-models_app = typer.Typer(no_args_is_help=True, help="Named language models.")
+models_app = typer.Typer(no_args_is_help=True, help="Named language models and text encoders.")
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 out = Console(markup=False, highlight=False)  # a title may hold square brackets
@@ -225,7 +225,7 @@ def data_describe(
 
 @models_app.command("list")
 def models_list() -> None:
-    """The language models known by name."""
+    """The language models and text encoders known by name."""
     _show_sources(lr.models.list())
 
 

@@ -5,7 +5,6 @@ Configuration never enters a module: stage functions unpack these classes into p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,19 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
+from llm2rec.rows import Row
 
-FLOORS = ("popularity", "markov", "item-knn", "ease")
-ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
-CONTEXT = "sasrec-context"
-VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")
-FUSIONS = ("sum", "concatenation", "delta", "average")
-ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
-LOOKING_BACK = ("backbone", "csft")
-ROW_NAMES = (
-    f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
-    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
-    f"{' and '.join(LOOKING_BACK)} may name their attention (sasrec-backbone-causal), else validation chooses it"
-)
 TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
 
@@ -37,51 +25,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 DOMAIN = "main"  # the only domain of a recipe that names none
 ORIGINS = ("source", "folder", "interactions", "items")
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row name taken apart: `sasrec-llm2rec+sum` -> sasrec over llm2rec vectors, summed with learned ids.
-
-    Attributes:
-        architecture: None for floors.
-        vectors: vector set, None for floors and learned ids.
-        fusion: how learned ids stand beside the vectors, None where they do not.
-        attention: of the encoding model, where the name says it; None: its own, or what validation chooses.
-    """
-
-    name: str
-    architecture: str | None = None
-    vectors: str | None = None
-    fusion: str | None = None
-    attention: str | None = None
-
-    @classmethod
-    def parse(cls, name: str) -> Row:
-        """The parts of a row name.
-
-        Raises:
-            ConfigError: there is no such row.
-        """
-        if name in FLOORS:
-            return cls(name)
-        if name == CONTEXT:
-            return cls(name, CONTEXT)
-        stem, plus, fusion = name.partition("+")
-        architecture, _, encoded = stem.partition("-")
-        vectors, dash, attention = encoded.partition("-")
-        known = architecture in ARCHITECTURES and vectors in VECTORS
-        known = known and (not dash or (vectors in LOOKING_BACK and attention in ATTENTIONS))
-        if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
-            raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")
-        return cls(name, architecture, None if vectors == "id" else vectors, fusion or None, attention or None)
-
-    @property
-    def parents(self) -> tuple[str, ...]:
-        """The rows that an averaged row is made of; a trained row has none."""
-        if self.fusion != "average":
-            return ()
-        return f"{self.architecture}-id", self.name.partition("+")[0]
 
 
 class Section(BaseModel):
@@ -348,6 +291,11 @@ class EncodeConfig(Section):
     pooling: Literal["mean", "last", "weighted-mean"] = Field("mean", description="of a title's hidden states")
     layer: Annotated[int, Field(ge=-1)] = Field(
         -1, description="whose states, -1: the last; llm2rec vectors are always of the last"
+    )
+    text_encoder: str = Field(
+        "all-minilm-l6-v2",
+        description="of the rows over `text-encoder`: a named one (`llm2rec models list`), a hub id or a "
+        "SentenceTransformer folder",
     )
     shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
 

@@ -1,4 +1,4 @@
-"""Named language models: the verbs `llm2rec models list | fetch`."""
+"""Named language models and text encoders: the verbs `llm2rec models list | fetch`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm2rec.config import TINY_RANDOM
-from llm2rec.data.sources import MODELS, Source, fetch_model
+from llm2rec.data.sources import MODELS, TEXT_ENCODERS, Source, fetch_model, fetch_text_encoder
 from llm2rec.errors import ConfigError
 
 TokenCounter = Callable[[builtins.list[str]], builtins.list[int]]
 
 
 def list() -> builtins.list[Source]:
-    """The language models known by name."""
-    return [*MODELS.values()]
+    """The language models and text encoders known by name."""
+    return [*MODELS.values(), *TEXT_ENCODERS.values()]
 
 
 def fetch(name: str) -> Path:
-    """The file of a named language model, downloaded into the cache if need be.
+    """The file of a named language model, or the folder of a text encoder, downloaded into the cache if need be.
 
     Raises:
         DataError: no such name, or no mirror has the registered content.
     """
-    return fetch_model(name)
+    return fetch_text_encoder(name) if name in TEXT_ENCODERS else fetch_model(name)
 
 
 def token_counter(source: str) -> TokenCounter:

@@ -14,6 +14,7 @@ from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
 from llm2rec.loading import load_recipe, parse_recipe
+from llm2rec.rows import TEXT_ENCODER
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
 from llm2rec.stages.base import require_current
@@ -121,7 +122,7 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
 
 
 def _why_left_out(run: Run, verb: str) -> str:
-    if verb == "csft" and stages.vector_sets(run) and run.recipe.csft.max_tokens == 0:
+    if verb == "csft" and stages.language_sets(run) and run.recipe.csft.max_tokens == 0:
         return "csft.max_tokens is 0"
     return f"no row of this run needs it: {', '.join(run.recipe.recommender.rows)}"
 
@@ -135,7 +136,7 @@ def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
 
 def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:
     loggers.require(run.recipe.loggers)
-    _check_model(run, verbs)
+    _check_models(run, verbs)
     for position, verb in enumerate(verbs):
         if set(verbs[position:]).isdisjoint(SHARED_VERBS):
             _dismiss()
@@ -163,13 +164,15 @@ def _stages_of(run: Run, verb: str) -> list[Stage]:
     return stages.evaluate_stages(run)
 
 
-def _check_model(run: Run, verbs: tuple[str, ...]) -> None:
-    """Fetches a named model, and refuses a missing one, before the first stage rather than in the middle."""
-    source = run.recipe.model.source
-    needed = bool(stages.vector_sets(run)) and not {"csft", "encode"}.isdisjoint(verbs)
-    if not needed or source == TINY_RANDOM or _evaluated(run):
+def _check_models(run: Run, verbs: tuple[str, ...]) -> None:
+    """Fetches named models, and refuses a missing one, before the first stage rather than in the middle."""
+    if {"csft", "encode"}.isdisjoint(verbs) or _evaluated(run):
         return
-    sources.check_model(source)
+    source = run.recipe.model.source
+    if stages.language_sets(run) and source != TINY_RANDOM:
+        sources.check_model(source)
+    if TEXT_ENCODER in stages.vector_sets(run):
+        sources.check_text_encoder(run.recipe.encode.text_encoder)
 
 
 def _evaluated(run: Run) -> bool:

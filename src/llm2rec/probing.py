@@ -33,7 +33,15 @@ from llm2rec.evaluation.probes import NothingToMeasure
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import evaluate_stages, fitted, language_stages
-from llm2rec.stages.base import Loaded, load_domain, model_path, require_current, trained_rows, vector_sets
+from llm2rec.stages.base import (
+    Loaded,
+    language_sets,
+    load_domain,
+    model_path,
+    require_current,
+    trained_rows,
+    vector_sets,
+)
 
 PROBES = "probes.json"
 
@@ -74,7 +82,7 @@ def _require_current(run: Run, domain: Domain) -> None:
             require_current(run, stage)
     for stage in language_stages(run):
         artifacts.require(stage.folder, stage.verb)
-    if vector_sets(run) and run.recipe.model.source != TINY_RANDOM:
+    if language_sets(run) and run.recipe.model.source != TINY_RANDOM:
         sources.check_model(run.recipe.model.source)
 
 
@@ -135,7 +143,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
 
     models = _language_models(run)
     if not models:
-        return {}, {"language models": "no row of this run reads item texts"}
+        return {}, {"language models": "no row of this run is made by the language model"}
     dtype = resolve_dtype(run.recipe.model.dtype)
     found: dict[str, dict[str, float]] = {}
     left_out: Reasons = {}
@@ -163,7 +171,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
 
 def _language_models(run: Run) -> dict[str, str | Path]:
     """The untrained model, and those that the recipe trains from it, where they lie."""
-    if not vector_sets(run):
+    if not language_sets(run):
         return {}
     trained = [stage.folder for stage in language_stages(run)]
     models: dict[str, str | Path] = {BACKBONE: model_path(run)}

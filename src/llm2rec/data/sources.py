@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from llm2rec import artifacts
 from llm2rec.data.mirrors import CONNECT_TIMEOUT_SECONDS, Mirror, Url
-from llm2rec.data.registry import DATA, MODELS, Source, Tables
+from llm2rec.data.registry import DATA, MODELS, TEXT_ENCODERS, Source, Tables
 from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.progress import say
@@ -71,6 +71,25 @@ def fetch_model(name: str) -> Path:
     return _from_mirrors(source, lambda files, _: _keep_file(source, files[0], folder))
 
 
+def fetch_text_encoder(name: str) -> Path:
+    """The folder of a named text encoder, from the cache or from its first good mirror.
+
+    Raises:
+        DataError: no such name, or no mirror has the registered content.
+    """
+    source = _known(name, TEXT_ENCODERS, "text encoder")
+    folder = cache_folder() / "text-encoders" / source.name
+    if folder.is_dir() and folder_hash(folder) == source.content_hash:
+        return folder
+    return _from_mirrors(source, lambda files, _: _keep_folder(source, files, folder))
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files of a folder and its folders."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return artifacts.hash_json({path.relative_to(folder).as_posix(): artifacts.hash_file(path) for path in files})
+
+
 def check_model(source: str) -> None:
     """Makes sure, before anything is computed, that a language model can be had: fetches a named one.
 
@@ -79,20 +98,39 @@ def check_model(source: str) -> None:
         ConfigError: no such file, a folder without a model, or a hub id that the hub does not know or that
             cannot be asked for.
     """
-    path = Path(source)
     if source in MODELS:
         fetch_model(source)
-    elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model.source: {path} holds no model (there is no {path / 'config.json'})")
-    elif source.endswith(".gguf") or source.count("/") > 1 or source.startswith((".", "/", "~")):
-        if not path.is_file():
-            raise ConfigError(f"model.source: there is no file or folder {source!r}")
+    elif not (source.endswith(".gguf") and Path(source).is_file()):
+        _check_unnamed("model.source", source, MODELS, "config.json", "a folder or a GGUF file")
+
+
+def check_text_encoder(source: str) -> None:
+    """Makes sure, before anything is computed, that a text encoder can be had: fetches a named one.
+
+    Raises:
+        DataError, ConfigError: as of `check_model`.
+    """
+    if source in TEXT_ENCODERS:
+        fetch_text_encoder(source)
     else:
-        _check_hub(source)
+        what = "a SentenceTransformer folder"
+        _check_unnamed("encode.text_encoder", source, TEXT_ENCODERS, "modules.json", what)
 
 
-def _check_hub(name: str) -> None:
+def _check_unnamed(key: str, source: str, named: dict[str, Source], mark: str, else_: str) -> None:
+    """A folder must hold the file `mark`, a hub id be known to the hub; what looks like a path must be there."""
+    path = Path(source)
+    known = f"models known by name: {', '.join(named)}; {else_} does as well"
+    if path.is_dir():
+        if not (path / mark).is_file():
+            raise ConfigError(f"{key}: {path} holds no model (there is no {path / mark})")
+    elif source.endswith(".gguf") or source.count("/") > 1 or source.startswith((".", "/", "~")):
+        raise ConfigError(f"{key}: there is no file or folder {source!r}; {known}")
+    else:
+        _check_hub(key, source, known)
+
+
+def _check_hub(key: str, name: str, known: str) -> None:
     """One question to the hub, without retries, unless its answer is in the hub's cache already."""
     from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -102,20 +140,19 @@ def _check_hub(name: str) -> None:
             return
         address = hf_hub_url(name, "config.json")
     except HFValidationError as error:
-        raise ConfigError(f"model.source: {name!r} is no file, no folder and no possible hub id") from error
-    known = f"models known by name: {', '.join(MODELS)}; a folder or a GGUF file does as well"
+        raise ConfigError(f"{key}: {name!r} is no file, no folder and no possible hub id; {known}") from error
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"model.source: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {known}")
+        raise ConfigError(f"{key}: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {known}")
     say(f"fetch  {name} from the hub, once")
     try:
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=CONNECT_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404) and not os.environ.get("HF_TOKEN"):
             raise ConfigError(
-                f"model.source: the hub has no public model {name!r} (status {error.code}); {known}"
+                f"{key}: the hub has no public model {name!r} (status {error.code}); {known}"
             ) from error
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        raise ConfigError(f"model.source: the hub cannot be asked for {name!r} ({error}); {known}") from error
+        raise ConfigError(f"{key}: the hub cannot be asked for {name!r} ({error}); {known}") from error
 
 
 def data_content_hash(name: str) -> str:
@@ -225,6 +262,17 @@ def _keep_file(source: Source, file: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / f".{file.name}.tmp")
     return (folder / f".{file.name}.tmp").replace(folder / file.name)
+
+
+def _keep_folder(source: Source, files: list[Path], folder: Path) -> Path:
+    arrived = Path(os.path.commonpath(files))
+    _require_hash(source, folder_hash(arrived), source.content_hash)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        shutil.copytree(arrived, Path(beside, folder.name))
+        if folder.exists():
+            folder.rename(Path(beside, "old"))
+        return Path(beside, folder.name).rename(folder)
 
 
 def _require_hash(source: Source, found: str, wanted: str | None) -> None:

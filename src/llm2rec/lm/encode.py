@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from llm2rec import artifacts, progress
 from llm2rec.data.embeddings import write_embeddings
-from llm2rec.errors import ArtifactError
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import to_device
@@ -31,7 +31,10 @@ from llm2rec.training import default_device
 
 SHARD_TEXTS = 65_536
 ROWS_AT_ONCE = 16_384
+TEXTS_AT_ONCE = 512  # of a text encoder, which sorts and batches them itself
 WHAT = "encoding.json"
+
+VectorsOf = Callable[[list[str]], np.ndarray]  # (n,) distinct texts -> (n, D) float32
 
 
 def encode(
@@ -74,36 +77,103 @@ def encode(
     pooling.check_layer(lm)
     provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
     provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
+
+    def vectors_of(texts: list[str]) -> np.ndarray:
+        tokens = tokenise(lm.tokenizer, texts, max_title_tokens, special_tokens=True)
+        return encode_tokens(lm, tokens, batch_tokens, name, pooling)
+
+    what = provenance | {"max_title_tokens": max_title_tokens, "weights": _sum_of_weights(lm.body)}
+    width = lm.body.config.hidden_size
+    return _encode_in_shards(item_ids, titles, vectors_of, width, provenance, what, out, shard_texts)
+
+
+def encode_by_text_encoder(
+    item_ids: list[str],
+    titles: list[str],
+    *,
+    model: str | Path,
+    name: str,
+    out: Path,
+    shard_texts: int = SHARD_TEXTS,
+) -> dict[str, Any]:
+    """Writes what a ready text encoder makes of a whole catalogue to `out`: its pooling, length and normalisation.
+
+    Args:
+        model: a SentenceTransformer, hub id or folder.
+        item_ids, titles, name, shard_texts: as for `encode`.
+
+    Returns:
+        Summary, as of `encode`.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+        ArtifactError: too little disk, or a vector that is not finite.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        encoder = SentenceTransformer(str(model), device=str(default_device()))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"encode.text_encoder: {model} is no SentenceTransformer ({error})") from error
+    provenance = {"name": name, "model": str(model), "template": template_hash()}
+
+    def vectors_of(texts: list[str]) -> np.ndarray:
+        order = np.argsort([-len(text) for text in texts], kind="stable")
+        vectors = np.empty((len(texts), width), dtype=np.float32)
+        with progress.bar(f"encode {name}", len(texts)) as running:
+            for begin in range(0, len(texts), TEXTS_AT_ONCE):
+                chosen = order[begin : begin + TEXTS_AT_ONCE]
+                vectors[chosen] = encoder.encode([texts[row] for row in chosen], show_progress_bar=False)
+                running.advance(len(chosen))
+        return vectors
+
+    width = int(encoder.encode(["width"], show_progress_bar=False).shape[1])
+    what = provenance | {"weights": _sum_of_weights(encoder)}
+    return _encode_in_shards(item_ids, titles, vectors_of, width, provenance, what, out, shard_texts)
+
+
+def _sum_of_weights(model: torch.nn.Module) -> float:
+    """A number that another training of the same model hardly shares."""
+    return float(sum(parameter.detach().double().sum() for parameter in model.parameters()))
+
+
+def _encode_in_shards(
+    item_ids: list[str],
+    titles: list[str],
+    vectors_of: VectorsOf,
+    width: int,
+    provenance: dict[str, Any],
+    what: dict[str, Any],
+    out: Path,
+    shard_texts: int,
+) -> dict[str, Any]:
+    """Writes the vectors of a catalogue, each distinct text once; `what` decides which shards may be gone on from.
+
+    Returns:
+        Summary: see `encode`.
+    """
     texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
     shard_texts = min(shard_texts, -(-len(texts) // processes().count))  # every process has a share
-    vectors = len(texts) + len(item_ids)
-    artifacts.require_disk(out, vectors * lm.body.config.hidden_size * 4, "its vectors, while they are made,")
+    artifacts.require_disk(out, (len(texts) + len(item_ids)) * width * 4, "its vectors, while they are made,")
     shards = out / artifacts.CHECKPOINTS
     if processes().is_main:
-        what = provenance | {"max_title_tokens": max_title_tokens, "shard_texts": shard_texts}
-        what |= {"texts": artifacts.hash_json(texts.tolist()), "weights": _sum_of_weights(lm)}
-        _start(shards, what)
+        _start(shards, what | {"shard_texts": shard_texts, "texts": artifacts.hash_json(texts.tolist())})
     processes().wait()
     began = time.perf_counter()
-    encoded = _encode_shards(lm, texts, shards, shard_texts, max_title_tokens, batch_tokens, name, pooling)
+    encoded = _encode_shards(vectors_of, texts, shards, shard_texts)
     seconds = time.perf_counter() - began
     processes().wait()
     if processes().is_main:
         rows = _rows(shards, len(texts), shard_texts, first)
-        write_embeddings(out, rows, lm.body.config.hidden_size, item_ids, provenance)
+        write_embeddings(out, rows, width, item_ids, provenance)
         shutil.rmtree(shards)
     processes().wait()
     return {
         "items": len(item_ids),
-        "dimensions": lm.body.config.hidden_size,
+        "dimensions": width,
         "distinct_titles": len(texts),
         "titles_per_second": round(encoded / seconds, 1),
     }
-
-
-def _sum_of_weights(lm: Backbone) -> float:
-    """A number that another training of the same model hardly shares."""
-    return float(sum(parameter.detach().double().sum() for parameter in lm.body.parameters()))
 
 
 def _start(shards: Path, what: dict[str, Any]) -> None:
@@ -113,16 +183,7 @@ def _start(shards: Path, what: dict[str, Any]) -> None:
         artifacts.write_json(shards / WHAT, what)
 
 
-def _encode_shards(
-    lm: Backbone,
-    texts: np.ndarray,
-    shards: Path,
-    shard_texts: int,
-    max_title_tokens: int,
-    batch_tokens: int,
-    name: str,
-    pooling: Pooling,
-) -> int:
+def _encode_shards(vectors_of: VectorsOf, texts: np.ndarray, shards: Path, shard_texts: int) -> int:
     """Writes the missing shards among this process's share of them; how many texts they hold."""
     encoded, own = 0, processes()
     for number, begin in enumerate(range(0, len(texts), shard_texts)):
@@ -130,8 +191,7 @@ def _encode_shards(
         if number % own.count != own.rank or path.exists():
             continue
         chosen = texts[begin : begin + shard_texts].tolist()
-        tokens = tokenise(lm.tokenizer, chosen, max_title_tokens, special_tokens=True)
-        vectors = encode_tokens(lm, tokens, batch_tokens, name, pooling)
+        vectors = vectors_of(chosen)
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise ArtifactError(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from llm2rec import artifacts, progress
-from llm2rec.config import FLOORS, Row
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue
@@ -20,6 +19,7 @@ from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
 from llm2rec.rec.average import AVERAGE, ScoreAverage
+from llm2rec.rows import FLOORS, Row
 from llm2rec.runs import Domain, Run, open_run, require_row
 from llm2rec.serve import added
 

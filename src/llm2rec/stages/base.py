@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
-from llm2rec.config import TINY_RANDOM, DataConfig, Row
+from llm2rec.config import TINY_RANDOM, DataConfig
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.loggers import Loggers
+from llm2rec.rows import TEXT_ENCODER, Row
 from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def vector_sets(run: Run) -> list[str]:
     return list(dict.fromkeys(name for name in wanted if name))
 
 
+def language_sets(run: Run) -> list[str]:
+    """The vector sets among them that the language model of the recipe makes."""
+    return [name for name in vector_sets(run) if name != TEXT_ENCODER]
+
+
 def row_variants(row: Row) -> dict[str, str | None]:
     """Trained row -> its vector set.
 
@@ -93,6 +99,16 @@ def model_path(run: Run) -> str | Path:
     if source == TINY_RANDOM:
         return run.backbone
     return sources.fetch_model(source) if source in sources.MODELS else source
+
+
+def text_encoder_path(run: Run) -> str | Path:
+    """Where the text encoder of the recipe is loaded from; a named one is fetched first.
+
+    Raises:
+        DataError: no mirror of a named text encoder can be reached.
+    """
+    source = run.recipe.encode.text_encoder
+    return sources.fetch_text_encoder(source) if source in sources.TEXT_ENCODERS else source
 
 
 def loggers_of(run: Run) -> Loggers:
@@ -215,22 +231,28 @@ def text_inputs(run: Run, domain: Domain) -> Inputs:
 
 def model_inputs(run: Run) -> Inputs:
     """What the language model is that everything starts from."""
-    return {"model.source": model_hash(run)}
-
-
-def model_hash(run: Run) -> str:
-    """What the language model is: the registered hash, the content of a file or folder, or a hub id."""
     source = run.recipe.model.source
+    own = parent_hash(run.backbone, "csft") if source == TINY_RANDOM else None
+    return {"model.source": own or source_hash("model.source", source, sources.MODELS)}
+
+
+def text_encoder_inputs(run: Run, domain: Domain) -> Inputs:
+    """What determines the vectors of the text encoder."""
+    key = "encode.text_encoder"
+    encoder = source_hash(key, run.recipe.encode.text_encoder, sources.TEXT_ENCODERS)
+    return {"catalogue": catalogue_hash(domain), "data.text": domain.config.text, key: encoder}
+
+
+def source_hash(key: str, source: str, named: Mapping[str, sources.Source]) -> str:
+    """What a model is that a recipe names: the registered hash, the content of a file or folder, or a hub id."""
     path = Path(source)
-    if source == TINY_RANDOM:
-        return parent_hash(run.backbone, "csft")
-    if source in sources.MODELS:
-        return str(sources.MODELS[source].content_hash)
+    if source in named:
+        return str(named[source].content_hash)
     if path.is_file():
         return artifacts.hash_file(path)
     if path.is_dir():
         files = sorted(path.glob("*.json")) + sorted(path.glob("*.safetensors"))
         if not files:
-            raise ArtifactError(f"model.source: {path} holds no model (no *.json, no *.safetensors)")
+            raise ArtifactError(f"{key}: {path} holds no model (no *.json, no *.safetensors)")
         return artifacts.hash_json({file.name: artifacts.hash_file(file) for file in files})
     return source

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from llm2rec.config import TINY_RANDOM, Row
+from llm2rec.config import TINY_RANDOM
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError
+from llm2rec.rows import Row
 from llm2rec.runs import Domain, Run
-from llm2rec.stages.base import model_path, vector_sets
+from llm2rec.stages.base import language_sets, model_path
 
 LARGEST_EASE = 30_000
 
@@ -25,7 +26,7 @@ def check_prepared(run: Run) -> None:
     language = (run.recipe.csft, run.recipe.iem.mntp, run.recipe.iem.contrastive)
     if any(stage.lora for stage in language) and find_spec("peft") is None:
         raise ConfigError("LoRA needs the package peft: pip install 'llm2rec[lora]', or leave `lora` out")
-    if vector_sets(run):
+    if language_sets(run):
         _check_shape(run)
     for domain in run.domains:
         _check_domain(run, domain)

@@ -13,7 +13,7 @@ import polars as pl
 import torch
 
 from llm2rec import artifacts
-from llm2rec.config import FLOORS, TINY_RANDOM, SplitConfig
+from llm2rec.config import TINY_RANDOM, SplitConfig
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import clean
@@ -22,6 +22,7 @@ from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.probes import principal_plane
 from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
+from llm2rec.rows import FLOORS, TEXT_ENCODER
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
 from llm2rec.stages.base import averaged_rows, load_domain, row_variants, trained_rows
@@ -202,7 +203,7 @@ def _typical_user(sequences: Sequences) -> tuple[str, np.ndarray]:
 
 def shown_vectors(domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
     """The vector sets of a domain that neighbours and maps are shown of, each (N, D)."""
-    names = [name for name in ("backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
+    names = [name for name in (TEXT_ENCODER, "backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
     return {name: load_vectors(domain, name, catalogue) for name in names}
 
 

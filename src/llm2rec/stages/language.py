@@ -9,11 +9,13 @@ from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
 from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
 from llm2rec.errors import ConfigError
+from llm2rec.rows import TEXT_ENCODER
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
     VARIANTS,
     Stage,
     Summary,
+    language_sets,
     load_domain,
     load_mixture,
     loggers_of,
@@ -22,6 +24,8 @@ from llm2rec.stages.base import (
     of_each,
     parent_hash,
     sequence_inputs,
+    text_encoder_inputs,
+    text_encoder_path,
     text_inputs,
     trained_history_length,
     vector_sets,
@@ -41,7 +45,7 @@ OF_LENGTH = {
 
 def language_stages(run: Run) -> list[Stage]:
     """The stages that train the language model, as far as the rows of the recipe need them."""
-    wanted = vector_sets(run)
+    wanted = language_sets(run)
     stages = []
     if wanted and run.recipe.model.source == TINY_RANDOM:
         stages.append(_tiny_random_stage(run))
@@ -237,9 +241,12 @@ def encode_stages(run: Run) -> list[Stage]:
 
 def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out: Path) -> Summary:
     """Writes the vectors of a vector set for some items, made by the model that the set stands for."""
-    from llm2rec.lm.encode import encode
+    from llm2rec.lm.encode import encode, encode_by_text_encoder
     from llm2rec.precision import resolve_dtype
 
+    if name == TEXT_ENCODER:
+        path, shard_texts = text_encoder_path(run), run.recipe.encode.shard_texts
+        return encode_by_text_encoder(item_ids, texts, model=path, name=name, out=out, shard_texts=shard_texts)
     return encode(
         item_ids,
         texts,
@@ -265,8 +272,10 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     trained = _trained_models(run)
 
     def inputs() -> Inputs:
+        if name == TEXT_ENCODER:
+            return text_encoder_inputs(run, domain)
         parent = {trained[name].name: parent_hash(trained[name], "iem")} if name in trained else {}
-        settings = flatten("encode", run.recipe.encode.model_dump(mode="json"))
+        settings = flatten("encode", run.recipe.encode.model_dump(mode="json", exclude={"text_encoder"}))
         return {
             **parent,
             **text_inputs(run, domain),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
-from llm2rec.config import CONTEXT, RecommenderConfig, Row
+from llm2rec.config import RecommenderConfig
+from llm2rec.rows import CONTEXT, Row
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
     Stage,

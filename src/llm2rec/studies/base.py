@@ -14,12 +14,12 @@ import polars as pl
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
 from llm2rec.comparison import require_same_catalogue
-from llm2rec.config import FLOORS
 from llm2rec.data.mirrors import DATA_DIR
 from llm2rec.data.sequences import CONTEXT, TEST, Sequences
 from llm2rec.errors import ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.evaluation.protocol import Scorer
+from llm2rec.rows import FLOORS
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.worlds import World

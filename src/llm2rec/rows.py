@@ -1,0 +1,66 @@
+"""The grammar of row names: what a table of results compares, `sasrec-llm2rec+sum` taken apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm2rec.errors import ConfigError
+
+FLOORS = ("popularity", "markov", "item-knn", "ease")
+ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
+CONTEXT = "sasrec-context"
+TEXT_ENCODER = "text-encoder"  # a ready one, for comparison
+VECTORS = ("id", TEXT_ENCODER, "backbone", "csft", "mntp", "llm2rec")
+FUSIONS = ("sum", "concatenation", "delta", "average")
+ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
+LOOKING_BACK = ("backbone", "csft")
+ROW_NAMES = (
+    f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
+    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
+    f"{' and '.join(LOOKING_BACK)} may name their attention (sasrec-backbone-causal), else validation chooses it"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row name taken apart: `sasrec-llm2rec+sum` -> sasrec over llm2rec vectors, summed with learned ids.
+
+    Attributes:
+        architecture: None for floors.
+        vectors: vector set, None for floors and learned ids.
+        fusion: how learned ids stand beside the vectors, None where they do not.
+        attention: of the encoding model, where the name says it; None: its own, or what validation chooses.
+    """
+
+    name: str
+    architecture: str | None = None
+    vectors: str | None = None
+    fusion: str | None = None
+    attention: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Row:
+        """The parts of a row name.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        if name in FLOORS:
+            return cls(name)
+        if name == CONTEXT:
+            return cls(name, CONTEXT)
+        stem, plus, fusion = name.partition("+")
+        architecture, _, encoded = stem.partition("-")
+        vectors, dash, attention = encoded.partition("-") if encoded != TEXT_ENCODER else (encoded, "", "")
+        known = architecture in ARCHITECTURES and vectors in VECTORS
+        known = known and (not dash or (vectors in LOOKING_BACK and attention in ATTENTIONS))
+        if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
+            raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")
+        return cls(name, architecture, None if vectors == "id" else vectors, fusion or None, attention or None)
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """The rows that an averaged row is made of; a trained row has none."""
+        if self.fusion != "average":
+            return ()
+        return f"{self.architecture}-id", self.name.partition("+")[0]
