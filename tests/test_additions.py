@@ -54,13 +54,13 @@ def test_added_items_may_stand_in_a_history(run):
 
 def test_rows_over_a_text_encoder_rank_added_items(run, trained):
     changes = (
-        "recommender.rows=[sasrec-text-encoder]",
-        f"encode.text_encoder={trained.iem}",
-        "evaluation.reference=sasrec-text-encoder",
+        "recommender.rows=[sasrec-other]",
+        f"encode.text_encoders.other={trained.iem}",
+        "evaluation.reference=sasrec-other",
     )
     over = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *CHANGES, *changes))
     lr.add_items(over, run.folder.parent / "new.csv")
-    assert {"new1", "new2"} <= set(listed(over, ["i03"], row="sasrec-text-encoder"))
+    assert {"new1", "new2"} <= set(listed(over, ["i03"], row="sasrec-other"))
 
 
 @pytest.mark.parametrize("row", ["sasrec-id", "markov"])

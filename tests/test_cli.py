@@ -135,9 +135,9 @@ def test_a_folder_without_a_model_is_refused_before_the_data_are_read(run_on, tm
 @pytest.mark.parametrize(("source", "words"), [("./nowhere", "no file or folder"), (".", "modules.json")])
 def test_a_text_encoder_that_is_not_there_is_refused_before_the_data_are_read(run_on, tmp_path, source, words):
     status, err = run_on(
-        None, None, f"encode.text_encoder={source}", "recommender.rows=[popularity, sasrec-text-encoder]"
+        None, None, f"encode.text_encoders.mine={source}", "recommender.rows=[popularity, sasrec-mine]"
     )
-    assert status == 1 and "encode.text_encoder" in err and words in err
+    assert status == 1 and "encode.text_encoders.mine" in err and words in err
     assert not (tmp_path / "run" / "data").exists()
 
 

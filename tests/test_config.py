@@ -134,11 +134,39 @@ def test_a_row_may_name_the_attention_of_its_vectors():
 
 
 def test_a_row_over_a_text_encoder_may_have_ids_beside_it():
-    row = rows.Row.parse("gru4rec-text-encoder+sum")
-    assert (row.architecture, row.vectors, row.attention, row.fusion) == ("gru4rec", "text-encoder", None, "sum")
+    row = rows.Row.parse("gru4rec-minilm+sum")
+    assert (row.architecture, row.text_encoder, row.attention, row.fusion) == ("gru4rec", "minilm", None, "sum")
+    assert rows.Row.parse("sasrec-llm2rec").text_encoder is None
 
 
-NO_ATTENTION = ("llm2rec-causal", "text-encoder-causal", "text", "id-causal", "csft-", "csft-both")
+def test_text_encoders_are_named_beside_the_ready_one():
+    named = ["encode.text_encoders.mine=some/encoder", "recommender.rows=[sasrec-minilm, sasrec-mine]"]
+    recipe = load_recipe("demo", named)
+    assert recipe.encode.text_encoders == {"minilm": "all-minilm-l6-v2", "mine": "some/encoder"}
+    with pytest.raises(ConfigError, match="unknown row 'sasrec-yours'.*here: minilm, mine"):
+        load_recipe("demo", [*named[:1], "recommender.rows=[sasrec-yours]"])
+
+
+@pytest.mark.parametrize(("name", "words"), [("llm2rec", "another name"), ("my-own", "pattern")])
+def test_a_text_encoder_has_a_name_of_its_own(name, words):
+    with pytest.raises(ConfigError, match=f"text_encoders.*{words}"):
+        load_recipe("demo", [f"encode.text_encoders.{name}=some/encoder"])
+
+
+def test_models_in_folders_are_found_beside_the_recipe(tmp_path):
+    (tmp_path / "models" / "own").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {source: movielens-100k}\nmodel: {source: models/own}\ncsft: {epochs: 1}\n"
+        "iem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
+        "encode: {text_encoders: {mine: ./models/own, hub: a/b}}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    own = str((tmp_path / "models" / "own").resolve())
+    assert recipe.model.source == own
+    assert recipe.encode.text_encoders == {"minilm": "all-minilm-l6-v2", "mine": own, "hub": "a/b"}
+
+
+NO_ATTENTION = ("llm2rec-causal", "minilm-causal", "id-causal", "csft-", "csft-both")
 
 
 @pytest.mark.parametrize("row", [f"sasrec-{vectors}" for vectors in NO_ATTENTION])

@@ -167,7 +167,7 @@ def test_a_text_encoder_gives_its_own_vectors_by_item(sentence_transformer, tmp_
 
     monkeypatch.setattr(encoding, "TEXTS_AT_ONCE", 6)
     ids = [str(number) for number in range(len(MANY))]
-    arguments = {"model": sentence_transformer, "name": "text-encoder", "out": tmp_path, "shard_texts": 7}
+    arguments = {"model": sentence_transformer, "name": "mine", "out": tmp_path, "shard_texts": 7}
     summary = encode_by_text_encoder(ids, MANY, **arguments)
     expected = SentenceTransformer(str(sentence_transformer), device="cpu").encode(MANY)
     found = ItemEmbeddings.load(tmp_path)
@@ -178,5 +178,5 @@ def test_a_text_encoder_gives_its_own_vectors_by_item(sentence_transformer, tmp_
 
 def test_a_folder_that_is_no_text_encoder_is_refused(tmp_path):
     (tmp_path / "modules.json").write_text("[]x")
-    with pytest.raises(ConfigError, match=r"encode\.text_encoder"):
-        encode_by_text_encoder(["1"], ["One"], model=tmp_path, name="text-encoder", out=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"encode\.text_encoders\.mine"):
+        encode_by_text_encoder(["1"], ["One"], model=tmp_path, name="mine", out=tmp_path / "out")

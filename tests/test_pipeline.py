@@ -192,6 +192,12 @@ def test_a_changed_recommender_key_reruns_the_trained_rows_only(copied, world):
     assert ("recommender/main/sasrec-id/seed-0", ["recommender.max_epochs"]) in ran
 
 
+def test_rows_over_ids_do_not_depend_on_what_is_made_of_vectors(copied, world):
+    stages = [stage for stage, _ in rerun(copied, world, "recommender.whitening=half", "recommender.max_epochs=40")]
+    assert "recommender/main/sasrec-llm2rec/seed-0" in stages
+    assert not [stage for stage in stages if "sasrec-id" in stage]
+
+
 def test_a_changed_evaluation_key_reruns_the_evaluation_only(copied, world):
     assert rerun(copied, world, "evaluation.k=[1, 3]") == [("evaluation", ["evaluation.k"])]
 
@@ -400,7 +406,7 @@ def test_long_titles_are_cut_by_characters_and_told_apart_where_the_cut_makes_th
 
 def test_maps_are_coloured_by_counts_of_training_events(finished):
     domain = finished.domain()
-    chart = embedding_maps(domain, Sequences.load(domain.data))[0]
+    chart = embedding_maps(finished, domain, Sequences.load(domain.data))[0]
     assert chart.colour_name == "training events" and set(map(type, chart.colours)) == {int}
     assert sum(chart.colours) == 40 * 6  # of 40 users, all but the last two events
 
@@ -431,7 +437,7 @@ def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
 
 def over_text_encoder(finished):
     """Overrides for a run over a ready text encoder, for which the trained encoder of another run will do."""
-    return "recommender.rows=[popularity, sasrec-text-encoder]", f"encode.text_encoder={finished.iem}"
+    return "recommender.rows=[popularity, sasrec-other]", f"encode.text_encoders.other={finished.iem}"
 
 
 def test_a_row_over_a_text_encoder_needs_no_language_model(finished, world, tmp_path):
@@ -439,18 +445,18 @@ def test_a_row_over_a_text_encoder_needs_no_language_model(finished, world, tmp_
     run = lr.run("demo", tmp_path / "run", (*overrides(world), *changes))
     assert not run.csft.exists() and not run.backbone.exists()
     theirs, ours = (
-        ItemEmbeddings.load(one.embeddings(name)) for one, name in ((run, "text-encoder"), (finished, "llm2rec"))
+        ItemEmbeddings.load(one.embeddings(name)) for one, name in ((run, "other"), (finished, "llm2rec"))
     )
     assert numpy.allclose(theirs.vectors, ours.aligned_to(theirs.item_ids), atol=1e-4)
-    assert "sasrec-text-encoder" in run.metrics()["rows"]
+    assert "sasrec-other" in run.metrics()["rows"]
 
 
 def test_another_text_encoder_leaves_the_vectors_of_the_language_model(copied, finished, world):
-    assert rerun(copied, world, f"encode.text_encoder={finished.iem}") == []
+    assert rerun(copied, world, f"encode.text_encoders.other={finished.iem}") == []
     ran = rerun(copied, world, *over_text_encoder(finished))
     assert [stage for stage, _ in ran] == [
-        "embeddings/main/text-encoder",
-        "recommender/main/sasrec-text-encoder/seed-0",
+        "embeddings/main/other",
+        "recommender/main/sasrec-other/seed-0",
         "evaluation",
     ]
 

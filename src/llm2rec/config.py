@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
-from llm2rec.rows import Row
+from llm2rec.rows import ENCODER_NAME, ROW_NAMES, VECTORS, Row
 
 TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
@@ -24,6 +24,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 DomainName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 DOMAIN = "main"  # the only domain of a recipe that names none
+EncoderName = Annotated[str, Field(pattern=f"^{ENCODER_NAME}$")]
+READY_ENCODERS = {"minilm": "all-minilm-l6-v2"}  # known without being named
 ORIGINS = ("source", "folder", "interactions", "items")
 
 
@@ -292,12 +294,25 @@ class EncodeConfig(Section):
     layer: Annotated[int, Field(ge=-1)] = Field(
         -1, description="whose states, -1: the last; llm2rec vectors are always of the last"
     )
-    text_encoder: str = Field(
-        "all-minilm-l6-v2",
-        description="of the rows over `text-encoder`: a named one (`llm2rec models list`), a hub id or a "
-        "SentenceTransformer folder",
+    text_encoders: dict[EncoderName, str] = Field(
+        READY_ENCODERS,
+        description="ready text encoders by the name that rows have them under: a public one (`llm2rec models "
+        "list`), a hub id or a SentenceTransformer folder, such as `iem/` of another run",
     )
     shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
+
+    @field_validator("text_encoders", mode="before")
+    @classmethod
+    def _ready_ones_besides(cls, value: Any) -> Any:
+        return READY_ENCODERS | value if isinstance(value, dict) else value
+
+    @field_validator("text_encoders")
+    @classmethod
+    def _names_of_their_own(cls, value: dict[str, str]) -> dict[str, str]:
+        taken = sorted(set(value) & set(VECTORS))
+        if taken:
+            raise ValueError(f"{taken[0]!r} is what our own vectors are called; take another name")
+        return value
 
 
 class RecommenderConfig(Section):
@@ -416,6 +431,14 @@ class Recipe(Section):
         lengths = {one.history_length for one in self.by_domain.values() if one.role == "in"}
         if len(lengths) > 1:
             raise ValueError(f"domains that are trained together need one history_length, got {sorted(lengths)}")
+        return self
+
+    @model_validator(mode="after")
+    def _known_encoders(self) -> Recipe:
+        known = self.encode.text_encoders
+        for name in self.recommender.rows:
+            if Row.parse(name).text_encoder not in (None, *known):
+                raise ValueError(f"unknown row {name!r}; rows are {ROW_NAMES} (here: {', '.join(known)})")
         return self
 
     @model_validator(mode="after")

@@ -138,6 +138,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         for other in CSFT_BUDGETS - {parts[-1]}:
             section.pop(other, None)
     _anchor_extended(content, Path.cwd())
+    _anchor_models(content, Path.cwd())
     if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
         _replace_origin(section, parts[-1], parsed)
 
@@ -173,6 +174,7 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 def _anchor_paths(content: dict[str, Any], base: Path) -> None:
     _convert_numbers(content)
     _anchor_extended(content, base)
+    _anchor_models(content, base)
     domains = content.get("domains")
     sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
     for section in sections:
@@ -186,6 +188,18 @@ def _anchor_extended(content: dict[str, Any], base: Path) -> None:
     section = content.get("csft")
     if isinstance(section, dict) and isinstance(section.get("extends"), str):
         section["extends"] = _expand(section["extends"], base)
+
+
+def _anchor_models(content: dict[str, Any], base: Path) -> None:
+    """Makes models that are files or folders absolute paths; what is none may be a name or a hub id."""
+    encode = content.get("encode")
+    encoders = encode.get("text_encoders") if isinstance(encode, dict) else None
+    sections: list[dict[str, Any]] = [one for one in (content.get("model"), encoders) if isinstance(one, dict)]
+    for section in sections:
+        for key, value in section.items():
+            like_a_path = isinstance(value, str) and ("/" in value or value[:1] in (".", "~", "$"))
+            if like_a_path and Path(_expand(value, base)).exists():
+                section[key] = _expand(value, base)
 
 
 def _convert_numbers(section: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
 from llm2rec.loading import load_recipe, parse_recipe
-from llm2rec.rows import TEXT_ENCODER
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
 from llm2rec.stages.base import require_current
@@ -171,8 +170,9 @@ def _check_models(run: Run, verbs: tuple[str, ...]) -> None:
     source = run.recipe.model.source
     if stages.language_sets(run) and source != TINY_RANDOM:
         sources.check_model(source)
-    if TEXT_ENCODER in stages.vector_sets(run):
-        sources.check_text_encoder(run.recipe.encode.text_encoder)
+    for name, encoder in run.recipe.encode.text_encoders.items():
+        if name in stages.vector_sets(run):
+            sources.check_text_encoder(name, encoder)
 
 
 def _evaluated(run: Run) -> bool:

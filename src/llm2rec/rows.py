@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from llm2rec.errors import ConfigError
@@ -9,16 +10,18 @@ from llm2rec.errors import ConfigError
 FLOORS = ("popularity", "markov", "item-knn", "ease")
 ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
 CONTEXT = "sasrec-context"
-TEXT_ENCODER = "text-encoder"  # a ready one, for comparison
-VECTORS = ("id", TEXT_ENCODER, "backbone", "csft", "mntp", "llm2rec")
+VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")  # besides, text encoders by the names that a recipe gives
 FUSIONS = ("sum", "concatenation", "delta", "average")
 ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
 LOOKING_BACK = ("backbone", "csft")
+ENCODER_NAME = r"[a-z0-9_]+"
 ROW_NAMES = (
     f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
-    f"{', '.join(VECTORS)}, with learned ids beside text as +{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
+    f"{', '.join(VECTORS)} or a name in encode.text_encoders, with learned ids beside text as "
+    f"+{', +'.join(FUSIONS)} (sasrec-llm2rec+sum); "
     f"{' and '.join(LOOKING_BACK)} may name their attention (sasrec-backbone-causal), else validation chooses it"
 )
+_NAME = re.compile(ENCODER_NAME)
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Row:
 
     Attributes:
         architecture: None for floors.
-        vectors: vector set, None for floors and learned ids.
+        vectors: vector set, None for floors and learned ids; any that is not of VECTORS is a text encoder's.
         fusion: how learned ids stand beside the vectors, None where they do not.
         attention: of the encoding model, where the name says it; None: its own, or what validation chooses.
     """
@@ -43,7 +46,7 @@ class Row:
         """The parts of a row name.
 
         Raises:
-            ConfigError: there is no such row.
+            ConfigError: there is no such row, whatever text encoders there are.
         """
         if name in FLOORS:
             return cls(name)
@@ -51,12 +54,17 @@ class Row:
             return cls(name, CONTEXT)
         stem, plus, fusion = name.partition("+")
         architecture, _, encoded = stem.partition("-")
-        vectors, dash, attention = encoded.partition("-") if encoded != TEXT_ENCODER else (encoded, "", "")
-        known = architecture in ARCHITECTURES and vectors in VECTORS
+        vectors, dash, attention = encoded.partition("-")
+        known = architecture in ARCHITECTURES and _NAME.fullmatch(vectors) is not None
         known = known and (not dash or (vectors in LOOKING_BACK and attention in ATTENTIONS))
         if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
             raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")
         return cls(name, architecture, None if vectors == "id" else vectors, fusion or None, attention or None)
+
+    @property
+    def text_encoder(self) -> str | None:
+        """The name that the recipe gives the text encoder whose vectors these are, if they are one's."""
+        return self.vectors if self.vectors not in (None, *VECTORS) else None
 
     @property
     def parents(self) -> tuple[str, ...]:

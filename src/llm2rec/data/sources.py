@@ -104,8 +104,11 @@ def check_model(source: str) -> None:
         _check_unnamed("model.source", source, MODELS, "config.json", "a folder or a GGUF file")
 
 
-def check_text_encoder(source: str) -> None:
-    """Makes sure, before anything is computed, that a text encoder can be had: fetches a named one.
+def check_text_encoder(name: str, source: str) -> None:
+    """Makes sure, before anything is computed, that a text encoder can be had: fetches a publicly named one.
+
+    Args:
+        name: what the recipe calls it.
 
     Raises:
         DataError, ConfigError: as of `check_model`.
@@ -114,7 +117,7 @@ def check_text_encoder(source: str) -> None:
         fetch_text_encoder(source)
     else:
         what = "a SentenceTransformer folder"
-        _check_unnamed("encode.text_encoder", source, TEXT_ENCODERS, "modules.json", what)
+        _check_unnamed(f"encode.text_encoders.{name}", source, TEXT_ENCODERS, "modules.json", what)
 
 
 def _check_unnamed(key: str, source: str, named: dict[str, Source], mark: str, else_: str) -> None:

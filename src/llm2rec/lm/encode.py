@@ -114,7 +114,7 @@ def encode_by_text_encoder(
     try:
         encoder = SentenceTransformer(str(model), device=str(default_device()))
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"encode.text_encoder: {model} is no SentenceTransformer ({error})") from error
+        raise ConfigError(f"encode.text_encoders.{name}: {model} is no SentenceTransformer ({error})") from error
     provenance = {"name": name, "model": str(model), "template": template_hash()}
 
     def vectors_of(texts: list[str]) -> np.ndarray:

@@ -13,7 +13,7 @@ from llm2rec.config import TINY_RANDOM, DataConfig
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.loggers import Loggers
-from llm2rec.rows import TEXT_ENCODER, Row
+from llm2rec.rows import Row
 from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def vector_sets(run: Run) -> list[str]:
 
 def language_sets(run: Run) -> list[str]:
     """The vector sets among them that the language model of the recipe makes."""
-    return [name for name in vector_sets(run) if name != TEXT_ENCODER]
+    return [name for name in vector_sets(run) if name not in run.recipe.encode.text_encoders]
 
 
 def row_variants(row: Row) -> dict[str, str | None]:
@@ -101,13 +101,13 @@ def model_path(run: Run) -> str | Path:
     return sources.fetch_model(source) if source in sources.MODELS else source
 
 
-def text_encoder_path(run: Run) -> str | Path:
-    """Where the text encoder of the recipe is loaded from; a named one is fetched first.
+def text_encoder_path(run: Run, name: str) -> str | Path:
+    """Where a text encoder of the recipe is loaded from; a publicly named one is fetched first.
 
     Raises:
         DataError: no mirror of a named text encoder can be reached.
     """
-    source = run.recipe.encode.text_encoder
+    source = run.recipe.encode.text_encoders[name]
     return sources.fetch_text_encoder(source) if source in sources.TEXT_ENCODERS else source
 
 
@@ -236,10 +236,10 @@ def model_inputs(run: Run) -> Inputs:
     return {"model.source": own or source_hash("model.source", source, sources.MODELS)}
 
 
-def text_encoder_inputs(run: Run, domain: Domain) -> Inputs:
-    """What determines the vectors of the text encoder."""
-    key = "encode.text_encoder"
-    encoder = source_hash(key, run.recipe.encode.text_encoder, sources.TEXT_ENCODERS)
+def text_encoder_inputs(run: Run, domain: Domain, name: str) -> Inputs:
+    """What determines the vectors of a text encoder."""
+    key = f"encode.text_encoders.{name}"
+    encoder = source_hash(key, run.recipe.encode.text_encoders[name], sources.TEXT_ENCODERS)
     return {"catalogue": catalogue_hash(domain), "data.text": domain.config.text, key: encoder}
 
 

@@ -22,7 +22,7 @@ from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.probes import principal_plane
 from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
-from llm2rec.rows import FLOORS, TEXT_ENCODER
+from llm2rec.rows import FLOORS
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
 from llm2rec.stages.base import averaged_rows, load_domain, row_variants, trained_rows
@@ -156,7 +156,7 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     """Examples to look at: neighbours of the best-known items before and after, one user's next items."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     known = np.argsort(-_training_counts(sequences), kind="stable")[:KNOWN_ITEMS] + 1
-    vectors = shown_vectors(domain, catalogue)
+    vectors = shown_vectors(run, domain, catalogue)
     names = distinct_names(catalogue)
     neighbours = {
         names[catalogue.item_ids[index - 1]]: {
@@ -201,13 +201,13 @@ def _typical_user(sequences: Sequences) -> tuple[str, np.ndarray]:
     return str(sequences.user_ids[int(users[place])]), known
 
 
-def shown_vectors(domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
+def shown_vectors(run: Run, domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
     """The vector sets of a domain that neighbours and maps are shown of, each (N, D)."""
-    names = [name for name in (TEXT_ENCODER, "backbone", "csft", "mntp", "llm2rec") if _has_vectors(domain, name)]
-    return {name: load_vectors(domain, name, catalogue) for name in names}
+    names = *run.recipe.encode.text_encoders, "backbone", "csft", "mntp", "llm2rec"
+    return {name: load_vectors(domain, name, catalogue) for name in names if _has_vectors(domain, name)}
 
 
-def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
+def embedding_maps(run: Run, domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
     """Each vector set on its first two principal axes, coloured by category, or by popularity without any."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     names = list(distinct_names(catalogue).values())
@@ -217,7 +217,7 @@ def embedding_maps(domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
         labels = catalogue.labels(domain.config.categories)
         colours, colour_name = [row[0] if row else "none" for row in labels], domain.config.categories
     maps = []
-    for name, vectors in shown_vectors(domain, catalogue).items():
+    for name, vectors in shown_vectors(run, domain, catalogue).items():
         plane = principal_plane(vectors)
         maps.append(EmbeddingMap(name, plane[:, 0].tolist(), plane[:, 1].tolist(), names, colours, colour_name))
     return maps
@@ -305,7 +305,7 @@ def report_data(run: Run, domain: Domain, per_user: pl.DataFrame) -> report.Repo
         metrics=metrics,
         list_metrics={row: values for row, values in metrics["lists"].items() if values},
         slices=metrics["slices"],
-        maps=embedding_maps(domain, Sequences.load(domain.data)),
+        maps=embedding_maps(run, domain, Sequences.load(domain.data)),
         recall_curves=protocol.recall_curves(per_user),
         training_curves=training_curves(run, domain),
         showcase=shown,

@@ -9,7 +9,6 @@ from llm2rec import artifacts
 from llm2rec.artifacts import Inputs, flatten
 from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
 from llm2rec.errors import ConfigError
-from llm2rec.rows import TEXT_ENCODER
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
     VARIANTS,
@@ -244,8 +243,8 @@ def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out
     from llm2rec.lm.encode import encode, encode_by_text_encoder
     from llm2rec.precision import resolve_dtype
 
-    if name == TEXT_ENCODER:
-        path, shard_texts = text_encoder_path(run), run.recipe.encode.shard_texts
+    if name in run.recipe.encode.text_encoders:
+        path, shard_texts = text_encoder_path(run, name), run.recipe.encode.shard_texts
         return encode_by_text_encoder(item_ids, texts, model=path, name=name, out=out, shard_texts=shard_texts)
     return encode(
         item_ids,
@@ -272,10 +271,10 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     trained = _trained_models(run)
 
     def inputs() -> Inputs:
-        if name == TEXT_ENCODER:
-            return text_encoder_inputs(run, domain)
+        if name in run.recipe.encode.text_encoders:
+            return text_encoder_inputs(run, domain, name)
         parent = {trained[name].name: parent_hash(trained[name], "iem")} if name in trained else {}
-        settings = flatten("encode", run.recipe.encode.model_dump(mode="json", exclude={"text_encoder"}))
+        settings = flatten("encode", run.recipe.encode.model_dump(mode="json", exclude={"text_encoders"}))
         return {
             **parent,
             **text_inputs(run, domain),

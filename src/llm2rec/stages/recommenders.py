@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from llm2rec.rec.items import Categories
 
 
+OF_VECTORS = {"adapter", "whitening", "dimensions", "delta_share"}  # what rows over ids alone do not read
+
+
 def fit_stages(run: Run) -> list[Stage]:
     """The trainings of every domain."""
     return [stage for domain in run.domains for stage in fit_stages_of(run, domain)]
@@ -54,7 +57,8 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
 
     def inputs() -> Inputs:
         parent = {"vectors": parent_hash(domain.embeddings(vectors), "encode")} if vectors else {}
-        settings = flatten("recommender", config.model_dump(mode="json", exclude={"rows", "seeds"}))
+        unread = {"rows", "seeds"} | (OF_VECTORS if vectors is None else set())
+        settings = flatten("recommender", config.model_dump(mode="json", exclude=unread))
         window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
         if row.name == CONTEXT:
             window |= {"catalogue": catalogue_hash(domain), "data.categories": domain.config.categories}
