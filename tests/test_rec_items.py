@@ -119,11 +119,11 @@ class TestTables:
     def test_an_adapter_begins_with_vectors_as_long_as_learned_ones(self, kind):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            adapted = make_adapter(kind, 64, 128)(torch.randn(500, 64))
+            adapted = make_adapter(kind, 64, 128, 32)(torch.randn(500, 64))
         assert adapted.std().item() == pytest.approx(0.02, rel=0.1)
 
     def test_an_mlp_adapter_bends(self):
-        adapter = make_adapter("mlp", 6, 8)
+        adapter = make_adapter("mlp", 6, 8, 16)
         one, two = torch.randn(2, 1, 6)
         zero = adapter(torch.zeros(1, 6))
         assert not torch.allclose(adapter(one + two) + zero, adapter(one) + adapter(two), atol=1e-5)
@@ -152,7 +152,7 @@ class TestTables:
         assert torch.allclose(bounded[::2], items.delta[::2], rtol=1e-4)  # short enough: as they are
 
     def test_the_gradient_of_a_bounded_delta_is_that_of_finite_differences(self):
-        items = DeltaItems(freeze(vectors(4)), 3, "linear", 0.5).double()
+        items = DeltaItems(freeze(vectors(4)), 3, "linear", 3, 0.5).double()
         with torch.no_grad():
             items.delta.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).double())
             items.delta[0] *= 0.01
@@ -161,14 +161,17 @@ class TestTables:
 
     def test_a_vector_of_length_zero_has_no_delta_and_no_nan(self):
         matrix = np.concatenate([vectors(4), vectors(4).mean(0, keepdims=True)])
-        items = DeltaItems(freeze(matrix, statistics=measure(vectors(4))), 3, "linear", 0.5)
+        items = DeltaItems(freeze(matrix, statistics=measure(vectors(4))), 3, "linear", 3, 0.5)
         with torch.no_grad():
             items.delta.fill_(1.0)
         items.bounded_delta().sum().backward()
         assert items.bounded_delta()[4].abs().max() < 1e-5 and items.delta.grad.isfinite().all()
 
     @pytest.mark.parametrize("items", TEXT_TABLES)
-    @pytest.mark.parametrize("options", [{"adapter": "mlp"}, {"whitening": "full"}, {"dimensions": 3}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"adapter": "mlp"}, {"adapter": "mlp", "adapter_size": 7}, {"whitening": "full"}, {"dimensions": 3}],
+    )
     def test_every_option_survives_saving_and_loading(self, items, options, tmp_path):
         model = make(items=items, **options)
         models.save(model, tmp_path)
@@ -379,5 +382,5 @@ class TestRefusals:
 
 
 def test_a_frozen_table_knows_the_hash_of_the_raw_vectors():
-    plain, whitened = (FrozenItems(freeze(vectors(), whitening=way), 4, "linear") for way in ("none", "full"))
-    assert plain.sha256 == whitened.sha256 != FrozenItems(freeze(vectors() + 1), 4, "linear").sha256
+    plain, whitened = (FrozenItems(freeze(vectors(), whitening=way), 4, "linear", 4) for way in ("none", "full"))
+    assert plain.sha256 == whitened.sha256 != FrozenItems(freeze(vectors() + 1), 4, "linear", 4).sha256

@@ -350,6 +350,7 @@ class RecommenderConfig(Section):
     heads: Positive = 2
     dropout: Share = 0.3
     adapter: Literal["linear", "mlp"] = Field("linear", description="from item vectors to hidden_size")
+    adapter_size: Positive | None = Field(None, description="hidden units of an mlp adapter; null: hidden_size")
     whitening: Literal["none", "half", "full"] = Field(
         "none", description="of item vectors, beyond centring and scaling each dimension"
     )

@@ -24,7 +24,7 @@ class Architecture:
     hidden_size: H, width of the states and of the item vectors that they are compared with.
     dropout: share in [0, 1).
     history_length: the window, in items; older ones are not looked at.
-    adapter: one of ADAPTERS, from the item vectors' width to H.
+    adapter: one of ADAPTERS, from the item vectors' width to H; adapter_size: hidden units of `mlp`, None = H.
     whitening: one of WHITENINGS; dimensions: principal components kept, None = all (see `rec.vectors`).
     delta_share: of `items="delta"`, how far a vector may be moved, in its own length.
     temperature: divides the cosine that scores; None scores by the dot product.
@@ -41,6 +41,7 @@ class Architecture:
     dropout: float
     history_length: int
     adapter: str = "linear"
+    adapter_size: int | None = None
     whitening: str = "none"
     dimensions: int | None = None
     delta_share: float = 0.5
@@ -60,7 +61,7 @@ class Architecture:
             raise ConfigError(f"temperature is {self.temperature}; it must be above 0, or None for dot products")
 
     def _check_sizes(self) -> None:
-        for size in ("hidden_size", "layers", "heads", "history_length", "dimensions"):
+        for size in ("hidden_size", "layers", "heads", "history_length", "dimensions", "adapter_size"):
             value = getattr(self, size)
             if value is not None and value < 1:
                 raise ConfigError(f"{size} is {value}; it must be at least 1")

@@ -162,10 +162,10 @@ class FrozenItems(ItemTable):
     The statistics that transformed the vectors are saved with the trained weights; the vectors are not, but
     known by `sha256`.
 
-    Source: linear adapter of LLM2Rec section 4.1; the MLP (K -> H, GELU, H -> H) is ours.
+    Source: linear adapter of LLM2Rec section 4.1; the MLP (K -> `adapter_size`, GELU, -> H) is ours.
     """
 
-    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, adapter_size: int) -> None:
         super().__init__()
         self.sha256, self.n_added = frozen.sha256, frozen.n_added
         self.frozen: Tensor
@@ -175,7 +175,7 @@ class FrozenItems(ItemTable):
                 self.register_buffer(name, torch.from_numpy(values))
         # (N + M, K); neither saved nor written into checkpoints.
         self.register_buffer("frozen", frozen.values, persistent=False)
-        self.adapter = make_adapter(adapter, frozen.values.shape[1], hidden_size)
+        self.adapter = make_adapter(adapter, frozen.values.shape[1], hidden_size, adapter_size)
 
     @property
     def n_items(self) -> int:
@@ -202,8 +202,8 @@ class FrozenItems(ItemTable):
 class SummedItems(FrozenItems):
     """Adapted frozen vector plus a learned vector an item; an added item has the adapted one alone."""
 
-    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
-        super().__init__(frozen, hidden_size, adapter)
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, adapter_size: int) -> None:
+        super().__init__(frozen, hidden_size, adapter, adapter_size)
         self.weight = learned(len(frozen.values) - frozen.n_added, hidden_size)
 
     def vectors(self, rows: Tensor | None = None) -> Tensor:
@@ -221,8 +221,8 @@ class ConcatenatedItems(FrozenItems):
     An added item stands with zeros in the place of its learned vector.
     """
 
-    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str) -> None:
-        super().__init__(frozen, hidden_size, adapter)
+    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, adapter_size: int) -> None:
+        super().__init__(frozen, hidden_size, adapter, adapter_size)
         self.weight = learned(len(frozen.values) - frozen.n_added, hidden_size)
         self.merge = nn.Linear(2 * hidden_size, hidden_size)
         nn.init.normal_(self.merge.weight, std=(2 * hidden_size) ** -0.5)  # keeps the standard deviation
@@ -249,8 +249,10 @@ class DeltaItems(FrozenItems):
     table itself is renormalised), and an adapter leads to H, so that the delta is learned in K dimensions.
     """
 
-    def __init__(self, frozen: FrozenVectors, hidden_size: int, adapter: str, share: float) -> None:
-        super().__init__(frozen, hidden_size, adapter)
+    def __init__(
+        self, frozen: FrozenVectors, hidden_size: int, adapter: str, adapter_size: int, share: float
+    ) -> None:
+        super().__init__(frozen, hidden_size, adapter, adapter_size)
         trained = self.frozen[: len(self.frozen) - self.n_added].float()
         self.longest: Tensor
         self.register_buffer("longest", share * trained.norm(dim=1, keepdim=True), persistent=False)  # (N, 1)
@@ -287,17 +289,18 @@ def _zero(weight: nn.Parameter, rows: Tensor) -> None:
         weight[rows] = 0
 
 
-def make_adapter(kind: str, width: int, hidden_size: int) -> nn.Module:
+def make_adapter(kind: str, width: int, hidden_size: int, size: int) -> nn.Module:
     """A trained map (K -> H) that turns vectors of unit variance into ones of INITIAL_STD, as learned items have.
 
     Args:
-        kind: "linear", or "mlp" for K -> H, GELU, H -> H.
+        kind: "linear", or "mlp" for K -> size, GELU, -> H.
         width: K.
+        size: hidden units of the mlp.
     """
     if kind == "linear":
         return _initialised(TableLinear(width, hidden_size), INITIAL_STD / width**0.5)
-    inner = _initialised(TableLinear(width, hidden_size), width**-0.5)
-    outer = _initialised(nn.Linear(hidden_size, hidden_size), INITIAL_STD / (_GELU_SQUARE * hidden_size) ** 0.5)
+    inner = _initialised(TableLinear(width, size), width**-0.5)
+    outer = _initialised(nn.Linear(size, hidden_size), INITIAL_STD / (_GELU_SQUARE * size) ** 0.5)
     return nn.Sequential(inner, nn.GELU(), outer)
 
 

@@ -194,9 +194,10 @@ def _frozen(
         statistics=statistics,
         added=added,
     )
+    sizes = architecture.hidden_size, architecture.adapter, architecture.adapter_size or architecture.hidden_size
     if architecture.items == "delta":
-        return DeltaItems(frozen, architecture.hidden_size, architecture.adapter, architecture.delta_share)
-    return TEXT_TABLES[architecture.items](frozen, architecture.hidden_size, architecture.adapter)
+        return DeltaItems(frozen, *sizes, architecture.delta_share)
+    return TEXT_TABLES[architecture.items](frozen, *sizes)
 
 
 def _categories(weights: dict[str, Tensor]) -> Categories | None:

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
     from llm2rec.rec.items import Categories
 
 
-OF_VECTORS = {"adapter", "whitening", "dimensions", "delta_share"}  # what rows over ids alone do not read
+OF_VECTORS = {
+    "adapter",
+    "adapter_size",
+    "whitening",
+    "dimensions",
+    "delta_share",
+}  # what rows over ids alone do not read
 
 
 def fit_stages(run: Run) -> list[Stage]:
