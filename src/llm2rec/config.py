@@ -349,10 +349,12 @@ class RecommenderConfig(Section):
     layers: Positive = 2
     heads: Positive = 2
     dropout: Share = 0.3
-    adapter: Literal["linear", "mlp"] = Field("linear", description="from item vectors to hidden_size")
-    adapter_size: Positive | None = Field(None, description="hidden units of an mlp adapter; null: hidden_size")
+    adapter: Literal["linear", "mlp"] = Field(
+        "mlp", description="from item vectors to hidden_size (paper: linear, which holds text back)"
+    )
+    adapter_size: Positive = Field(512, description="hidden units of an mlp adapter")
     whitening: Literal["none", "half", "full"] = Field(
-        "none", description="of item vectors, beyond centring and scaling each dimension"
+        "half", description="of item vectors, beyond centring and scaling each dimension"
     )
     dimensions: Positive | None = Field(None, description="principal components kept of item vectors; null: all")
     delta_share: Annotated[float, Field(gt=0, le=1)] = Field(
