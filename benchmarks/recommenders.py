@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ from llm2rec.training import Batch, Batches, TrainSettings, train
 WIDTH, HIDDEN, LENGTH = 576, 128, 10
 STEPS = 6
 NEGATIVES = 2048  # of the sampled softmax
-SHAPE = Architecture("sasrec", "text", HIDDEN, 2, 2, 0.3, LENGTH)
+SHAPE = Architecture("sasrec", "text", HIDDEN, 2, 2, 0.3, LENGTH)  # the paper's, with a linear adapter
+BENT = replace(SHAPE, adapter="mlp", adapter_size=512)  # the default
 
 
 class PlainSASRec(nn.Module):
@@ -68,10 +70,15 @@ class PlainSASRec(nn.Module):
 
 
 def bare_training(
-    sequences: Sequences, vectors: np.ndarray, batch_size: int, dtype: str, loss: str = FULL
+    sequences: Sequences,
+    vectors: np.ndarray,
+    batch_size: int,
+    dtype: str,
+    loss: str = FULL,
+    shape: Architecture = SHAPE,
 ) -> Callable[[], float]:
     """Targets a second of our training without the engine: the steps alone."""
-    recommender = models.build(SHAPE, n_items=sequences.n_items, seed=0, vectors=vectors).train()
+    recommender = models.build(shape, n_items=sequences.n_items, seed=0, vectors=vectors).train()
     sampler = None if loss == FULL else NegativeSampler(np.ones(sequences.n_items), NEGATIVES, UNIFORM)
     batches = WindowBatches(sequences, LENGTH, batch_size, 0, sampler=sampler)
     objective = NextItemObjective(recommender, Optimisation(1e-3, 1e-4, batch_size, 1, 1, loss=loss, dtype=dtype))
@@ -252,6 +259,7 @@ def measure_speed(arguments: argparse.Namespace) -> None:
         "the steps alone": bare_training(sequences, vectors, batch, "auto"),
     }
     compare(f"overhead, {batch} windows", "targets/s", engine, arguments.rounds)
+    measure_adapters(sequences, vectors, arguments.rounds)
     ways = {
         "ours": our_ranking(sequences, vectors),
         "ours, all scores at once": at_once(our_ranking(sequences, vectors)),
@@ -259,6 +267,16 @@ def measure_speed(arguments: argparse.Namespace) -> None:
         "authors' way": authors_ranking(sequences, vectors, 2048),
     }
     compare("ranking", "users/s", ways, arguments.rounds)
+
+
+def measure_adapters(sequences: Sequences, vectors: np.ndarray, rounds: int) -> None:
+    """The rows of training with either adapter and either loss."""
+    ways = {
+        f"{name}, {loss}": bare_training(sequences, vectors, 128, "auto", loss, shape)
+        for loss in (SAMPLED_SOFTMAX, FULL)
+        for name, shape in (("mlp of 512", BENT), ("linear", SHAPE))
+    }
+    compare("training, 128 windows", "targets/s", ways, rounds)
 
 
 def measure_memory(sizes: list[int]) -> None:
