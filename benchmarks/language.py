@@ -31,6 +31,7 @@ import polars as pl
 import torch
 from interleaved import Figure, Run, compare, prepared, timed
 
+from llm2rec.batches import Batch, Batches
 from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue, Interactions
@@ -49,7 +50,7 @@ from llm2rec.lm.iem import (
 )
 from llm2rec.lm.text import item_texts
 from llm2rec.precision import resolve_dtype
-from llm2rec.training import Batch, Batches, Objective, TrainSettings, train
+from llm2rec.training import Objective, TrainSettings, train
 
 MODEL = "smollm2-135m-instruct-q4"
 HISTORY, TITLE_TOKENS, TEMPERATURE = 10, 64, 0.1

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from interleaved import prepared
 from torch import nn
 
+from llm2rec.batches import Batch, Batches
 from llm2rec.data import sources
 from llm2rec.data.sequences import TEST, TRAIN, Sequences
 from llm2rec.evaluation import protocol, ranking
@@ -40,7 +41,7 @@ from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
 from llm2rec.rec.losses import FULL, SAMPLED_SOFTMAX, UNIFORM, NegativeSampler
-from llm2rec.training import Batch, Batches, TrainSettings, train
+from llm2rec.training import TrainSettings, train
 
 WIDTH, HIDDEN, LENGTH = 576, 128, 10
 STEPS = 6

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from llm2rec import checkpoints
+from llm2rec.batches import Batches
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.training import Batches, Optimizer, TrainSettings, stage_seed, train
+from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
 
 
 class Numbers(Batches):

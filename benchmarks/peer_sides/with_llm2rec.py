@@ -31,6 +31,7 @@ from side import (
 )
 
 import llm2rec
+from llm2rec.batches import Batch
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.splits import TEST, TRAIN, VALIDATION
 from llm2rec.evaluation import protocol
@@ -38,7 +39,7 @@ from llm2rec.evaluation.ranking import measure
 from llm2rec.rec import model as models
 from llm2rec.rec.architecture import Architecture
 from llm2rec.rec.fit import NextItemObjective, Optimisation, WindowBatches
-from llm2rec.training import Batch, TrainSettings, train
+from llm2rec.training import TrainSettings, train
 
 
 class Clocked(WindowBatches):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2rec import artifacts, loggers, processes, progress, stages
+from llm2rec import artifacts, loggers, memory, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
@@ -206,11 +203,11 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
         return
     progress.say(f"run    {name}  ({decision.in_words})")
     run.log(stage=name, event="run", reasons=list(decision.reasons))
-    _reset_peak_memory()
+    memory.reset_peak()
     with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:
         _execute(run, stage, summary)
-        summary["peak_memory_gb"] = _peak_memory_gb()
-    _release_memory()
+        summary["peak_memory_gb"] = memory.peak_gib()
+    memory.release()
     progress.say(f"done   {name}  {_in_words(summary)}")
     run.log(stage=name, event="done", summary=summary)
 
@@ -266,28 +263,3 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _release_memory() -> None:
-    """Gives back what a stage held: trainers are reference cycles, and glibc keeps freed memory to itself."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
-
-
-def _reset_peak_memory() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
-    except OSError:
-        return
-
-
-def _peak_memory_gb() -> float:
-    """Peak resident memory of the stage (Linux), of the process elsewhere."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) / 2**20, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)

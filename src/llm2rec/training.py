@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from llm2rec import artifacts, checkpoints, progress
+from llm2rec import artifacts, checkpoints, memory, progress
+from llm2rec.batches import Batch, Batches, Numbered, only
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
 from llm2rec.processes import processes
@@ -37,27 +38,8 @@ from llm2rec.sharding import average_gradients, clip_gradients, is_shared, share
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 SCHEDULES |= {"wsd": "warmup_stable_decay"}
 DECAYS = ("1-sqrt", "linear")
-Batch = dict[str, Any]
+TRIM_SECONDS = 30.0  # between two returns of freed memory, which takes some tenths of a second
 Objective = Callable[[nn.Module, Batch], Tensor]
-
-
-class Batches(Dataset):
-    """Ready-made micro-batches of one epoch; the base class of what stages feed the engine.
-
-    `batches[i]` is a dict of tensors with `n_targets`, the number of targets its loss sums over.
-    `set_epoch` must reshuffle from (seed, epoch) alone, so that a resumed run sees the same batches.
-    """
-
-    def __len__(self) -> int:
-        """Micro-batches in the current epoch; must be the same for every epoch."""
-        raise TypeError(f"{type(self).__name__} must define __len__")
-
-    def __getitem__(self, index: int) -> Batch:
-        """The micro-batch at `index` of the current epoch."""
-        raise TypeError(f"{type(self).__name__} must define __getitem__")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reshuffles for `epoch`; called by the engine before each pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +256,7 @@ class _StageTrainer(Trainer):
             model._is_accelerate_prepared = True  # accelerate would wrap it once more
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(_Numbered(self.train_dataset), batch_size=1, shuffle=False, collate_fn=_only)
+        loader = DataLoader(Numbered(self.train_dataset), batch_size=1, shuffle=False, collate_fn=only)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(
@@ -367,11 +349,12 @@ class _Clock:
 
 
 class _Watch(TrainerCallback):
-    """Moves the bar, marks checkpoints complete and stops when validation no longer gains."""
+    """Moves the bar, marks checkpoints complete, stops without a gain in validation, gives freed memory back."""
 
     def __init__(self, settings: TrainSettings, running: progress.Bar, clock: _Clock) -> None:
         self._settings, self._running, self._clock = settings, running, clock
         self._saves = bool(settings.checkpoint_every or settings.evaluate_every)
+        self._trimmed = time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -380,6 +363,9 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._running.advance()
+        if time.perf_counter() - self._trimmed > TRIM_SECONDS:
+            memory.trim()
+            self._trimmed = time.perf_counter()
         if self._saves and state.global_step == self._settings.stable_steps:
             control.should_save = True
 
@@ -450,26 +436,6 @@ def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) ->
 
         return AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, kahan_sum=True)
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-class _Numbered(Dataset):
-    """Batches that know their number, `index`, so that an error can name one."""
-
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self._batches[index], "index": index}
-
-    def set_epoch(self, epoch: int) -> None:
-        self._batches.set_epoch(epoch)
-
-
-def _only(batches: Sequence[Batch]) -> Batch:
-    return batches[0]
 
 
 def _best(state: TrainerState, settings: TrainSettings) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec.batches import Batch, Batches
 from llm2rec.checkpoints import go_on_from, keep_stable, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ConfigError
@@ -40,7 +41,7 @@ from llm2rec.lm.samples import Samples
 from llm2rec.lm.text import SEPARATOR, item_texts
 from llm2rec.loggers import NO_LOGGERS, Loggers
 from llm2rec.processes import processes
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
+from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
 
 EVALUATED_USERS = 128
 MODES = ("packed", "paper", "tree")

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec.batches import Batch, Batches
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.lm import backbone as backbones
@@ -40,7 +41,7 @@ from llm2rec.lm.positives import consumed_next, distinct_batches
 from llm2rec.lm.text import item_texts
 from llm2rec.loggers import NO_LOGGERS, Loggers
 from llm2rec.processes import processes
-from llm2rec.training import Batch, Batches, Optimizer, TrainSettings, stage_seed, train
+from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
 
 MASK_TEXT = "_"  # the authors' mask token: decoders have none of their own
 EVALUATED_PAIRS = 512

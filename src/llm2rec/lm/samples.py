@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from llm2rec.batches import Batch
 from llm2rec.data.sequences import Sequences
 from llm2rec.errors import ArtifactError
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, positions_within, shorten, tokenise
 from llm2rec.lm.text import item_texts
-from llm2rec.training import Batch
 
 JOINT = ", "
 END = "\n"

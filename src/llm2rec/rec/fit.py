@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llm2rec.batches import Batch, Batches
 from llm2rec.data.sequences import TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
@@ -21,7 +22,7 @@ from llm2rec.rec.items import Categories
 from llm2rec.rec.losses import NegativeSampler
 from llm2rec.rec.model import Recommender
 from llm2rec.softmax import linear_cross_entropy
-from llm2rec.training import Batch, Batches, TrainSettings, stage_seed, train
+from llm2rec.training import TrainSettings, stage_seed, train
 
 METRIC = "ndcg@10"
 ALL, LAST = "all", "last"
