@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm2rec import checkpoints
+from llm2rec import checkpoints, training
 from llm2rec.batches import Batches
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
@@ -337,6 +337,15 @@ def test_logged_values_are_written_as_lines_of_json(tmp_path):
     train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.0, 6), (1e6, 0)])
+def test_freed_memory_is_given_back_now_and_then(tmp_path, monkeypatch, seconds, times):
+    trimmed = []
+    monkeypatch.setattr(training, "TRIM_SECONDS", seconds)
+    monkeypatch.setattr(training.memory, "trim", lambda: trimmed.append(1))
+    train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(max_steps=6), description="x")
+    assert len(trimmed) == times
 
 
 def test_stages_have_seeds_of_their_own():
