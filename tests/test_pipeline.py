@@ -463,6 +463,16 @@ def test_another_text_encoder_leaves_the_vectors_of_the_language_model(copied, f
     ]
 
 
+def test_a_change_inside_a_text_encoder_encodes_again(copied, finished, world, tmp_path):
+    encoder = tmp_path / "encoder"
+    shutil.copytree(finished.iem, encoder)
+    rows = "recommender.rows=[popularity, sasrec-other]", f"encode.text_encoders.other={encoder}"
+    rerun(copied, world, *rows)
+    pooling = encoder / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text() + " ")
+    assert "embeddings/main/other" in [stage for stage, _ in rerun(copied, world, *rows)]
+
+
 @pytest.fixture(scope="module")
 def floors(world, tmp_path_factory):
     """A run of floors alone, a fifth of the items held out."""

@@ -100,7 +100,7 @@ def check_model(source: str) -> None:
     """
     if source in MODELS:
         fetch_model(source)
-    elif not (source.endswith(".gguf") and Path(source).is_file()):
+    elif not Path(source).is_file():
         _check_unnamed("model.source", source, MODELS, "config.json", "a folder or a GGUF file")
 
 

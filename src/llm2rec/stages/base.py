@@ -238,8 +238,11 @@ def model_inputs(run: Run) -> Inputs:
 
 def text_encoder_inputs(run: Run, domain: Domain, name: str) -> Inputs:
     """What determines the vectors of a text encoder."""
-    key = f"encode.text_encoders.{name}"
-    encoder = source_hash(key, run.recipe.encode.text_encoders[name], sources.TEXT_ENCODERS)
+    key, source = f"encode.text_encoders.{name}", run.recipe.encode.text_encoders[name]
+    if Path(source).is_dir():  # the weights may lie in a folder of it
+        encoder = sources.folder_hash(Path(source))
+    else:
+        encoder = source_hash(key, source, sources.TEXT_ENCODERS)
     return {"catalogue": catalogue_hash(domain), "data.text": domain.config.text, key: encoder}
 
 
