@@ -21,12 +21,15 @@ from llm2rec.config import SplitConfig
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.runs import create_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages.base import load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
+from llm2rec.stages.language import encode_texts
 
 SMALL = (
     "model.source=tiny-random",
@@ -470,7 +473,25 @@ def test_a_change_inside_a_text_encoder_encodes_again(copied, finished, world, t
     rerun(copied, world, *rows)
     pooling = encoder / "1_Pooling" / "config.json"
     pooling.write_text(pooling.read_text() + " ")
+    with pytest.raises(ArtifactError, match="1_Pooling.*was changed; .*remove manifest.json"):
+        rerun(copied, world, *rows)
+    (encoder / "manifest.json").unlink()  # from here on it is any SentenceTransformer
+    rerun(copied, world, *rows)
+    pooling.write_text(pooling.read_text() + " ")
     assert "embeddings/main/other" in [stage for stage, _ in rerun(copied, world, *rows)]
+
+
+@pytest.mark.parametrize(("folder", "name"), [("csft", "csft-causal"), ("iem", "llm2rec")])
+def test_an_encoder_of_another_run_gives_that_run_s_vectors(finished, world, tmp_path, folder, name):
+    rows = "recommender.rows=[popularity, sasrec-other]", f"encode.text_encoders.other={finished.folder / folder}"
+    run = create_run("demo", tmp_path / "run", (*overrides(world), *rows))
+    for verb in (lr.prepare, lr.encode):
+        verb(run)
+    ours = ItemEmbeddings.load(run.embeddings("other"))
+    catalogue = Catalogue.read(finished.data / "catalogue.parquet")
+    theirs = tmp_path / "theirs"
+    encode_texts(finished, name, catalogue.item_ids, item_texts(catalogue, "{title}"), theirs)
+    assert (ours.vectors == ItemEmbeddings.load(theirs).vectors).all()
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,7 @@ class EncodeConfig(Section):
     text_encoders: dict[EncoderName, str] = Field(
         READY_ENCODERS,
         description="ready text encoders by the name that rows have them under: a public one (`llm2rec models "
-        "list`), a hub id or a SentenceTransformer folder, such as `iem/` of another run",
+        "list`), a hub id, a SentenceTransformer folder, or `csft/` (read causally) or `iem/` of another run",
     )
     shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
 

@@ -84,6 +84,12 @@ def fetch_text_encoder(name: str) -> Path:
     return _from_mirrors(source, lambda files, _: _keep_folder(source, files, folder))
 
 
+def is_of_a_run(source: str | Path) -> bool:
+    """Whether a text encoder is a language model that a run trained: a folder `csft`, `mntp` or `iem`."""
+    manifest = artifacts.read_manifest(Path(source)) if Path(source).is_dir() else None
+    return manifest is not None and manifest.stage in ("csft", "iem")
+
+
 def folder_hash(folder: Path) -> str:
     """SHA-256 of the names and contents of all files of a folder and its folders."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -115,8 +121,8 @@ def check_text_encoder(name: str, source: str) -> None:
     """
     if source in TEXT_ENCODERS:
         fetch_text_encoder(source)
-    else:
-        what = "a SentenceTransformer folder"
+    elif not is_of_a_run(source):
+        what = "a SentenceTransformer folder, or csft/ or iem/ of a run,"
         _check_unnamed(f"encode.text_encoders.{name}", source, TEXT_ENCODERS, "modules.json", what)
 
 

@@ -1,4 +1,4 @@
-"""The trained encoder as a SentenceTransformer folder, checked to give the encoder's vectors."""
+"""The trained encoder as a SentenceTransformer folder, checked to give the same vectors, and how to read it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,36 @@ from pathlib import Path
 
 import torch
 
+from llm2rec import artifacts
 from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.encode import encode_tokens
 from llm2rec.lm.packing import tokenise
-from llm2rec.lm.pooling import MEAN, Pooling
+from llm2rec.lm.pooling import MEAN, MODES, Pooling
 from llm2rec.lm.text import item_texts
 from llm2rec.processes import processes
+
+POOLING = "1_Pooling/config.json"
+
+
+def reading_of(folder: Path) -> tuple[bool, Pooling]:
+    """How a model that this package trained reads a title: whether causally, and how the title is pooled.
+
+    Args:
+        folder: of the stages `csft` (a decoder, which has the mean) or `iem`.
+
+    Raises:
+        ArtifactError: a file of it is damaged or says what this package does not write.
+    """
+    config, pooling = artifacts.read_json(folder / "config.json"), MEAN
+    if (folder / POOLING).exists():
+        exported = artifacts.read_json(folder / POOLING).get("pooling_mode")
+        modes = [mode for mode, theirs in MODES.items() if theirs == exported]
+        if not modes:
+            raise ArtifactError(f"{folder / POOLING}: pooling_mode {exported!r} is none that we export")
+        pooling = Pooling(modes[0])
+    return config.get("is_causal", True) is not False, pooling
 
 
 def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling = MEAN) -> None:

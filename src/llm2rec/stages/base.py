@@ -239,6 +239,9 @@ def model_inputs(run: Run) -> Inputs:
 def text_encoder_inputs(run: Run, domain: Domain, name: str) -> Inputs:
     """What determines the vectors of a text encoder."""
     key, source = f"encode.text_encoders.{name}", run.recipe.encode.text_encoders[name]
+    if sources.is_of_a_run(source):
+        mend = f"run that stage again, or remove {artifacts.MANIFEST}: then it is taken as any SentenceTransformer"
+        return {**text_inputs(run, domain), key: artifacts.require(Path(source), "iem", mend).fingerprint}
     if Path(source).is_dir():  # the weights may lie in a folder of it
         encoder = sources.folder_hash(Path(source))
     else:

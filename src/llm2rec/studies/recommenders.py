@@ -35,6 +35,8 @@ IDS = "ids"
 COLD_ROWS = {
     "popularity": "popularity",
     IDS: "sasrec-id",
+    "text, untrained": "sasrec-backbone-causal",
+    "text after CSFT": "sasrec-csft-causal",
     "text": "sasrec-llm2rec",
     "both, summed": "sasrec-llm2rec+sum",
     "both, averaged": "sasrec-llm2rec+average",
@@ -52,7 +54,10 @@ ONLY = "all"
 
 
 def cold_start(small: bool, folder: Path, recipe: str) -> Study:
-    """Ids, text and both for users with few known events, and for items that no training event names."""
+    """Ids, text and both for users with few known events, and for items that no training event names.
+
+    Vectors of the language model before and after CSFT stand beside LLM2Rec's: do its stages pay where ids fail?
+    """
     world = World("games", users=240, events=10)
     share = 0.3 if small else 0.1
     return Study(
@@ -76,7 +81,7 @@ def _judge_cold_start(runs: Runs, folder: Path) -> list[Judged]:
     domain = run.domain()
     known = (
         f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
-        "`text` is SASRec over LLM2Rec vectors."
+        "`text` is SASRec over LLM2Rec vectors, the other texts are over the causal means of the language model."
     )
     tables = []
     for events in KNOWN_EVENTS:
