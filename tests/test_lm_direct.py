@@ -33,19 +33,19 @@ def plain_score(lm, history, item):
 
 
 def test_scores_are_the_log_likelihoods_of_the_plain_way(tiny):
-    scores = ranker(tiny, batch_tokens=40).score(HISTORIES)
+    scores = ranker(tiny, batch_titles=7).score(HISTORIES)
     assert scores.shape == (2, len(NAMES)) and scores.dtype == torch.float32
     lengths = csft_texts(tiny.tokenizer, NAMES, 16).lengths
-    assert len(set(lengths.tolist())) > 1  # else no batch is padded
+    assert len(set(lengths.tolist())) > 1  # else all titles end at one level
     for row, history in ((0, [3, 1, 7]), (1, [5])):
         for item in range(1, len(NAMES) + 1):
             assert scores[row, item - 1] == pytest.approx(plain_score(tiny, history, item), abs=1e-3)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 1000])
-def test_batches_do_not_change_the_scores(tiny, batch_tokens):
-    scores = ranker(tiny, batch_tokens=batch_tokens).score(HISTORIES)
-    torch.testing.assert_close(scores, ranker(tiny, batch_tokens=40).score(HISTORIES), atol=1e-4, rtol=1e-5)
+@pytest.mark.parametrize("batch_titles", [1, 1000])
+def test_trees_do_not_change_the_scores(tiny, batch_titles):
+    scores = ranker(tiny, batch_titles=batch_titles).score(HISTORIES)
+    torch.testing.assert_close(scores, ranker(tiny, batch_titles=7).score(HISTORIES), atol=1e-4, rtol=1e-5)
 
 
 def test_only_the_last_items_of_a_history_are_read(tiny):
@@ -68,7 +68,7 @@ def told_apart(lm):
     """The ranker of a model that finds some titles far likelier than others, and its scores."""
     with torch.no_grad():
         lm.head.mul_(40)
-    direct = ranker(lm, batch_tokens=40)
+    direct = ranker(lm, batch_titles=7)
     return direct, direct.score(HISTORIES)
 
 

@@ -73,7 +73,7 @@ class Backbone:
         Args:
             layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
         """
-        with _packed_attention(self.body):
+        with attending(self.body, PACKED):
             output = self.body(
                 input_ids=packed["input_ids"],
                 position_ids=packed["position_ids"],
@@ -105,7 +105,7 @@ class Backbone:
             raise ConfigError(f"{type(self.model).__name__} has no gradient checkpointing; turn it off")
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _packed_attention(self.body)  # the second pass runs outside `hidden_states`
+            return nullcontext(), attending(self.body, PACKED)  # the second pass runs outside `hidden_states`
 
         self.model._set_gradient_checkpointing(
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
@@ -290,9 +290,10 @@ def _attentions(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _packed_attention(body: nn.Module) -> Iterator[None]:
+def attending(body: nn.Module, name: str) -> Iterator[None]:
+    """Lets a decoder attend by the registered function `name` for the time being."""
     before = body.config._attn_implementation
-    body.config._attn_implementation = PACKED
+    body.config._attn_implementation = name
     try:
         yield
     finally:

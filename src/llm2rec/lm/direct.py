@@ -1,30 +1,30 @@
 """The language model as the recommender itself: titles ranked by their likelihood after those of the history.
 
-A scorer like any other, so that it is judged by the same ranks. A history goes through the model once, its keys
-and values are kept, and the titles of the whole catalogue are read in batches after them; where only the rank of a
-target is asked, as far as they can still be likelier than it.
+A scorer like any other, so that it is judged by the same ranks. A history goes through the model once and its keys
+and values are kept; after them the catalogue is read as a tree of tokens, level by level, in which titles that
+begin alike are one path; where only the rank of a target is asked, as far as they can still be likelier than it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
 
-from llm2rec.errors import ConfigError
-from llm2rec.lm.backbone import Backbone
+from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm.backbone import Backbone, attending
 from llm2rec.lm.csft import csft_texts
-from llm2rec.lm.packing import gather_texts, token_budget_batches
+from llm2rec.lm.packing import TokenisedTexts, gather_texts
 from llm2rec.lm.text import SEPARATOR
 
+AFTER_HISTORY = "llm2rec_after_history"
 LOGITS_BYTES = 64 * 2**20
-GLANCE = 3  # tokens of a title that are read before it is asked whether it can still be likely enough
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,47 @@ class _History:
     cache: DynamicCache
     length: int
     first: Tensor
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The nodes of a tree of titles after so many tokens, n of them, in lexicographic order.
+
+    tokens: (n,) int64. parents: (n,) int64, each node's place in the level above, rising.
+    titles, ends: (e,) int64, the titles whose last token this is, and at which node each ends.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    titles: Tensor
+    ends: Tensor
+
+
+def _tree(texts: TokenisedTexts, titles: np.ndarray) -> list[_Level]:
+    """Titles, in lexicographic order of their tokens, as a tree: equal beginnings are one node."""
+    tokens, lengths = gather_texts(texts, titles)
+    padded = np.full((len(titles), int(lengths.max())), -1, dtype=np.int64)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = tokens
+    levels = []
+    begins = np.zeros(len(titles), dtype=bool)  # whether a title leaves the one before it up to here
+    begins[0] = True
+    above = np.zeros(len(titles), dtype=np.int64)
+    for level in range(padded.shape[1]):
+        begins[1:] |= padded[1:, level] != padded[:-1, level]
+        reaching = lengths > level
+        node = np.cumsum(begins & reaching) - 1  # (T,) of titles that reach the level
+        own, last = np.flatnonzero(begins & reaching), np.flatnonzero(lengths == level + 1)
+        parts = padded[own, level], above[own], titles[last], node[last]
+        levels.append(_Level(*(torch.from_numpy(part) for part in parts)))
+        above = node
+    return levels
+
+
+def _lexicographic(texts: TokenisedTexts) -> np.ndarray:
+    """All texts in the order of their tokens."""
+    tokens = texts.tokens.tolist()
+    rows = [tokens[begin:end] for begin, end in zip(texts.offsets[:-1], texts.offsets[1:], strict=True)]
+    return np.array(sorted(range(len(rows)), key=rows.__getitem__), dtype=np.int64)
 
 
 class TitleRanker:
@@ -50,7 +91,7 @@ class TitleRanker:
         *,
         history_length: int,
         max_title_tokens: int,
-        batch_tokens: int = 1024,
+        batch_titles: int = 1024,
     ) -> None:
         """Takes a model with its head; it is made causal, and stays on its device.
 
@@ -58,7 +99,7 @@ class TitleRanker:
             titles: (N,) title of item_index i + 1.
             history_length: only the last so many items are read.
             max_title_tokens: longer titles are truncated, as in CSFT.
-            batch_tokens: title tokens in one forward pass; each carries the history's keys and values along.
+            batch_titles: distinct titles of a tree; each may carry the keys and values of its tokens along.
 
         Raises:
             ConfigError: the model has no head; arguments below 1; a history of such titles is beyond its context.
@@ -66,9 +107,9 @@ class TitleRanker:
         """
         if not hasattr(lm.model, "lm_head"):
             raise ConfigError("ranking titles takes a language model with its head; load it with head=True")
-        if min(history_length, batch_tokens) < 1:
+        if min(history_length, batch_titles) < 1:
             raise ConfigError(
-                f"history_length {history_length} and batch_tokens {batch_tokens} must be at least 1"
+                f"history_length {history_length} and batch_titles {batch_titles} must be at least 1"
             )
         lm.set_causal(True)
         lm.model.eval()
@@ -78,7 +119,9 @@ class TitleRanker:
         self._texts = csft_texts(lm.tokenizer, list(places), max_title_tokens)
         lm.check_readable(self._texts, (history_length + 1) * int(self._texts.lengths.max()))
         self._empty = np.array(lm.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
-        self._batch_tokens = batch_tokens
+        order = _lexicographic(self._texts)
+        batches = (order[begin : begin + batch_titles] for begin in range(0, len(order), batch_titles))
+        self._trees = [_tree(self._texts, titles) for titles in batches]
 
     @property
     def n_items(self) -> int:
@@ -95,7 +138,7 @@ class TitleRanker:
         """
         items = torch.from_numpy(self._title_of)
         with torch.inference_mode():
-            return torch.stack([self._likelihoods(self._read(row))[items] for row in histories])
+            return torch.stack([self._likelihoods(self._read(row), self._trees)[items] for row in histories])
 
     def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
         """`evaluation.ranking.ranks` of the scores, (B,) int64, 1 = best, up to the rounding of the scores.
@@ -123,9 +166,8 @@ class TitleRanker:
         """How many competing items are at least as likely as the target, which is one of them."""
         items = np.bincount(self._title_of[competes], minlength=len(self._texts))  # of each title
         own = self._title_of[target]
-        floor = float(self._likelihoods(history, np.array([own]))[own])
-        others = np.flatnonzero(items)
-        found = self._likelihoods(history, others[others != own], floor).numpy()
+        floor = float(self._likelihoods(history, [_tree(self._texts, np.array([own]))])[own])
+        found = self._likelihoods(history, self._trees, floor).numpy()
         found[own] = floor
         return int(items[found >= floor].sum())
 
@@ -141,70 +183,102 @@ class TitleRanker:
         first = torch.log_softmax((output.last_hidden_state[0, -1] @ self._lm.head.T).float(), dim=-1)
         return _History(output.past_key_values, len(prefix), first.cpu())
 
-    def _likelihoods(
-        self, history: _History, titles: np.ndarray | None = None, floor: float = -math.inf
-    ) -> Tensor:
-        """Log-likelihood (T,) of distinct titles, all or the given ones, on the CPU; -inf of the others.
+    def _likelihoods(self, history: _History, trees: list[list[_Level]], floor: float = -math.inf) -> Tensor:
+        """Log-likelihood (T,) of the titles of some trees, on the CPU; -inf of the others.
 
-        floor: a title that falls below it is not read to its end; what it had by then is its likelihood.
+        floor: a title that falls below it is not read to its end, and has -inf as well.
         """
-        titles = np.arange(len(self._texts)) if titles is None else titles
-        first = torch.from_numpy(self._texts.tokens[self._texts.offsets[titles]])
         found = torch.full((len(self._texts),), -math.inf)
-        found[torch.from_numpy(titles)] = history.first[first]
-        titles = titles[found[torch.from_numpy(titles)].numpy() >= floor]
-        titles = titles[np.argsort(self._texts.lengths[titles], kind="stable")]  # batches of about equal lengths
-        for rows in token_budget_batches(self._texts.lengths[titles], self._batch_tokens):
-            self._read_on(titles[rows], history, floor, found)
+        for tree in trees:
+            self._descend(tree, history, floor, found)
         return found
 
-    def _read_on(self, titles: np.ndarray, history: _History, floor: float, found: Tensor) -> None:
-        """Adds to `found` the log-likelihoods of all tokens but the first of some titles, until below `floor`."""
+    def _descend(self, tree: list[_Level], history: _History, floor: float, found: Tensor) -> None:
+        """Writes the log-likelihoods of a tree's titles into `found`, level by level, of nodes above `floor`."""
+        values = history.first[tree[0].tokens]  # (n,) of the level's nodes
+        cache, place = DynamicCache(), None  # what is kept of the nodes that were read, and where in it each is
+        for number, (level, below) in enumerate(zip(tree, [*tree[1:], None], strict=True)):
+            found[level.titles] = values[level.ends]
+            if below is None:
+                return
+            inner = torch.zeros(len(values), dtype=torch.bool)
+            inner[below.parents] = True
+            read = (inner & (values >= floor)).nonzero()[:, 0]  # (r,) nodes to go on from
+            if not len(read):
+                return
+            if place is not None:
+                cache.batch_select_indices(place[level.parents[read]].to(self._lm.body.device))
+            states = self._states(level.tokens[read], history, number, cache)
+            place = torch.full((len(values),), -1)
+            place[read] = torch.arange(len(read))
+            children = (place[below.parents] >= 0).nonzero()[:, 0]
+            parents = below.parents[children]
+            steps = _log_probabilities(states, self._lm.head, place[parents], below.tokens[children])
+            known = values[parents]
+            values = torch.full((len(below.tokens),), -math.inf)
+            values[children] = known + steps
+
+    def _states(self, tokens: Tensor, history: _History, depth: int, cache: DynamicCache) -> Tensor:
+        """Hidden states (r, H) of one token each, `depth` tokens after the history, whose paths are in `cache`."""
         device = self._lm.body.device
-        tokens, lengths = gather_texts(self._texts, titles)
-        width = int(lengths.max())
-        real = np.arange(width) < lengths[:, None]  # (b, width)
-        padded = np.zeros(real.shape, dtype=np.int64)
-        padded[real] = tokens
-        ids, is_real = torch.from_numpy(padded), torch.from_numpy(real)
-        left = torch.from_numpy(titles)  # titles that are read on
-        cache = _repeated(history.cache, len(titles))
-        ends = [width - 1] if floor == -math.inf else [*range(GLANCE, width - 1, GLANCE), width - 1]
-        for start, end in pairwise([0, *ends]):  # nothing follows the last token; padding is behind what is read
-            states = self._lm.body(
-                input_ids=ids[:, start:end].to(device),
-                attention_mask=ids.new_ones(len(ids), history.length + end).to(device),
-                position_ids=torch.arange(history.length + start, history.length + end, device=device)[None],
+        with attending(self._lm.body, AFTER_HISTORY):
+            output = self._lm.body(
+                input_ids=tokens[:, None].to(device),
+                position_ids=torch.tensor([[history.length + depth]], device=device),
                 past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state
-            asked = is_real[:, start + 1 : end + 1]
-            labels = ids[:, start + 1 : end + 1][asked].to(device)
-            values = _log_likelihoods(states[asked.to(device)], self._lm.head, labels).cpu()
-            found.index_add_(0, left.repeat_interleave(asked.sum(1)), values)
-            likely = (found[left] >= floor).nonzero()[:, 0]
-            if not len(likely):
-                return
-            if len(likely) < len(left):
-                ids, is_real, left = ids[likely], is_real[likely], left[likely]
-                cache.batch_select_indices(likely.to(device))
+                history=history.cache,
+            )
+        return output.last_hidden_state[:, 0]
 
 
-def _repeated(cache: DynamicCache, times: int) -> DynamicCache:
-    """A cache of its own for `times` continuations; the keys and values of the history are views of the one."""
-    repeated = DynamicCache()
-    layers: Any = cache.layers
-    for number, layer in enumerate(layers):
-        shape = (times, -1, -1, -1)
-        repeated.update(layer.keys.expand(shape), layer.values.expand(shape), number)
-    return repeated
+def _log_probabilities(states: Tensor, head: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (M,) float32, on the CPU, of each token after the state of its row of `states` (r, H)."""
+    at_once = max(1, LOGITS_BYTES // (4 * len(head)))
+    normaliser = torch.cat([(chunk @ head.T).float().logsumexp(dim=1) for chunk in states.split(at_once)])
+    rows, tokens = rows.to(head.device), tokens.to(head.device)
+    scores = (states[rows].float() * nn.functional.embedding(tokens, head).float()).sum(dim=1)
+    return (scores - normaliser[rows]).cpu()
 
 
-def _log_likelihoods(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability (M,) float32 of each label under `softmax(hidden @ head.T)`, some rows at a time."""
-    rows = max(1, LOGITS_BYTES // (4 * len(head)))
-    parts = [
-        -torch.nn.functional.cross_entropy((chunk @ head.T).float(), label, reduction="none")
-        for chunk, label in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
+def _attend_after_history(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    history: DynamicCache,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one token a path, to its path and to a history that all paths share: (r, heads, 1, d).
+
+    The history is multiplied with all queries at once, and never copied for each path.
+
+    Args:
+        key, value: (r, groups, t, d) of the path, the token itself included.
+        history: keys and values (1, groups, P, d) of each layer.
+    """
+    shared = history.layers[module.layer_idx]  # type: ignore[index]
+    paths, heads, _, width = query.shape
+    groups, known = key.shape[1], shared.keys.shape[2]
+    if softcap is not None or (sliding_window is not None and known + key.shape[2] > sliding_window):
+        raise ArtifactError(
+            f"titles cannot be ranked by a model with a soft cap or a sliding window (this one: {softcap}, "
+            f"{sliding_window}; {known + key.shape[2]} tokens); lower data.history_length"
+        )
+    scale = scaling if scaling is not None else width**-0.5
+    asked = query.view(paths, groups, -1, width) * scale
+    together = asked.transpose(0, 1).reshape(groups, -1, width)  # (groups, r * heads / groups, d)
+    before = (together @ shared.keys[0].transpose(1, 2)).view(groups, paths, -1, known).transpose(0, 1)
+    shares = torch.cat([before, asked @ key.transpose(2, 3)], dim=-1).softmax(dim=-1)
+    far, near = shares[..., :known], shares[..., known:]
+    mixed = far.transpose(0, 1).reshape(groups, -1, known) @ shared.values[0]
+    mixed = mixed.view(groups, paths, -1, width).transpose(0, 1) + near @ value
+    return mixed.reshape(paths, 1, heads, width), None
+
+
+AttentionInterface.register(AFTER_HISTORY, _attend_after_history)
+AttentionMaskInterface.register(AFTER_HISTORY, lambda *args, **kwargs: None)
