@@ -13,7 +13,7 @@ NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["The red boat (1980) 
 
 CHANGES = (
     "recommender.max_epochs=3",
-    "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum]",
+    "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum, sasrec-llm2rec+average]",
 )
 
 
@@ -47,9 +47,19 @@ def test_text_rows_rank_added_items_and_keep_the_order_of_the_others(run, row):
     assert [item for item in after if item not in ("new1", "new2")] == before
 
 
-def test_added_items_may_stand_in_a_history(run):
+def test_ids_averaged_with_text_rank_added_items_and_keep_the_scores_of_the_others(run):
+    ask = {"row": "sasrec-llm2rec+average", "k": 20, "exclude_history": False}
+    before = {item.item_id: item.score for item in lr.recommend(run, ["i03", "i04"], **ask)}
     lr.add_items(run, run.folder.parent / "new.csv")
-    assert listed(run, ["i03", "new1"]) != listed(run, ["i03", "new2"])
+    after = {item.item_id: item.score for item in lr.recommend(run, ["i03", "i04"], **ask)}
+    assert after.keys() - before.keys() == {"new1", "new2"}
+    assert all(after[item] == pytest.approx(score, abs=1e-5) for item, score in before.items())
+
+
+@pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+average"])
+def test_added_items_may_stand_in_a_history(run, row):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    assert listed(run, ["i03", "new1"], row=row) != listed(run, ["i03", "new2"], row=row)
 
 
 def test_rows_over_a_text_encoder_rank_added_items(run, trained):
@@ -172,3 +182,37 @@ def test_a_new_item_may_lack_a_column_that_the_text_names(tmp_path):
     run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), *changes))
     (tmp_path / "one.csv").write_text("item_id,title\nnew5,Without a brand\n")
     assert lr.add_items(run, tmp_path / "one.csv").added == 1
+
+
+@pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+average"])
+def test_places_are_kept_for_new_items(run, row):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    whole = lr.recommend(run, ["i03"], k=20, row=row)
+    new = [item for item in whole if item.item_id.startswith("new")]
+    others = [item for item in whole if item not in new]
+    for wanted in (1, 2):
+        found = lr.recommend(run, ["i03"], k=4, row=row, new_items=wanted)
+        kept = sum(item in new for item in lr.recommend(run, ["i03"], k=4, row=row))
+        places = max(wanted, kept)
+        expected = sorted(others[: 4 - places] + new[:places], key=lambda item: -item.score)
+        assert found == expected
+
+
+def test_no_more_places_are_kept_than_there_are_new_items(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    found = lr.recommend(run, ["i03"], k=4, new_items=4)
+    assert sum(item.item_id.startswith("new") for item in found) == 2 and len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"new_items": 11}, "from 0 to k = 10"), ({"new_items": -1}, "from 0")]
+)
+def test_places_that_a_list_does_not_have_are_refused(run, options, words):
+    with pytest.raises(ConfigError, match=words):
+        lr.recommend(run, ["i03"], **options)
+
+
+@pytest.mark.parametrize("row", ["sasrec-id", "markov"])
+def test_rows_without_text_keep_no_places_for_new_items(run, row):
+    with pytest.raises(ConfigError, match="knows nothing of items without training events"):
+        lr.recommend(run, ["i03"], row=row, new_items=1)

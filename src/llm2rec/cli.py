@@ -122,11 +122,14 @@ def recommend(
     ],
     k: Count = 10,
     row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
+    new_items: Annotated[
+        int, typer.Option(help="at least so many without training events, such as added ones")
+    ] = 0,
     domain: DomainName = None,
 ) -> None:
     """The next items for any history of catalogue items, also of a user never seen; none of the history."""
     ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
-    _show_items(lr.recommend(run_folder, ids, k, row, domain=domain), "score")
+    _show_items(lr.recommend(run_folder, ids, k, row, domain=domain, new_items=new_items), "score")
 
 
 @app.command()

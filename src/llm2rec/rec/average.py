@@ -9,12 +9,14 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, ranking
 from llm2rec.progress import track
+from llm2rec.rec.histories import without_items_above
 from llm2rec.rec.sequential import SequentialRecommender
 
 AVERAGE = "average.json"
@@ -31,13 +33,16 @@ class ScoreAverage:
     weight does not depend on which of the two scores more steeply. Of an item that one of the two does not know,
     as learned ids do not know one that was held out, it is given the score that the other's predicts: that score
     times the correlation of the two over the items that both know. With the other's score alone such items would
-    stand above all those that two must agree on; with none they would never be listed.
+    stand above all those that two must agree on; with none they would never be listed. So it is with the items
+    that were added since the training, which `second` may score; where one stands in a history, `first` reads
+    the history without it.
     """
 
     def __init__(self, first: SequentialRecommender, second: SequentialRecommender, weight: float = 0.5) -> None:
         """Takes two loaded recommenders over the same catalogue.
 
         Args:
+            second: may score M added items besides.
             weight: of `first`, in [0, 1]; `second` has the rest.
 
         Raises:
@@ -46,29 +51,38 @@ class ScoreAverage:
         """
         if not 0 <= weight <= 1:
             raise ConfigError(f"weight is {weight}; it must be from 0 to 1")
-        if first.n_items != second.n_items:
+        if first.n_items not in (second.n_items, second.n_items - second.items.n_added):
             raise ArtifactError(
                 f"scores of {first.n_items:,} and of {second.n_items:,} items cannot be averaged; load "
                 "recommenders of one catalogue"
             )
-        self.n_items = first.n_items
+        self.n_items = second.n_items
         self.needs_times = first.needs_times or second.needs_times
         self._first, self._second, self.weight = first, second, weight
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:
-        """(B, N) float32; arguments and errors as for the two recommenders."""
+        """(B, N + M) float32; arguments and errors as for the two recommenders."""
         one, other = self.standardised_scores(histories, times)
         return self.weight * one + (1 - self.weight) * other
 
     def standardised_scores(self, histories: Tensor, times: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What is averaged: the scores of both, (B, N) each."""
+        """What is averaged: the scores of both, (B, N + M) each."""
         first, second = self._first, self._second
-        one, other = (standardised(part.score(histories, times), part.known) for part in (first, second))
-        both = first.known & second.known
+        added = self.n_items - first.n_items
+        readable = without_items_above(first.n_items, histories) if added else histories
+        one = standardised(F.pad(first.score(readable, times), (0, added)), F.pad(first.known, (0, added)))
+        trained = second.known & (torch.arange(self.n_items, device=second.known.device) < first.n_items)
+        other = standardised(second.score(histories, times), second.known, trained)
+        return self._completed(one, other)
+
+    def _completed(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Both scores, those of items that one of the two does not know as the other's predict them."""
+        known = F.pad(self._first.known, (0, self.n_items - self._first.n_items))
+        both = known & self._second.known
         if both.all():
             return one, other
         correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
-        return one.where(first.known, correlation * other), other.where(second.known, correlation * one)
+        return one.where(known, correlation * other), other.where(self._second.known, correlation * one)
 
 
 def validation_by_weight(
@@ -110,15 +124,16 @@ def best_weight(by_weight: dict[float, float]) -> float:
     return max(by_weight, key=lambda weight: (by_weight[weight], -abs(weight - 0.5)))
 
 
-def standardised(scores: Tensor, known: Tensor) -> Tensor:
-    """Scores (B, N) with mean 0 and population variance 1 over the (N,) `known` items of every row.
+def standardised(scores: Tensor, known: Tensor, measured: Tensor | None = None) -> Tensor:
+    """Scores (B, N) with mean 0 and population variance 1 over the (N,) `measured` items of every row.
 
-    Zeros where a row is constant, and for items that are not known.
+    Zeros where a row is constant, and for items that are not `known`; None measures over all known items.
     """
-    centred = (scores - _mean(scores, known)) * known
-    return centred / _mean(centred.square(), known).clamp(min=_TINY).sqrt()
+    measured = known if measured is None else measured
+    centred = (scores - _mean(scores, measured)) * known
+    return centred / _mean(centred.square(), measured).clamp(min=_TINY).sqrt()
 
 
-def _mean(values: Tensor, known: Tensor) -> Tensor:
-    """Means (B, 1) over the known items."""
-    return (values * known).sum(dim=1, keepdim=True) / known.sum().clamp(min=1)
+def _mean(values: Tensor, over: Tensor) -> Tensor:
+    """Means (B, 1) over some of the items, (N,) bool."""
+    return (values * over).sum(dim=1, keepdim=True) / over.sum().clamp(min=1)

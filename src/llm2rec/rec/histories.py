@@ -29,6 +29,13 @@ def checked(histories: Tensor, n_items: int) -> Tensor:
     return histories
 
 
+def without_items_above(highest: int, histories: Tensor) -> Tensor:
+    """Histories (B, L) without the items above an item_index: the others move up, padding follows them."""
+    kept = histories * (histories <= highest)
+    order = (kept == 0).sort(dim=1, stable=True).indices
+    return kept.gather(1, order)
+
+
 def checked_times(times: Tensor, histories: Tensor) -> Tensor:
     """The times of the events of checked histories, unchanged; what stands at padding is not looked at.
 

@@ -42,11 +42,15 @@ def recommend(
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
     domain: str | None = None,
+    new_items: int = 0,
 ) -> list[ScoredItem]:
     """The `k` best next items after any history of catalogue items, best first; no user need be known.
 
     By default items of the history are hidden, while `evaluate` lets them compete unless the recipe sets
     `evaluation.mask_history`: where people come back to items, lists differ from what was measured.
+
+    An item that no training saw seldom comes among the best of all, for those that were trained on are known much
+    better; among the new ones it is ranked well. `new_items` keeps places for them.
 
     Args:
         run: a finished run, or its folder.
@@ -54,10 +58,12 @@ def recommend(
         row: which recommender of the run (its seed 0).
         exclude_history: hide the items of the history.
         domain: which log of the run, where it has several.
+        new_items: at least so many of the list have no training event, where there are so many: those added
+            since and those held out. The best of them take the places of the worst others.
 
     Raises:
         DataError: an item of the history is not in the catalogue.
-        ConfigError: no such row, an empty history, or k < 1.
+        ConfigError: no such row, an empty history, k < 1, or `new_items` outside 0..k or of a row without text.
         ArtifactError: the row is not trained.
     """
     run = _opened(run)
@@ -65,6 +71,10 @@ def recommend(
     require_row(run, row)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
+    if not 0 <= new_items <= k:
+        raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
+    if new_items and (row in FLOORS or Row.parse(row).vectors is None):
+        raise ConfigError(f"row {row!r} knows nothing of items without training events; ask a row over text")
     if isinstance(history, str):
         raise ConfigError(f"history is the text {history!r}; give a list of item ids")
     if not history:
@@ -81,8 +91,35 @@ def recommend(
     if getattr(scorer, "needs_times", False):
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
     scores = scorer.score(seen[:, -place.config.history_length :])
-    items, values = top_k(scores, k, exclude=seen if exclude_history else None)
-    return listed(catalogue, items[0].numpy(), values[0].numpy())
+    hidden = seen if exclude_history else seen[:, :0]
+    items = top_k(scores, k, hidden)[0][0]
+    if new_items:
+        items = _with_new_items(items, scores, hidden, _is_new(place, scores.shape[1]), new_items)
+    return listed(catalogue, items.numpy(), scores[0, items - 1].numpy())
+
+
+def _is_new(domain: Domain, n_items: int) -> torch.Tensor:
+    """Which items have no training event, (N + M,) bool: held-out ones, and all that were added since."""
+    trained = torch.from_numpy(Sequences.load(domain.data).training()[0].astype(np.int64))
+    return torch.bincount(trained - 1, minlength=n_items) == 0
+
+
+def _with_new_items(
+    items: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, is_new: torch.Tensor, at_least: int
+) -> torch.Tensor:
+    """A list (K,), best first, in which the best new items have taken the places of the worst others.
+
+    Args:
+        items: (K,) item_index, best first. scores: (1, N). hidden: (1, L) item_index that must not be listed.
+        is_new: (N,) bool.
+    """
+    others = items[~is_new[items - 1]]
+    if len(items) - len(others) >= at_least:
+        return items
+    trained = 1 + (~is_new).nonzero()[:, 0]
+    newest = top_k(scores, at_least, torch.cat([hidden, trained[None]], dim=1))[0][0]
+    chosen = torch.cat([others[: len(items) - len(newest)], newest])
+    return chosen[scores[0, chosen - 1].argsort(descending=True, stable=True)]
 
 
 def similar(
@@ -139,8 +176,8 @@ def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -
         folder = domain.recommender(row, seed)
         artifacts.require(folder, "fit")
         weight = artifacts.read_json(folder / AVERAGE)["weight"]
-        first, second = (load_trained(domain, parent, seed) for parent in parents)
-        return ScoreAverage(first, second, weight)
+        ids, text = parents
+        return ScoreAverage(load_trained(domain, ids, seed), load_trained(domain, text, seed, with_added), weight)
     return load_trained(domain, row, seed, with_added)
 
 
