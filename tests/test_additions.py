@@ -204,12 +204,10 @@ def test_no_more_places_are_kept_than_there_are_new_items(run):
     assert sum(item.item_id.startswith("new") for item in found) == 2 and len(found) == 4
 
 
-@pytest.mark.parametrize(
-    ("options", "words"), [({"new_items": 11}, "from 0 to k = 10"), ({"new_items": -1}, "from 0")]
-)
-def test_places_that_a_list_does_not_have_are_refused(run, options, words):
-    with pytest.raises(ConfigError, match=words):
-        lr.recommend(run, ["i03"], **options)
+@pytest.mark.parametrize("places", [-1, 11])
+def test_places_that_a_list_does_not_have_are_refused(run, places):
+    with pytest.raises(ConfigError, match="from 0 to k = 10"):
+        lr.recommend(run, ["i03"], new_items=places)
 
 
 @pytest.mark.parametrize("row", ["sasrec-id", "markov"])

@@ -122,9 +122,7 @@ def recommend(
     ],
     k: Count = 10,
     row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
-    new_items: Annotated[
-        int, typer.Option(help="at least so many without training events, such as added ones")
-    ] = 0,
+    new_items: Annotated[int, typer.Option(help="keep so many places for items without training events")] = 0,
     domain: DomainName = None,
 ) -> None:
     """The next items for any history of catalogue items, also of a user never seen; none of the history."""
