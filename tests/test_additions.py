@@ -4,9 +4,12 @@ import shutil
 
 import polars as pl
 import pytest
+import torch
 
 import llm2rec as lr
 from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.evaluation.ranking import top_k
+from llm2rec.serve.recommender import with_new_items
 from test_pipeline import overrides, write_world
 
 NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["The red boat (1980) again", "Something else"]})
@@ -202,6 +205,27 @@ def test_no_more_places_are_kept_than_there_are_new_items(run):
     lr.add_items(run, run.folder.parent / "new.csv")
     found = lr.recommend(run, ["i03"], k=4, new_items=4)
     assert sum(item.item_id.startswith("new") for item in found) == 2 and len(found) == 4
+
+
+def plain_list(scores, hidden, new, k, places):
+    """The best k that hold at least so many new ones, by trying every size."""
+    left = [item for item in scores.argsort(descending=True).tolist() if item + 1 not in hidden]
+    newest, others = ([item for item in left if new[item] == kind] for kind in (True, False))
+    kept = max(min(places, len(newest)), sum(bool(new[item]) for item in left[:k]))
+    chosen = others[: max(min(k, len(left)) - kept, 0)] + newest[:kept]
+    return [item + 1 for item in sorted(chosen, key=lambda item: -scores[item])]
+
+
+@pytest.mark.parametrize("places", [1, 2, 5])
+def test_lists_with_places_are_those_of_the_plain_way(places):
+    generator = torch.Generator().manual_seed(places)
+    scores = torch.randn(30, 9, generator=generator)
+    hidden = torch.randint(0, 10, (30, 6), generator=generator)
+    new = torch.arange(9) % 3 == 1
+    found = with_new_items(top_k(scores, 5, hidden)[0], scores, hidden, new, places)
+    for items, row, seen in zip(found.tolist(), scores, hidden.tolist(), strict=True):
+        assert [item for item in items if item] == plain_list(row, seen, new, 5, places)
+    assert (found == 0).any()
 
 
 @pytest.mark.parametrize("places", [-1, 11])

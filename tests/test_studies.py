@@ -176,11 +176,32 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
         "Users with 5 known events",
         "Items seen in training",
         "Items never seen in training",
+        "Places kept, items seen in training",
+        "Places kept, items never seen in training",
     ]
     sequences = Sequences.load(open_run(folder / "runs" / "all").data)
     last = found["tables"]["Items never seen in training"]["users"]
     first = found["tables"]["Items seen in training"]["users"]
     assert last > 0 and first + last == len(sequences.held_out(TEST))
+
+
+def test_places_for_new_items_cost_the_others_what_they_give(finished):
+    folder, found = finished("cold-start")
+    tables = [found["tables"][f"Places kept, items {kind} in training"]["rows"] for kind in ("seen", "never seen")]
+    trained, new = ([rows[f"{places} places"]["recall@10"]["mean"] for places in range(4)] for rows in tables)
+    assert trained == sorted(trained, reverse=True) and trained[0] > trained[-1]
+    assert new == sorted(new) and new[0] < new[-1]
+
+
+def test_lists_without_places_for_new_items_are_those_of_the_text(finished):
+    folder, _ = finished("cold-start")
+    kept = pl.read_parquet(folder / "measured" / "places" / "per_user.parquet").filter(row="0 places")
+    text = pl.read_parquet(folder / "runs/all/evaluation/per_user.parquet").filter(row="sasrec-llm2rec")
+    both = kept.join(text, on=["user_id", "item_id", "seed"], suffix="_text")
+    listed = pl.col("rank_text") <= 10
+    assert both.filter(listed).height > 10 and both.filter(~listed).height > 10
+    assert both.filter(listed & (pl.col("rank") != pl.col("rank_text"))).is_empty()
+    assert (both.filter(~listed)["rank"] == 40).all()
 
 
 def test_known_users_have_that_many_events_and_a_trained_target(finished):

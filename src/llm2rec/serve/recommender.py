@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from llm2rec import artifacts, progress
 from llm2rec.data.embeddings import ItemEmbeddings
@@ -92,34 +93,45 @@ def recommend(
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
     scores = scorer.score(seen[:, -place.config.history_length :])
     hidden = seen if exclude_history else seen[:, :0]
-    items = top_k(scores, k, hidden)[0][0]
+    items = top_k(scores, k, hidden)[0]
     if new_items:
-        items = _with_new_items(items, scores, hidden, _is_new(place, scores.shape[1]), new_items)
-    return listed(catalogue, items.numpy(), scores[0, items - 1].numpy())
+        items = with_new_items(items, scores, hidden, is_new(place, scores.shape[1]), new_items)
+    return listed(catalogue, items[0].numpy(), scores.gather(1, items - 1)[0].numpy())
 
 
-def _is_new(domain: Domain, n_items: int) -> torch.Tensor:
+def is_new(domain: Domain, n_items: int) -> torch.Tensor:
     """Which items have no training event, (N + M,) bool: held-out ones, and all that were added since."""
     trained = torch.from_numpy(Sequences.load(domain.data).training()[0].astype(np.int64))
     return torch.bincount(trained - 1, minlength=n_items) == 0
 
 
-def _with_new_items(
-    items: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, is_new: torch.Tensor, at_least: int
+def with_new_items(
+    items: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, new: torch.Tensor, places: int
 ) -> torch.Tensor:
-    """A list (K,), best first, in which the best new items have taken the places of the worst others.
+    """Lists (B, K), best first, in which the best new items have taken the places of the worst others.
+
+    Where the K best of all hold as many new items anyway, or the catalogue has no more, nothing changes.
 
     Args:
-        items: (K,) item_index, best first. scores: (1, N). hidden: (1, L) item_index that must not be listed.
-        is_new: (N,) bool.
+        items: (B, K) item_index, the K best of each row, filled up with 0. scores: (B, N). new: (N,) bool.
+        hidden: (B, L) item_index that must not be listed, padded with 0.
+        places: for new items, at most K.
     """
-    others = items[~is_new[items - 1]]
-    if len(items) - len(others) >= at_least:
+    columns = new.nonzero()[:, 0]
+    if not places or not len(columns):
         return items
-    trained = 1 + (~is_new).nonzero()[:, 0]
-    newest = top_k(scores, at_least, torch.cat([hidden, trained[None]], dim=1))[0][0]
-    chosen = torch.cat([others[: len(items) - len(newest)], newest])
-    return chosen[scores[0, chosen - 1].argsort(descending=True, stable=True)]
+    column_of = torch.zeros(len(new) + 1, dtype=torch.int64)
+    column_of[columns + 1] = torch.arange(1, len(columns) + 1)
+    found = top_k(scores[:, columns], places, column_of[hidden])[0]
+    lists = []
+    for best, row, own in zip(items, found, scores, strict=True):
+        best = best[best > 0]
+        newest, others = columns[row[row > 0] - 1] + 1, best[~new[best - 1]]
+        if len(others) > len(best) - len(newest):
+            chosen = torch.cat([others[: len(best) - len(newest)], newest])
+            best = chosen[own[chosen - 1].argsort(descending=True, stable=True)]
+        lists.append(F.pad(best, (0, items.shape[1] - len(best))))
+    return torch.stack(lists)
 
 
 def similar(

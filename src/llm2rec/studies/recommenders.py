@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
+from torch import Tensor
 
 from llm2rec.data.sequences import TEST, Sequences, cold_items
 from llm2rec.evaluation.protocol import Scorer
+from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
+from llm2rec.rec.sequential import SequentialRecommender
 from llm2rec.runs import Domain, Run
-from llm2rec.serve.recommender import load_trained
+from llm2rec.serve.recommender import is_new, load_trained, with_new_items
 from llm2rec.studies.base import (
     SMALL,
     Judged,
@@ -41,6 +45,8 @@ COLD_ROWS = {
     "both, summed": "sasrec-llm2rec+sum",
     "both, averaged": "sasrec-llm2rec+average",
 }
+PLACES = (0, 1, 2, 3)
+LISTED = 10
 CONTEXT = "context"
 CONTEXT_ROWS = {
     IDS: "sasrec-id",
@@ -95,7 +101,65 @@ def _judge_cold_start(runs: Runs, folder: Path) -> list[Judged]:
         ("Items never seen in training", "Held-out test targets, ranked among all items.", is_cold),
     ):
         tables.append(Judged(title, meaning, IDS, whole.filter(chosen)))
+    kept = _ranked_with_places(run, domain, folder)
+    for kind, chosen in (("seen in training", ~is_cold), ("never seen in training", is_cold)):
+        title, meaning = (
+            f"Places kept, items {kind}",
+            f"Lists of {LISTED} by `text`, as `recommend --new-items` makes",
+        )
+        tables.append(
+            Judged(
+                title,
+                f"{meaning} them; outside of its list a target counts as last.",
+                _places(0),
+                kept.filter(chosen),
+            )
+        )
     return tables
+
+
+def _places(number: int) -> str:
+    return f"{number} places"
+
+
+def _ranked_with_places(run: Run, domain: Domain, folder: Path) -> pl.DataFrame:
+    """Ranks of all test events in lists that keep places for items without training events."""
+
+    def make() -> pl.DataFrame:
+        sequences = Sequences.load(domain.data)
+        ranking = [
+            (_places(places), seed, _WithPlaces(load_trained(domain, COLD_ROWS["text"], seed), domain, places))
+            for places in PLACES
+            for seed in range(run.recipe.recommender.seeds)
+        ]
+        return ranked_by(ranking, sequences, run, domain.config.history_length)
+
+    return measured(folder, "places", {**evaluated_inputs(domain), "places": list(PLACES), "k": LISTED}, make)
+
+
+class _WithPlaces:
+    """A recommender by its lists of LISTED, which keep places for new items: what is not listed ranks last."""
+
+    def __init__(self, scorer: SequentialRecommender, domain: Domain, places: int) -> None:
+        self._scorer, self._places = scorer, places
+        self._new = is_new(domain, scorer.n_items)
+        self.n_items = scorer.n_items
+
+    def score(self, histories: Tensor) -> Tensor:
+        """As the recommender itself scores, (B, N)."""
+        return self._scorer.score(histories)
+
+    def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
+        """Place in the list, (B,) int64, 1 = first; N where the target is not listed."""
+        scores = self.score(histories)
+        hidden = (
+            targets.new_zeros(len(targets), 1)
+            if exclude is None
+            else exclude.masked_fill(exclude == targets[:, None], 0)
+        )
+        lists = with_new_items(top_k(scores, LISTED, hidden)[0], scores, hidden, self._new, self._places)
+        is_target = lists == targets[:, None]
+        return torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1) + 1, self.n_items)
 
 
 def _ranked_after(run: Run, domain: Domain, events: int, folder: Path) -> pl.DataFrame:
