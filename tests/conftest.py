@@ -15,6 +15,8 @@ from llm2rec.data.sequences import Sequences, prepare  # noqa: E402
 from llm2rec.data.splits import Split  # noqa: E402
 from llm2rec.data.tables import Catalogue, Interactions  # noqa: E402
 from llm2rec.lm import backbone as backbones  # noqa: E402
+from llm2rec.lm.learner import Learner  # noqa: E402
+from llm2rec.training import Optimizer  # noqa: E402
 
 TITLES = [
     f"The {colour} {thing} ({year})"
@@ -75,3 +77,11 @@ def cyclic_files(tmp_path):
     interactions.write_csv(tmp_path / "interactions.csv")
     items.write_csv(tmp_path / "items.csv")
     return tmp_path / "interactions.csv", tmp_path / "items.csv"
+
+
+def train_stage(stage, *data, **options):
+    """A language stage (`csft`, `mntp`, `contrastive`); those of the options that are its learner's go there."""
+    values = {"dtype": torch.float32, "max_title_tokens": 16, "seed": 0}
+    values |= {"optimizer": Optimizer(learning_rate=1e-2)}
+    values |= {name: options.pop(name) for name in tuple(options) if name in Learner.__dataclass_fields__}
+    return stage(*data, Learner(**values), **options)

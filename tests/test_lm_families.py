@@ -13,14 +13,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from conftest import prepared_cycle
+from conftest import prepared_cycle, train_stage
 from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import csft
 from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import contrastive, mntp
-from llm2rec.training import Optimizer
 
 FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
 
@@ -50,20 +49,15 @@ def trained(request, world, tiny_folder, tmp_path_factory):
     tokenizer = backbones.load(tiny_folder, torch.float32).tokenizer
     save_random(request.param, tokenizer, root / "model")
     sequences, titles = world
-    shared = {
-        "dtype": torch.float32,
-        "max_title_tokens": 16,
-        "seed": 0,
-        "optimizer": Optimizer(learning_rate=1e-2),
-    }
     once = {"checkpoints": 0, "model": root / "model"}
     budget = {"max_tokens": 600, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 256}
-    summaries = [csft(sequences, titles, history_length=4, out=root / "csft", **budget, **once, **shared)]
+    summaries = [train_stage(csft, sequences, titles, history_length=4, out=root / "csft", **budget, **once)]
     once["model"] = root / "csft"
     options = {"steps": 3, "batch_size": 6}
-    summaries.append(mntp(titles, mask_share=0.2, out=root / "mntp", **options, **once, **shared))
+    summaries.append(train_stage(mntp, titles, mask_share=0.2, out=root / "mntp", **options, **once))
     options |= {"temperature": 0.1, "dropout": 0.2, "evaluations": 1, "patience": 1, "micro_batch_tokens": 64}
-    summaries.append(contrastive(sequences, titles, model=root / "mntp", out=root / "iem", **options, **shared))
+    data = sequences, titles
+    summaries.append(train_stage(contrastive, *data, model=root / "mntp", out=root / "iem", **options))
     return root, summaries
 
 

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES
+from conftest import TITLES, train_stage
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import mntp
 from llm2rec.lm.lora import Lora, attach
-from llm2rec.training import Optimizer
 
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("peft") is None, reason="peft is not installed (pip install 'llm2rec[lora]')"
@@ -69,20 +68,8 @@ def test_merged_vectors_equal_those_of_the_adapters(tiny):
 
 @needs_peft
 def test_only_the_targets_change_in_a_training_with_adapters(tiny_folder, tmp_path):
-    mntp(
-        TITLES,
-        model=tiny_folder,
-        dtype=torch.float32,
-        max_title_tokens=16,
-        steps=3,
-        batch_size=8,
-        mask_share=0.2,
-        optimizer=Optimizer(learning_rate=1e-2),
-        checkpoints=1,
-        seed=0,
-        out=tmp_path,
-        lora=LORA,
-    )
+    budget = {"steps": 3, "batch_size": 8, "mask_share": 0.2, "checkpoints": 1}
+    train_stage(mntp, TITLES, model=tiny_folder, out=tmp_path, lora=LORA, **budget)
     before, after = (
         dict(backbones.load(folder, torch.float32).model.named_parameters()) for folder in (tiny_folder, tmp_path)
     )

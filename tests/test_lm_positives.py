@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, prepared_cycle
+from conftest import TITLES, prepared_cycle, train_stage
 from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.iem import ContrastiveObjective, TitleBatches, contrastive, distinct_texts
 from llm2rec.lm.positives import consumed_next, distinct_batches
-from llm2rec.training import Optimizer
 
 
 def sequences_of(users, held_out=2):
@@ -97,9 +96,8 @@ def world(tmp_path_factory):
 def run(world, model, out, **changes):
     sequences, titles = world
     options = {"steps": 30, "batch_size": 4, "temperature": 0.1, "dropout": 0.0, "evaluations": 3, "patience": 3}
-    options |= {"micro_batch_tokens": 4096, "optimizer": Optimizer(learning_rate=1e-2), "seed": 0}
-    options |= {"dtype": torch.float32, "max_title_tokens": 16, "model": model, "out": out}
-    return contrastive(sequences, titles, **(options | changes))
+    options |= {"micro_batch_tokens": 4096, "model": model, "out": out}
+    return train_stage(contrastive, sequences, titles, **(options | changes))
 
 
 def test_items_consumed_next_to_each_other_come_to_be_neighbours(world, tiny_folder, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TITLES, prepared_cycle
+from conftest import TITLES, prepared_cycle, train_stage
 from llm2rec import checkpoints
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
@@ -36,14 +36,9 @@ def work(root: Path, out: Path, shard: bool = False) -> None:
     """Every language stage from the prepared world in `root` into `out`; what each process runs."""
     sequences = Sequences.load(root / "data")
     items = Catalogue.read(root / "data" / "catalogue.parquet")
-    shared = {
-        "dtype": torch.float32,
-        "max_title_tokens": 16,
-        "seed": 0,
-        "optimizer": Optimizer(learning_rate=3e-3),
-        "shard": shard,
-    }
-    csft(
+    shared = {"optimizer": Optimizer(learning_rate=3e-3), "shard": shard}
+    train_stage(
+        csft,
         sequences,
         items.titles,
         model=root / "tiny",
@@ -58,7 +53,8 @@ def work(root: Path, out: Path, shard: bool = False) -> None:
         **shared,
     )
     options = {"steps": 4, "batch_size": 6}
-    mntp(
+    train_stage(
+        mntp,
         items.titles,
         model=root / "tiny",
         mask_share=0.2,
@@ -67,7 +63,8 @@ def work(root: Path, out: Path, shard: bool = False) -> None:
         **options,
         **shared,
     )
-    contrastive(
+    train_stage(
+        contrastive,
         sequences,
         items.titles,
         model=root / "tiny",
@@ -90,10 +87,11 @@ def variants(root: Path, out: Path, shard: bool = False) -> None:
     """CSFT with adapters, with recomputed layers and with bfloat16 weights."""
     sequences = Sequences.load(root / "data")
     items = Catalogue.read(root / "data" / "catalogue.parquet")
-    plain = {"dtype": torch.float32, "max_title_tokens": 16, "seed": 0, "checkpoints": 0, "shard": shard}
+    plain = {"checkpoints": 0, "shard": shard}
     plain |= {"history_length": 4, "max_tokens": 1200, "epochs": None, "optimizer": Optimizer(learning_rate=3e-3)}
     for name, options in VARIANTS.items():
-        csft(
+        train_stage(
+            csft,
             sequences,
             items.titles,
             model=root / "tiny",

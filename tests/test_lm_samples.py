@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, prepared_cycle
+from conftest import TITLES, prepared_cycle, train_stage
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import SampleBatches, TokenObjective, csft, csft_texts, supervise
@@ -206,9 +206,8 @@ def test_the_step_does_not_depend_on_how_targets_fall_into_micro_batches(tiny_fo
 def run_csft(world, model, out, **changes):
     sequences, titles = world
     options = {"max_tokens": 3000, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 256}
-    options |= {"history_length": 4, "max_title_tokens": 16, "checkpoints": 0, "seed": 0}
-    options |= {"optimizer": Optimizer(learning_rate=1e-2)}
-    return csft(sequences, titles, model=model, dtype=torch.float32, out=out, **(options | changes))
+    options |= {"history_length": 4, "checkpoints": 0}
+    return train_stage(csft, sequences, titles, model=model, out=out, **(options | changes))
 
 
 @pytest.mark.parametrize("mode", ["paper", "tree"])

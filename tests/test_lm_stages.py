@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TITLES, prepared_cycle
+from conftest import TITLES, prepared_cycle, train_stage
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
@@ -29,8 +29,6 @@ from llm2rec.lm.objectives import contrastive_loss
 from llm2rec.lm.pooling import embed
 from llm2rec.training import Optimizer
 
-OPTIMIZER = Optimizer(learning_rate=1e-2)
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -41,14 +39,8 @@ def world(tmp_path_factory):
 def run_csft(world, model, out, **changes):
     sequences, titles = world
     options = {"max_tokens": 3000, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 128}
-    options |= {
-        "history_length": 4,
-        "max_title_tokens": 16,
-        "optimizer": OPTIMIZER,
-        "checkpoints": 0,
-        "seed": 0,
-    }
-    return csft(sequences, titles, model=model, dtype=torch.float32, out=out, **(options | changes))
+    options |= {"history_length": 4, "checkpoints": 0}
+    return train_stage(csft, sequences, titles, model=model, out=out, **(options | changes))
 
 
 def test_labels_are_the_titles_after_the_first_and_their_separators(tiny):
@@ -242,8 +234,8 @@ def encoder(world, tiny_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("stages")
     run_csft(world, tiny_folder, root / "csft")
     sequences, titles = world
-    shared = {"dtype": torch.float32, "max_title_tokens": 16, "optimizer": OPTIMIZER, "seed": 0}
-    mntp(
+    train_stage(
+        mntp,
         titles,
         model=root / "csft",
         steps=20,
@@ -251,9 +243,9 @@ def encoder(world, tiny_folder, tmp_path_factory):
         mask_share=0.2,
         checkpoints=0,
         out=root / "mntp",
-        **shared,
     )
-    contrastive(
+    train_stage(
+        contrastive,
         sequences,
         titles,
         model=root / "mntp",
@@ -265,7 +257,6 @@ def encoder(world, tiny_folder, tmp_path_factory):
         patience=2,
         micro_batch_tokens=64,
         out=root / "iem",
-        **shared,
     )
     return root
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import train_stage
 from llm2rec.data import mirrors, sources
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
@@ -71,7 +72,8 @@ def test_the_real_model_attends_both_ways_and_exports_its_vectors(smollm2, movie
 
 def test_a_few_csft_steps_lower_the_perplexity_of_held_out_titles(smollm2, movielens, tmp_path):
     prepare(*movielens, split=Split(), short_histories="error", out=tmp_path / "data")
-    summary = csft(
+    summary = train_stage(
+        csft,
         Sequences.load(tmp_path / "data"),
         movielens[1].titles,
         model=smollm2,

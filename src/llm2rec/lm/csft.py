@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
-from llm2rec.lm.lora import Lora, attach
+from llm2rec.lm.learner import Learner
 from llm2rec.lm.objectives import token_loss
 from llm2rec.lm.packing import (
     Packed,
@@ -39,9 +39,8 @@ from llm2rec.lm.packing import (
 )
 from llm2rec.lm.samples import Samples
 from llm2rec.lm.text import SEPARATOR, item_texts
-from llm2rec.loggers import NO_LOGGERS, Loggers
 from llm2rec.processes import processes
-from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
+from llm2rec.training import TrainSettings
 
 EVALUATED_USERS = 128
 MODES = ("packed", "paper", "tree")
@@ -50,32 +49,22 @@ MODES = ("packed", "paper", "tree")
 def csft(
     sequences: Sequences,
     titles: list[str],
+    learner: Learner,
     *,
-    model: str | Path,
-    dtype: torch.dtype,
     history_length: int,
-    max_title_tokens: int,
     max_tokens: int | None,
     epochs: float | None,
     batch_tokens: int,
     micro_batch_tokens: int,
-    optimizer: Optimizer,
     checkpoints: int,
-    seed: int,
-    out: Path,
     mode: str = "packed",
     paper_separator: bool = False,
     evaluations: int = 0,
     patience: int | None = None,
-    gradient_checkpointing: bool = False,
-    lora: Lora | None = None,
-    shard: bool = False,
     user_shares: np.ndarray | None = None,
-    loggers: Loggers = NO_LOGGERS,
-    compiled: bool = False,
     extends: Path | None = None,
 ) -> dict[str, Any]:
-    """Fine-tunes a causal language model on the training events and writes it to `out`.
+    """Fine-tunes a causal language model on the training events and writes it to the learner's folder.
 
     Args:
         sequences: only training events are read for training, validation events for the perplexity.
@@ -85,10 +74,7 @@ def csft(
         evaluations: held-out perplexities in the course of the stage; with any, the weights with the lowest
             one win, and checkpoints are written then instead of `checkpoints` times.
         patience: evaluations without a gain before the stage stops.
-        lora: trains adapters instead of the model's weights and merges them before saving.
-        shard: the processes share the layers out while they train (`sharding.shared_out`).
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
-        compiled: see `Backbone.compile_layers`.
         extends: what a shorter training under `wsd`, with equal arguments beside budget, warm-up and decay, had
             before its decay (its folder `stable`): this one goes on from there, with the same weights in the
             end as had it taken those steps itself.
@@ -103,23 +89,19 @@ def csft(
     """
     began = time.perf_counter()
     _check_arguments(mode, paper_separator, evaluations, patience)
-    recompute = gradient_checkpointing
-    lm = backbones.load_for_training(
-        model, dtype, causal=True, gradient_checkpointing=recompute, compiled=compiled
-    )
-    merge = attach(lm, lora, stage_seed(seed, "csft adapters")) if lora else None
-    seed = stage_seed(seed, "csft")
+    lm, merge = learner.load("csft", causal=True)
     share = max(1, batch_tokens // processes().count)  # a step is as large with any number of processes
     budget = Budget(min(micro_batch_tokens, share), max_tokens, epochs)
-    form = Form(mode, history_length, max_title_tokens, paper_separator)
+    form = Form(mode, history_length, learner.max_title_tokens, paper_separator)
+    seed = learner.seed_of("csft")
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
     course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
-    settings = TrainSettings(**asdict(optimizer), **course, patience=patience, seed=seed, loggers=loggers)
+    settings = learner.settings("csft", **course, patience=patience)
     if extends:
         settings = replace(settings, warmup_share=0.0)  # it is behind
         _check_extends(extends, settings)
-        go_on_from(extends, out, settings.intervals)
-    summary = _train(lm, batches, held_out, settings, merge, shard, out)
+        go_on_from(extends, learner.out, settings.intervals)
+    summary = _train(lm, batches, held_out, settings, learner, merge)
     return summary | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -128,28 +110,19 @@ def _train(
     batches: BudgetBatches,
     held_out: list[Batch],
     settings: TrainSettings,
-    merge: Callable[[], None] | None,
-    shard: bool,
-    out: Path,
+    learner: Learner,
+    merge: Callable[[], None],
 ) -> dict[str, Any]:
     """Trains, merges and saves; the summary of `csft` without its total time."""
     before = perplexity(lm, held_out)
-    summary = train(
-        lm.model,
-        batches,
-        TokenObjective(lm),
-        out=out,
-        settings=settings,
-        evaluate=(lambda: {"perplexity": perplexity(lm, held_out)}) if settings.evaluate_every else None,
-        sharded=lm.body.layers if shard else None,
-        description="csft",
-    )
-    if merge:
-        merge()
+    measure = (lambda: {"perplexity": perplexity(lm, held_out)}) if settings.evaluate_every else None
+    objective = TokenObjective(lm)
+    summary = learner.train(lm, batches, objective, settings, description="csft", evaluate=measure)
+    merge()
     after = perplexity(lm, held_out)
-    backbones.save_once(lm, out)
+    backbones.save_once(lm, learner.out)
     if settings.stable_steps:
-        keep_stable(out, settings.stable_steps)
+        keep_stable(learner.out, settings.stable_steps)
     tokens, targets = batches.spent(summary.steps * settings.accumulation)
     return {
         "steps": summary.steps,

@@ -8,7 +8,6 @@ pairs only decide when the contrastive part stops. Source: LLM2Rec section 3.3.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import TokenObjective
 from llm2rec.lm.encode import encode_tokens
 from llm2rec.lm.export import export
-from llm2rec.lm.lora import Lora, attach
+from llm2rec.lm.learner import Learner
 from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, gather_rows
 from llm2rec.lm.packing import (
     Packed,
@@ -39,9 +38,8 @@ from llm2rec.lm.packing import (
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.positives import consumed_next, distinct_batches
 from llm2rec.lm.text import item_texts
-from llm2rec.loggers import NO_LOGGERS, Loggers
 from llm2rec.processes import processes
-from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
+from llm2rec.training import TrainSettings, stage_seed
 
 MASK_TEXT = "_"  # the authors' mask token: decoders have none of their own
 EVALUATED_PAIRS = 512
@@ -49,61 +47,33 @@ EVALUATED_PAIRS = 512
 
 def mntp(
     titles: list[str],
+    learner: Learner,
     *,
-    model: str | Path,
-    dtype: torch.dtype,
-    max_title_tokens: int,
     steps: int,
     batch_size: int,
     mask_share: float,
-    optimizer: Optimizer,
     checkpoints: int,
-    seed: int,
-    out: Path,
-    gradient_checkpointing: bool = False,
-    lora: Lora | None = None,
-    shard: bool = False,
     shares: np.ndarray | None = None,
-    loggers: Loggers = NO_LOGGERS,
-    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Trains a bidirectional model to fill in masked title tokens and writes it, with its head, to `out`.
+    """Trains a bidirectional model to fill in masked title tokens and writes it, with its head.
 
     Args:
-        lora: trains adapters instead of the model's weights and merges them before saving.
-        shard: the processes share the layers out while they train (`sharding.shared_out`).
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
-        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: steps, tokens, tokens per second, loss of the first and last logged steps.
     """
-    recompute = gradient_checkpointing
-    lm = backbones.load_for_training(
-        model, dtype, causal=False, gradient_checkpointing=recompute, compiled=compiled
-    )
-    merge = attach(lm, lora, stage_seed(seed, "mntp adapters")) if lora else None
-    seed = stage_seed(seed, "mntp")
+    lm, merge = learner.load("mntp", causal=False)
     plain, of_texts = trained_texts(titles, shares)
-    texts = tokenise(lm.tokenizer, plain, max_title_tokens, special_tokens=False)
+    texts = tokenise(lm.tokenizer, plain, learner.max_title_tokens, special_tokens=False)
     lm.check_readable(texts, int(texts.lengths.max()))
-    parts = processes().count
-    batches = MaskedBatches(texts, _mask_token(lm.tokenizer), steps, batch_size, mask_share, seed, parts, of_texts)
+    parts, mask, seed = processes().count, _mask_token(lm.tokenizer), learner.seed_of("mntp")
+    batches = MaskedBatches(texts, mask, steps, batch_size, mask_share, seed, parts, of_texts)
     every = math.ceil(steps / checkpoints) if checkpoints else 0
-    course: dict[str, Any] = {"max_steps": steps, "accumulation": parts, "checkpoint_every": every, "seed": seed}
-    settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
-    summary = train(
-        lm.model,
-        batches,
-        TokenObjective(lm),
-        out=out,
-        settings=settings,
-        sharded=lm.body.layers if shard else None,
-        description="mntp",
-    )
-    if merge:
-        merge()
-    backbones.save_once(lm, out)
+    settings = learner.settings("mntp", max_steps=steps, accumulation=parts, checkpoint_every=every)
+    summary = learner.train(lm, batches, TokenObjective(lm), settings, description="mntp")
+    merge()
+    backbones.save_once(lm, learner.out)
     losses = [log["loss"] for log in summary.history if "loss" in log]
     return {
         "steps": summary.steps,
@@ -117,10 +87,8 @@ def mntp(
 def contrastive(
     sequences: Sequences,
     titles: list[str],
+    learner: Learner,
     *,
-    model: str | Path,
-    dtype: torch.dtype,
-    max_title_tokens: int,
     steps: int,
     batch_size: int,
     temperature: float,
@@ -128,20 +96,12 @@ def contrastive(
     evaluations: int,
     patience: int,
     micro_batch_tokens: int,
-    optimizer: Optimizer,
-    seed: int,
-    out: Path,
     causal: bool = False,
     positives: str = "dropout",
     pooling: Pooling = MEAN,
-    gradient_checkpointing: bool = False,
-    lora: Lora | None = None,
-    shard: bool = False,
     shares: np.ndarray | None = None,
-    loggers: Loggers = NO_LOGGERS,
-    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Trains the item encoder and writes it to `out` as a SentenceTransformer folder.
+    """Trains the item encoder and writes it as a SentenceTransformer folder.
 
     Validation is the AUC of held-out co-consumption: how often the item a user consumed next is nearer to
     the item before it than what another user consumed next. The best state wins.
@@ -152,10 +112,7 @@ def contrastive(
             make up for it.
         positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
             two items consumed one after the other in the training events. `dropout` then merely regularises.
-        lora: trains adapters instead of the model's weights and merges them before saving.
-        shard: the processes share the layers out while they train (`sharding.shared_out`).
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
-        compiled: see `Backbone.compile_layers`.
 
     Returns:
         Summary: steps, titles a step, seconds of training, AUC before and after, the step of the best state.
@@ -164,26 +121,20 @@ def contrastive(
         ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
     """
     pooling.exported()  # refused before it is trained for
-    recompute = gradient_checkpointing
-    lm = backbones.load_for_training(
-        model, dtype, causal=causal, head=False, gradient_checkpointing=recompute, compiled=compiled
-    )
-    merge = attach(lm, lora, stage_seed(seed, "contrastive adapters")) if lora else None
-    stage = stage_seed(seed, "contrastive")
-    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, max_title_tokens, stage, pooling)
+    lm, merge = learner.load("contrastive", causal=causal, head=False)
+    length, seed = learner.max_title_tokens, learner.seed_of("contrastive")
+    pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, length, seed, pooling)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
     if steps:
-        batches = contrastive_batches(
-            lm, sequences, titles, max_title_tokens, positives, steps, batch_size, micro_batch_tokens, seed, shares
-        )
+        pairing = positives, steps, batch_size, micro_batch_tokens, learner.seed, shares
+        batches = contrastive_batches(lm, sequences, titles, length, *pairing)
         course: dict[str, Any] = {"max_steps": steps, "evaluate_every": math.ceil(steps / evaluations)}
-        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count, "seed": stage}
-        settings = TrainSettings(**asdict(optimizer), **course, loggers=loggers)
+        course |= {"patience": patience, "metric": "auc", "accumulation": processes().count}
+        settings = learner.settings("contrastive", **course)
         objective = ContrastiveObjective(lm, temperature, pooling)
-        summary |= _train(lm, batches, objective, pairs, dropout, settings, shard, out)
-    if merge:
-        merge()
-    export(lm, titles, max_title_tokens, out, pooling)
+        summary |= _train(lm, batches, objective, pairs, dropout, settings, learner)
+    merge()
+    export(lm, titles, length, learner.out, pooling)
     return summary
 
 
@@ -194,21 +145,15 @@ def _train(
     pairs: ValidationPairs,
     dropout: float,
     settings: TrainSettings,
-    shard: bool,
-    out: Path,
+    learner: Learner,
 ) -> dict[str, Any]:
     """The contrastive training itself; its part of the summary."""
+
+    def measure() -> dict[str, float]:
+        return {"auc": pairs.auc(lm)}
+
     with backbones.dropout(lm.model, dropout):
-        trained = train(
-            lm.model,
-            batches,
-            objective,
-            out=out,
-            settings=settings,
-            evaluate=lambda: {"auc": pairs.auc(lm)},
-            sharded=lm.body.layers if shard else None,
-            description="contrastive",
-        )
+        trained = learner.train(lm, batches, objective, settings, description="contrastive", evaluate=measure)
     summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
     return summary | {"train_seconds": round(trained.seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
 

@@ -33,6 +33,7 @@ from llm2rec.stages.base import (
 
 if TYPE_CHECKING:
     from llm2rec.data.mixture import Mixture
+    from llm2rec.lm.learner import Learner
     from llm2rec.lm.pooling import Pooling
 
 
@@ -121,14 +122,13 @@ def _csft_stage(run: Run) -> Stage:
         from llm2rec.lm.csft import csft
 
         mixture = _checked_mixture(run, first=True)
-        arguments = _arguments(run, run.recipe.csft)
+        arguments = _arguments(run.recipe.csft)
         arguments["extends"] = _extended(run, inputs()) if run.recipe.csft.extends else None
         summary |= csft(
             mixture.sequences,
             mixture.texts,
-            model=model_path(run),
+            _learner(run, run.recipe.csft, model_path(run), run.csft),
             history_length=trained_history_length(run),
-            out=run.csft,
             user_shares=mixture.user_shares,
             **arguments,
         )
@@ -169,10 +169,9 @@ def _mntp_stage(run: Run) -> Stage:
         mixture = _checked_mixture(run, first=_start_of_iem(run) is None)
         summary |= mntp(
             mixture.texts,
-            model=start or model_path(run),
-            out=run.mntp,
+            _learner(run, run.recipe.iem.mntp, start or model_path(run), run.mntp),
             shares=mixture.item_shares,
-            **_arguments(run, run.recipe.iem.mntp),
+            **_arguments(run.recipe.iem.mntp),
         )
 
     return Stage("iem", run.mntp, inputs, execute, shared=True)
@@ -194,32 +193,41 @@ def _contrastive_stage(run: Run) -> Stage:
         summary |= contrastive(
             mixture.sequences,
             mixture.texts,
-            model=start or model_path(run),
-            out=run.iem,
+            _learner(run, run.recipe.iem.contrastive, start or model_path(run), run.iem),
             causal=_is_causal(run, "llm2rec"),
             pooling=_pooling(run, "llm2rec"),
             shares=mixture.item_shares,
-            **_arguments(run, run.recipe.iem.contrastive),
+            **_arguments(run.recipe.iem.contrastive),
         )
 
     return Stage("iem", run.iem, inputs, execute, shared=True)
 
 
-def _arguments(run: Run, section: LanguageConfig) -> dict[str, Any]:
-    """The values of a language stage's section: its optimizer as one `Optimizer`, its adapters as one `Lora`.
-
-    With them, what all language stages of the run share.
-    """
+def _learner(run: Run, section: LanguageConfig, model: str | Path, out: Path) -> Learner:
+    """What a language stage is told as all others are."""
+    from llm2rec.lm.learner import Learner
     from llm2rec.lm.lora import Lora
     from llm2rec.precision import resolve_dtype
     from llm2rec.training import Optimizer
 
-    model = run.recipe.model
-    values = dict(section)
-    values["optimizer"] = Optimizer(**{name: values.pop(name) for name in OptimizerConfig.model_fields})
-    values["lora"] = Lora(**dict(section.lora)) if section.lora else None
-    values |= {"dtype": resolve_dtype(model.dtype), "max_title_tokens": model.max_title_tokens}
-    return values | {"seed": run.recipe.seed, "loggers": loggers_of(run), "compiled": model.compile}
+    return Learner(
+        model=model,
+        dtype=resolve_dtype(run.recipe.model.dtype),
+        max_title_tokens=run.recipe.model.max_title_tokens,
+        optimizer=Optimizer(**{name: getattr(section, name) for name in OptimizerConfig.model_fields}),
+        seed=run.recipe.seed,
+        out=out,
+        gradient_checkpointing=section.gradient_checkpointing,
+        lora=Lora(**dict(section.lora)) if section.lora else None,
+        shard=section.shard,
+        loggers=loggers_of(run),
+        compiled=run.recipe.model.compile,
+    )
+
+
+def _arguments(section: LanguageConfig) -> dict[str, Any]:
+    """The values of a language stage's section that are its own."""
+    return {name: value for name, value in section if name not in LanguageConfig.model_fields}
 
 
 def _is_causal(run: Run, name: str) -> bool:
