@@ -18,8 +18,8 @@ from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
+from llm2rec.studies.cold_start import PLACES, known_users
 from llm2rec.studies.direct import sampled_users
-from llm2rec.studies.recommenders import known_users
 from llm2rec.studies.worlds import THEMES, World
 
 TINY = (
@@ -176,8 +176,9 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
         "Users with 5 known events",
         "Items seen in training",
         "Items never seen in training",
-        "Places kept, items seen in training",
-        "Places kept, items never seen in training",
+        "Items never seen, among themselves",
+        "Places kept for new items: items seen",
+        "Places kept for new items: items never seen",
     ]
     sequences = Sequences.load(open_run(folder / "runs" / "all").data)
     last = found["tables"]["Items never seen in training"]["users"]
@@ -187,21 +188,40 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
 
 def test_places_for_new_items_cost_the_others_what_they_give(finished):
     folder, found = finished("cold-start")
-    tables = [found["tables"][f"Places kept, items {kind} in training"]["rows"] for kind in ("seen", "never seen")]
-    trained, new = ([rows[f"{places} places"]["recall@10"]["mean"] for places in range(4)] for rows in tables)
+    tables = [
+        found["tables"][f"Places kept for new items: items {kind}"]["rows"] for kind in ("seen", "never seen")
+    ]
+    trained, new = ([rows[label]["recall@10"]["mean"] for label in PLACES] for rows in tables)
     assert trained == sorted(trained, reverse=True) and trained[0] > trained[-1]
     assert new == sorted(new) and new[0] < new[-1]
 
 
 def test_lists_without_places_for_new_items_are_those_of_the_text(finished):
     folder, _ = finished("cold-start")
-    kept = pl.read_parquet(folder / "measured" / "places" / "per_user.parquet").filter(row="0 places")
+    kept = pl.read_parquet(folder / "measured" / "places" / "per_user.parquet").filter(row=PLACES[0])
     text = pl.read_parquet(folder / "runs/all/evaluation/per_user.parquet").filter(row="sasrec-llm2rec")
     both = kept.join(text, on=["user_id", "item_id", "seed"], suffix="_text")
     listed = pl.col("rank_text") <= 10
     assert both.filter(listed).height > 10 and both.filter(~listed).height > 10
     assert both.filter(listed & (pl.col("rank") != pl.col("rank_text"))).is_empty()
     assert (both.filter(~listed)["rank"] == 40).all()
+
+
+def test_held_out_items_rank_among_themselves_as_their_scores_do(finished):
+    folder, found = finished("cold-start")
+    domain = open_run(folder / "runs" / "all").domain()
+    sequences, scorer = Sequences.load(domain.data), load_scorer(domain, "sasrec-llm2rec", 0)
+    cold = [sequences.item_ids.index(item) for item in cold_items(domain.data).cast(pl.String)]
+    ranked = pl.read_parquet(folder / "measured" / "among-new" / "per_user.parquet").filter(row="text")
+    assert ranked.height == found["tables"]["Items never seen in training"]["users"]
+    rank_of = {(user, item): rank for user, item, rank in ranked.select("user_id", "item_id", "rank").iter_rows()}
+    positions = sequences.held_out(TEST)
+    users, targets = sequences.users_of(positions), np.asarray(sequences.items)[positions] - 1
+    scores = scorer.score(torch.from_numpy(sequences.histories(positions, domain.config.history_length)))
+    for row, user, target in zip(scores, users, targets, strict=True):
+        if target in cold:
+            key = str(sequences.user_ids[int(user)]), str(sequences.item_ids[int(target)])
+            assert rank_of[key] == (row[cold] >= row[target]).sum()
 
 
 def test_known_users_have_that_many_events_and_a_trained_target(finished):

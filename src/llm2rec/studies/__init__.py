@@ -18,9 +18,10 @@ from llm2rec.evaluation.ranking import metric_names
 from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
 from llm2rec.studies.base import RUNS, WORLD, Judged, Study, Variant, base_recipe
+from llm2rec.studies.cold_start import cold_start
+from llm2rec.studies.context import context
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, budget, transfer
-from llm2rec.studies.recommenders import cold_start, context
 
 STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "ablation": ablation,

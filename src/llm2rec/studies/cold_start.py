@@ -1,0 +1,213 @@
+"""Study `cold-start`: users of whom little is known, and items of which no training event tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2rec.data.sequences import TEST, Sequences, cold_items
+from llm2rec.evaluation.protocol import Scorer
+from llm2rec.evaluation.ranking import ranks, top_k
+from llm2rec.runs import Domain, Run
+from llm2rec.serve.recommender import is_new, load_trained, with_new_items
+from llm2rec.studies.base import (
+    SMALL,
+    Judged,
+    Runs,
+    Study,
+    Variant,
+    entries_of,
+    evaluated_inputs,
+    gathered,
+    measured,
+    over_world,
+    ranked_by,
+    rows_of,
+    scorers,
+    with_test_events,
+)
+from llm2rec.studies.worlds import World
+
+KNOWN_EVENTS = (1, 2, 3, 5)
+IDS = "ids"
+TEXT = "text"
+COLD_ROWS = {
+    "popularity": "popularity",
+    IDS: "sasrec-id",
+    "text, untrained": "sasrec-backbone-causal",
+    "text after CSFT": "sasrec-csft-causal",
+    TEXT: "sasrec-llm2rec",
+    "both, summed": "sasrec-llm2rec+sum",
+    "both, averaged": "sasrec-llm2rec+average",
+}
+PLACES = ("no place", "1 place", "2 places", "3 places")
+LISTED = 10
+ONLY = "all"
+
+
+def cold_start(small: bool, folder: Path, recipe: str) -> Study:
+    """Ids, text and both for users with few known events, and for items that no training event names.
+
+    Vectors of the language model before and after CSFT stand beside LLM2Rec's: do its stages pay where ids fail?
+    """
+    world = World("games", users=240, events=10)
+    share = 0.3 if small else 0.1
+    return Study(
+        question="What can be recommended to users, and what of items, of whom little is known?",
+        recipe=recipe,
+        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        variants=(
+            Variant(
+                ONLY,
+                f"{share:.0%} of the items appear as test targets only",
+                (rows_of(COLD_ROWS.values()), f"data.split.cold_items={share}"),
+            ),
+        ),
+        judge=_judge,
+        worlds=(world,) if small else (),
+    )
+
+
+def _judge(runs: Runs, folder: Path) -> list[Judged]:
+    run = runs[ONLY]
+    domain = run.domain()
+    whole = gathered(runs, entries_of(ONLY, COLD_ROWS))
+    is_cold = pl.col("item_id").is_in(cold_items(domain.data).cast(pl.String).implode())
+    kept = _with_places(run, domain, folder)
+    listed = f"Lists of {LISTED} by `text`, as `recommend --new-items` makes them: what is not listed ranks last."
+    return [
+        *_of_known_users(run, domain, folder),
+        Judged(
+            "Items seen in training",
+            "Targets with training events, after whole histories.",
+            IDS,
+            whole.filter(~is_cold),
+        ),
+        Judged(
+            "Items never seen in training", "Held-out targets, ranked among all items.", IDS, whole.filter(is_cold)
+        ),
+        Judged(
+            "Items never seen, among themselves",
+            "The same targets, ranked among the held-out items alone: what the vectors say of them.",
+            IDS,
+            _among_new(run, domain, folder),
+        ),
+        Judged("Places kept for new items: items seen", listed, PLACES[0], kept.filter(~is_cold)),
+        Judged("Places kept for new items: items never seen", listed, PLACES[0], kept.filter(is_cold)),
+    ]
+
+
+def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
+    """A table for each number of known events: ranks of the trained targets after the last so many alone."""
+    meaning = (
+        f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
+        "`text` is SASRec over LLM2Rec vectors, the other texts are over the causal means of the language model. "
+        "Targets seen in training."
+    )
+    tables = []
+    for events in KNOWN_EVENTS:
+
+        def make(events: int = events) -> pl.DataFrame:
+            tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
+            return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events)
+
+        inputs = {**evaluated_inputs(domain), "events": events, "rows": COLD_ROWS}
+        seen = "1 known event" if events == 1 else f"{events} known events"
+        tables.append(
+            Judged(f"Users with {seen}", meaning, IDS, measured(folder, f"known-{events}", inputs, make))
+        )
+    return tables
+
+
+def known_users(sequences: Sequences, cold: pl.Series, events: int) -> Sequences:
+    """The sequences with the test events that have so many events before them and a target that is not cold.
+
+    Raises:
+        DataError: there is none.
+    """
+    positions = sequences.held_out(TEST)
+    before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
+    wanted = (before >= events) & ~_has_cold_target(sequences, cold)
+    return with_test_events(sequences, wanted, f"of a trained item after {events} or more events")
+
+
+def _has_cold_target(sequences: Sequences, cold: pl.Series) -> np.ndarray:
+    """Of each test event whether its target is held out from training, (T,) bool."""
+    is_cold = np.isin(sequences.item_ids, cold.cast(pl.String).to_list())
+    targets: np.ndarray = is_cold[np.asarray(sequences.items)[sequences.held_out(TEST)] - 1]
+    return targets
+
+
+def _among_new(run: Run, domain: Domain, folder: Path) -> pl.DataFrame:
+    """Ranks of the held-out targets among the items without training events."""
+
+    def make() -> pl.DataFrame:
+        sequences = Sequences.load(domain.data)
+        wanted = _has_cold_target(sequences, cold_items(domain.data))
+        tested = with_test_events(sequences, wanted, "of a held-out item")
+        new = is_new(domain, sequences.n_items)
+        ranking = [(row, seed, _AmongNew(scorer, new)) for row, seed, scorer in scorers(run, domain, COLD_ROWS)]
+        return ranked_by(ranking, tested, run, domain.config.history_length)
+
+    return measured(folder, "among-new", {**evaluated_inputs(domain), "rows": COLD_ROWS}, make)
+
+
+def _with_places(run: Run, domain: Domain, folder: Path) -> pl.DataFrame:
+    """Ranks of all test events in lists that keep places for items without training events."""
+
+    def make() -> pl.DataFrame:
+        sequences = Sequences.load(domain.data)
+        new = is_new(domain, sequences.n_items)
+        ranking = [
+            (label, seed, _Listing(load_trained(domain, COLD_ROWS[TEXT], seed), new, places))
+            for places, label in enumerate(PLACES)
+            for seed in range(run.recipe.recommender.seeds)
+        ]
+        return ranked_by(ranking, sequences, run, domain.config.history_length)
+
+    inputs = {**evaluated_inputs(domain), "places": list(PLACES), "listed": LISTED}
+    return measured(folder, "places", inputs, make)
+
+
+class _AmongNew:
+    """A scorer that ranks a new item (`new`: (N,) bool) among the new ones alone."""
+
+    def __init__(self, scorer: Scorer, new: Tensor) -> None:
+        self._scorer, self._new = scorer, new
+        self.n_items = scorer.n_items
+
+    def score(self, histories: Tensor) -> Tensor:
+        """As the scorer itself, (B, N)."""
+        return self._scorer.score(histories)
+
+    def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
+        """Place among the new items, (B,) int64, 1 = first."""
+        place = F.pad(self._new.cumsum(0) * self._new, (1, 0))  # item_index -> the one among them, 0 of the others
+        hidden = None if exclude is None else place[exclude]
+        return ranks(self.score(histories)[:, self._new], place[targets], hidden)
+
+
+class _Listing:
+    """A scorer by its lists of LISTED, which keep places for new items (`new`: (N,) bool)."""
+
+    def __init__(self, scorer: Scorer, new: Tensor, places: int) -> None:
+        self._scorer, self._new, self._places = scorer, new, places
+        self.n_items = scorer.n_items
+
+    def score(self, histories: Tensor) -> Tensor:
+        """As the scorer itself, (B, N)."""
+        return self._scorer.score(histories)
+
+    def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
+        """Place in the list, (B,) int64, 1 = first; N where the target is not listed."""
+        scores = self.score(histories)
+        hidden = targets.new_zeros(len(targets), 1) if exclude is None else exclude
+        hidden = hidden.masked_fill(hidden == targets[:, None], 0)  # a target competes
+        lists = with_new_items(top_k(scores, LISTED, hidden)[0], scores, hidden, self._new, self._places)
+        is_target = lists == targets[:, None]
+        return torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1) + 1, self.n_items)
