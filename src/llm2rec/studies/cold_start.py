@@ -35,11 +35,12 @@ from llm2rec.studies.worlds import World
 
 KNOWN_EVENTS = (1, 2, 3, 5)
 IDS = "ids"
+UNTRAINED = "text, untrained"
 TEXT = "text"
 COLD_ROWS = {
     "popularity": "popularity",
     IDS: "sasrec-id",
-    "text, untrained": "sasrec-backbone-causal",
+    UNTRAINED: "sasrec-backbone-causal",
     "text after CSFT": "sasrec-csft-causal",
     TEXT: "sasrec-llm2rec",
     "both, summed": "sasrec-llm2rec+sum",
@@ -54,6 +55,7 @@ def cold_start(small: bool, folder: Path, recipe: str) -> Study:
     """Ids, text and both for users with few known events, and for items that no training event names.
 
     Vectors of the language model before and after CSFT stand beside LLM2Rec's: do its stages pay where ids fail?
+    Where ids know nothing, the untrained model's vectors are the reference.
     """
     world = World("games", users=240, events=10)
     share = 0.3 if small else 0.1
@@ -89,12 +91,15 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
             whole.filter(~is_cold),
         ),
         Judged(
-            "Items never seen in training", "Held-out targets, ranked among all items.", IDS, whole.filter(is_cold)
+            "Items never seen in training",
+            "Held-out targets, ranked among all items.",
+            UNTRAINED,
+            whole.filter(is_cold),
         ),
         Judged(
             "Items never seen, among themselves",
             "The same targets, ranked among the held-out items alone: what the vectors say of them.",
-            IDS,
+            UNTRAINED,
             _among_new(run, domain, folder),
         ),
         Judged("Places kept for new items: items seen", listed, PLACES[0], kept.filter(~is_cold)),
