@@ -7,6 +7,7 @@ begin alike are one path; where only the rank of a target is asked, as far as th
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,8 @@ class TitleRanker:
             )
         lm.set_causal(True)
         lm.model.eval()
+        named = inspect.signature(lm.body.forward).parameters
+        self._cache = "cache" if "cache" in named else "past_key_values"  # transformers renames it, model by model
         self._lm, self._history_length = lm, history_length
         places = {title: place for place, title in enumerate(dict.fromkeys(titles))}
         self._title_of = np.array([places[title] for title in titles])  # (N,) item -> distinct title
@@ -175,13 +178,14 @@ class TitleRanker:
         """What the model knows after the last items of a history."""
         recent = history[history > 0].cpu().numpy()[-self._history_length :]
         prefix = gather_texts(self._texts, self._title_of[recent - 1])[0] if len(recent) else self._empty
+        cache = DynamicCache()
         output = self._lm.body(
             input_ids=torch.from_numpy(prefix)[None].to(self._lm.body.device),
-            past_key_values=DynamicCache(),
             use_cache=True,
+            **{self._cache: cache},
         )
         first = torch.log_softmax((output.last_hidden_state[0, -1] @ self._lm.head.T).float(), dim=-1)
-        return _History(output.past_key_values, len(prefix), first.cpu())
+        return _History(cache, len(prefix), first.cpu())
 
     def _likelihoods(self, history: _History, trees: list[list[_Level]], floor: float = -math.inf) -> Tensor:
         """Log-likelihood (T,) of the titles of some trees, on the CPU; -inf of the others.
@@ -225,9 +229,9 @@ class TitleRanker:
             output = self._lm.body(
                 input_ids=tokens[:, None].to(device),
                 position_ids=torch.tensor([[history.length + depth]], device=device),
-                past_key_values=cache,
                 use_cache=True,
                 history=history.cache,
+                **{self._cache: cache},
             )
         return output.last_hidden_state[:, 0]
 
