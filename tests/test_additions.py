@@ -5,8 +5,11 @@ import shutil
 import polars as pl
 import pytest
 import torch
+from rich.console import Console
 
 import llm2rec as lr
+from llm2rec.display import NEW as NEW_MARK
+from llm2rec.display import show_items
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.serve.recommender import with_new_items
@@ -199,6 +202,7 @@ def test_places_are_kept_for_new_items(run, row):
         places = max(wanted, kept)
         expected = sorted(others[: 4 - places] + new[:places], key=lambda item: -item.score)
         assert found == expected
+        assert all(item.new for item in found if item.item_id.startswith("new"))
 
 
 def test_no_more_places_are_kept_than_there_are_new_items(run):
@@ -238,3 +242,13 @@ def test_places_that_a_list_does_not_have_are_refused(run, places):
 def test_rows_without_text_keep_no_places_for_new_items(run, row):
     with pytest.raises(ConfigError, match="knows nothing of items without training events"):
         lr.recommend(run, ["i03"], row=row, new_items=1)
+
+
+def test_the_terminal_marks_new_items(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(show_items(lr.recommend(run, ["i03"], k=4, new_items=2), "score"))
+    marked = [line.split()[2] for line in shown.get().splitlines() if line.split()[1:2] == [NEW_MARK]]
+    assert {"new1", "new2"} <= set(marked)
+    assert "no training event" in shown.get()

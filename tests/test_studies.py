@@ -284,18 +284,22 @@ def test_the_sampled_users_are_those_of_every_direct_row(finished):
     folder, found = finished("csft-direct")
     (table,) = found["tables"].values()
     assert table["users"] == 40
-    tables = [
-        pl.read_parquet(folder / f"measured/{name}/per_user.parquet")
+    users = [
+        [
+            pl.read_parquet(folder / f"measured/{name}/{begin}/per_user.parquet")["user_id"].to_list()
+            for begin in (0, 20)
+        ]
         for name in ("backbone-direct", "csft-direct")
     ]
-    assert tables[0]["user_id"].to_list() == tables[1]["user_id"].to_list()
+    assert users[0] == users[1]
+    assert len({*users[0][0], *users[0][1]}) == 40
 
 
 def test_one_direct_row_is_the_untrained_model_and_one_that_of_csft(finished):
     folder, _ = finished("csft-direct")
     run = open_run(folder / "runs" / "all")
     before, after = (
-        artifacts.require(folder / "measured" / name, "study").inputs
+        artifacts.require(folder / "measured" / name / "0", "study").inputs
         for name in ("backbone-direct", "csft-direct")
     )
     assert before["model.source"] == artifacts.require(run.backbone, "csft").fingerprint
@@ -305,7 +309,8 @@ def test_one_direct_row_is_the_untrained_model_and_one_that_of_csft(finished):
 def test_a_sample_larger_than_the_users_is_all_of_them(finished):
     folder, _ = finished("csft-direct")
     sequences = Sequences.load(open_run(folder / "runs" / "all").data)
-    assert len(sampled_users(sequences, 10_000, 0).held_out(TEST)) == len(sequences.held_out(TEST))
+    tested = sequences.users_of(sequences.held_out(TEST))
+    assert sampled_users(sequences, 10_000, 0).tolist() == sorted(set(tested.tolist()))
 
 
 def test_measured_ranks_are_kept_while_their_inputs_are_the_same(finished):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from llm2rec.serve.recommender import ScoredItem
 
 
+NEW = "new"  # beside an item that no training event holds
+
+
 def show(run: Run) -> list[RenderableType]:
     """What the terminal shows of an evaluated run: the table, neighbours, recommendations, the report's path."""
     return [part for domain in run.domains for part in _show_domain(run, domain)]
@@ -57,12 +60,15 @@ def show_log(what: str, described: dict[str, Description], page: Path | None) ->
 
 
 def show_items(items: list[ScoredItem], score: str) -> RenderableType:
-    """A numbered list of items for the terminal; `score` is what their number is called."""
+    """A numbered list of items for the terminal, new ones marked; `score` is what their number is called."""
     if not items:
         return "nothing is left to show: the history covers the whole catalogue"
     table = report.terminal_table("", "item", "title", score, numbers=("", score))
     for number, item in enumerate(items, 1):
-        table.add_row(str(number), item.item_id, item.title, f"{item.score:.3f}")
+        place = f"{number} {NEW}" if item.new else str(number)
+        table.add_row(place, item.item_id, item.title, f"{item.score:.3f}")
+    if any(item.new for item in items):
+        table.caption = f"{NEW}: no training event, known by its text alone"
     return table
 
 

@@ -114,9 +114,8 @@ def _write(run: Run, domain: Domain, content: dict[str, Any]) -> None:
 def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, dict[str, probes.Probe]], Reasons]:
     """`data` and every vector set of the run, and why what was left out."""
     sequences, sets = loaded.sequences, vector_sets(run)
-    items, _ = sequences.training()
-    counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
     targets = np.asarray(sequences.items)[sequences.held_out(TEST)]
+    counts = sequences.training_counts()
     found = {DATA: data_probes(counts, loaded.texts, targets)}
     if not sets:
         return found, {"vectors": "no row of this run reads item texts"}

@@ -77,6 +77,10 @@ class Sequences:
         counts = np.add.reduceat(train, np.asarray(self.offsets[:-1]), dtype=np.int64)
         return np.asarray(self.items)[train], np.concatenate([[0], np.cumsum(counts)])
 
+    def training_counts(self) -> np.ndarray:
+        """Training events of each item, (N,) int64."""
+        return np.bincount(self.training()[0], minlength=self.n_items + 1)[1:]
+
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends (W,) of consecutive windows into `training()`'s items.
 

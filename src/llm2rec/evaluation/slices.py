@@ -80,8 +80,8 @@ def slice_events(
     positions = sequences.held_out(part)
     users = sequences.users_of(positions)
     targets = np.asarray(sequences.items)[positions]
-    training, offsets = sequences.training()
-    counts = np.bincount(np.asarray(training), minlength=sequences.n_items + 1)[1:]
+    _, offsets = sequences.training()
+    counts = sequences.training_counts()
     lengths = positions - np.asarray(sequences.offsets)[users]
     cold_user = np.diff(offsets)[users] < cold_user_events
     user_words = [f"fewer than {cold_user_events}", f"{cold_user_events} or more"]

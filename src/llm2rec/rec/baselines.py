@@ -28,7 +28,7 @@ class Popularity:
 
     def __init__(self, sequences: Sequences) -> None:
         self.n_items = sequences.n_items
-        self._counts = torch.from_numpy(_counts(sequences).astype(np.float32))
+        self._counts = torch.from_numpy(sequences.training_counts().astype(np.float32))
 
     def score(self, histories: Tensor) -> Tensor:
         """(B, N) float32: training events of each item (exact up to 2**24)."""
@@ -54,7 +54,7 @@ class Markov:
             (np.ones(len(before), dtype=np.float32), (before, after - 1)), (self.n_items + 1, self.n_items)
         )
         # Ranks of the distinct counts, and not the counts: evenly spaced, they stay apart in float32.
-        levels, level = np.unique(_counts(sequences), return_inverse=True)
+        levels, level = np.unique(sequences.training_counts(), return_inverse=True)
         self._tie_break = (level / len(levels)).astype(np.float32)  # (N,) in [0, 1)
 
     def score(self, histories: Tensor) -> Tensor:
@@ -163,12 +163,6 @@ FLOORS: dict[str, type[Popularity] | type[Markov] | type[ItemKNN] | type[Ease]] 
     "item-knn": ItemKNN,
     "ease": Ease,
 }
-
-
-def _counts(sequences: Sequences) -> np.ndarray:
-    """Training events of each item, (N,) int64."""
-    items, _ = sequences.training()
-    return np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
 
 
 def _seen(sequences: Sequences) -> sparse.csr_array:

@@ -324,9 +324,7 @@ def _sampler(
             f"{optimisation.negatives:,} negatives of {sequences.n_items:,} items; take fewer, or the loss 'full',"
             " which looks at all of them"
         )
-    items, _ = sequences.training()
-    counts = np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
-    return NegativeSampler(counts, optimisation.negatives, optimisation.sampling, trainable)
+    return NegativeSampler(sequences.training_counts(), optimisation.negatives, optimisation.sampling, trainable)
 
 
 def _check_times(sequences: Sequences) -> None:

@@ -29,11 +29,15 @@ SIMILARITY_SET = "llm2rec"
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """One line of a list: the outside id, the title, and the score (a logit, or a cosine)."""
+    """One line of a list: the outside id, the title, the score (a logit, or a cosine).
+
+    new: no training event holds the item, so that a recommender knows it by its text alone.
+    """
 
     item_id: str
     title: str
     score: float
+    new: bool
 
 
 def recommend(
@@ -94,15 +98,16 @@ def recommend(
     scores = scorer.score(seen[:, -place.config.history_length :])
     hidden = seen if exclude_history else seen[:, :0]
     items = top_k(scores, k, hidden)[0]
+    new = is_new(place, scores.shape[1])
     if new_items:
-        items = with_new_items(items, scores, hidden, is_new(place, scores.shape[1]), new_items)
-    return listed(catalogue, items[0].numpy(), scores.gather(1, items - 1)[0].numpy())
+        items = with_new_items(items, scores, hidden, new, new_items)
+    return listed(catalogue, items[0], scores.gather(1, items - 1)[0], new)
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
-    """Which items have no training event, (N + M,) bool: held-out ones, and all that were added since."""
-    trained = torch.from_numpy(Sequences.load(domain.data).training()[0].astype(np.int64))
-    return torch.bincount(trained - 1, minlength=n_items) == 0
+    """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since."""
+    counts = torch.from_numpy(Sequences.load(domain.data).training_counts())
+    return F.pad(counts, (0, n_items - len(counts))) == 0
 
 
 def with_new_items(
@@ -153,7 +158,7 @@ def similar(
     matrix = load_vectors(place, vectors, trained_catalogue(place))
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
-    return nearest(catalogue, matrix, index, k)
+    return nearest(catalogue, matrix, index, k, is_new(place, len(matrix)))
 
 
 def _opened(run: str | Path | Run) -> Run:
@@ -164,12 +169,16 @@ def _opened(run: str | Path | Run) -> Run:
     return run
 
 
-def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int) -> list[ScoredItem]:
-    """The `k` items with the highest cosine to `index` (1..N) in `vectors` (N, D), without itself."""
+def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int, new: torch.Tensor) -> list[ScoredItem]:
+    """The `k` items with the highest cosine to `index` (1..N) in `vectors` (N, D), without itself.
+
+    Args:
+        new: (N,) bool, as `is_new` says.
+    """
     unit = torch.nn.functional.normalize(torch.tensor(vectors), dim=-1)
     cosine = unit[index - 1 : index] @ unit.T
     items, values = top_k(cosine, k, exclude=torch.tensor([[index]]))
-    return listed(catalogue, items[0].numpy(), values[0].numpy())
+    return listed(catalogue, items[0], values[0], new)
 
 
 def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -> Scorer:
@@ -255,11 +264,11 @@ def trained_catalogue(domain: Domain) -> Catalogue:
     return Catalogue.read(domain.data / "catalogue.parquet")
 
 
-def listed(catalogue: Catalogue, items: np.ndarray, scores: np.ndarray) -> list[ScoredItem]:
-    """Items with id and title by item_index (K,) and score (K,); index 0 is left out."""
+def listed(catalogue: Catalogue, items: torch.Tensor, scores: torch.Tensor, new: torch.Tensor) -> list[ScoredItem]:
+    """Items by item_index (K,) with their scores (K,) and whether they are new (N,); index 0 is left out."""
     titles, ids = catalogue.titles, catalogue.item_ids
     return [
-        ScoredItem(ids[item - 1], clean(titles[item - 1]), float(score))
+        ScoredItem(ids[item - 1], clean(titles[item - 1]), score, bool(new[item - 1]))
         for item, score in zip(items.tolist(), scores.tolist(), strict=True)
         if item > 0
     ]

@@ -107,7 +107,7 @@ def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFr
     """
     settings, length = run.recipe.evaluation, domain.config.history_length
     histories = torch.from_numpy(sequences.histories(sequences.held_out(TEST), length).astype(np.int64))
-    counts = torch.from_numpy(_training_counts(sequences))
+    counts = torch.from_numpy(sequences.training_counts())
     tables, lists = [], {}
     for row in run.recipe.recommender.rows:
         for seed in [0] if row in FLOORS else range(run.recipe.recommender.seeds):
@@ -138,12 +138,6 @@ def _list_metrics(
         return {}
 
 
-def _training_counts(sequences: Sequences) -> np.ndarray:
-    """Training events of each item, (N,) int64."""
-    items, _ = sequences.training()
-    return np.bincount(np.asarray(items), minlength=sequences.n_items + 1)[1:]
-
-
 def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
     """Row -> which of its variants validation chose, with the validation NDCG@10 of each."""
     rows = [row.name for row in trained_rows(run) if len(row_variants(row)) > 1]
@@ -155,12 +149,13 @@ def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
 def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     """Examples to look at: neighbours of the best-known items before and after, one user's next items."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    known = np.argsort(-_training_counts(sequences), kind="stable")[:KNOWN_ITEMS] + 1
+    events = sequences.training_counts()
+    known, new = np.argsort(-events, kind="stable")[:KNOWN_ITEMS] + 1, torch.from_numpy(events == 0)
     vectors = shown_vectors(run, domain, catalogue)
     names = distinct_names(catalogue)
     neighbours = {
         names[catalogue.item_ids[index - 1]]: {
-            name: [_entry(item, names) for item in nearest(catalogue, matrix, int(index), NEIGHBOURS)]
+            name: [_entry(item, names) for item in nearest(catalogue, matrix, int(index), NEIGHBOURS, new)]
             for name, matrix in vectors.items()
         }
         for index in known.tolist()
@@ -179,7 +174,7 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     items, scores = top_k(
         scorer.score(*seen), RECOMMENDATIONS, exclude=torch.from_numpy(history.astype(np.int64))[None]
     )
-    best = listed(catalogue, items[0].numpy(), scores[0].numpy())
+    best = listed(catalogue, items[0], scores[0], new)
     return {
         "neighbours": neighbours,
         "recommendations": {
@@ -211,7 +206,7 @@ def embedding_maps(run: Run, domain: Domain, sequences: Sequences) -> list[Embed
     """Each vector set on its first two principal axes, coloured by category, or by popularity without any."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     names = list(distinct_names(catalogue).values())
-    colours: list[Any] = _training_counts(sequences).tolist()
+    colours: list[Any] = sequences.training_counts().tolist()
     colour_name = "training events"
     if domain.config.categories:
         labels = catalogue.labels(domain.config.categories)
