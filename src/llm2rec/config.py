@@ -327,15 +327,17 @@ class RecommenderConfig(Section):
         "sasrec-llm2rec",
     )
     seeds: Positive = Field(1, description="trainings of each row, with seeds 0, 1, ...")
-    max_epochs: Positive = 100
-    patience: Positive = Field(10, description="epochs without a gain in validation NDCG@10 before stopping")
-    batch_size: Positive = Field(128, description="windows a step; each supervises up to history_length items")
-    learning_rate: Rate = 1e-3
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
-        description="of the learning rate over max_epochs; a falling one wants few epochs and no patience",
+    max_epochs: Positive = 16
+    patience: Positive = Field(
+        16, description="epochs without a gain in validation NDCG@10 before stopping; a falling rate wants none"
     )
-    warmup_share: Share = Field(0.0, description="share of the steps with linearly rising learning rate")
+    batch_size: Positive = Field(128, description="windows a step; each supervises up to history_length items")
+    learning_rate: Rate = 2e-3
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine",
+        description="of the learning rate; falling over max_epochs it does what twice as many do",
+    )
+    warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     loss: Literal["full", "sampled_softmax", "gbce"] = Field("full", description="of the next item")
     targets: Literal["all", "last"] = Field("all", description="positions of a window that are supervised")
