@@ -268,10 +268,10 @@ class TestEveryBaseline:
         assert torch.equal(*scores)
 
 
-def test_only_the_window_of_a_long_history_counts_for_neighbours():
-    scorer = ItemKNN(random_sequences(), history_length=3)
-    assert torch.equal(scorer.score(torch.tensor([[9, 1, 2, 3]])), scorer.score(torch.tensor([[1, 2, 3]])))
-    assert not torch.equal(scorer.score(torch.tensor([[1, 2, 3]])), scorer.score(torch.tensor([[2, 3]])))
+def test_every_item_of_a_long_history_speaks_for_its_neighbours():
+    scorer = ItemKNN(random_sequences())
+    rest = torch.tensor([[1 + place % 8 for place in range(20)]])
+    assert not torch.equal(scorer.score(torch.cat([torch.tensor([[9]]), rest], dim=1)), scorer.score(rest))
 
 
 class TestScoreAverage:

@@ -203,8 +203,9 @@ def train(
         watch = _Watch(settings, running, clock)
         trainer = _StageTrainer(model, batches, objective, folder, settings, evaluate, watch)
         state = None if last is None else TrainerState.load_from_json(str(last / checkpoints.STATE))
-        if state is not None and _is_over(state, settings, evaluate is not None):
-            checkpoints.load_weights(model, Path(state.best_model_checkpoint or str(last)))
+        if last is not None and state is not None and _is_over(state, settings, evaluate is not None):
+            best = last if state.best_model_checkpoint is None else folder / Path(state.best_model_checkpoint).name
+            checkpoints.load_weights(model, best)  # by its name: the folder may have been moved
             seconds = clock.before
         else:
             if settings.checkpoint_every or settings.evaluate_every:
@@ -215,12 +216,12 @@ def train(
     if processes().is_main:
         _write_metrics(out / "metrics.jsonl", state.log_history)
     validations = [log for log in state.log_history if f"eval_{settings.metric}" in log]
-    best = validations[_best(state, settings)] if validations else None
+    winner = validations[_best(state, settings)] if validations else None
     return TrainSummary(
         steps=state.global_step,
         seconds=seconds,
-        best_step=None if best is None else int(best["step"]),
-        best_metric=None if best is None else float(best[f"eval_{settings.metric}"]),
+        best_step=None if winner is None else int(winner["step"]),
+        best_metric=None if winner is None else float(winner[f"eval_{settings.metric}"]),
         history=state.log_history,
     )
 

@@ -214,10 +214,10 @@ class Catalogue:
         if isinstance(values.dtype, pl.Array):
             values = values.arr.to_list()
         if isinstance(values.dtype, pl.List):
-            return [[str(label) for label in row or []] for row in values.to_list()]
+            return [[str(label) for label in row or [] if label is not None] for row in values.to_list()]
         separator = "|" if values.cast(pl.String).str.contains("|", literal=True).any() else ","
-        rows = [str(value or "").split(separator) for value in values.to_list()]
-        return [[label.strip() for label in row if label.strip()] for row in rows]
+        rows = ["" if value is None else str(value) for value in values.to_list()]
+        return [[label.strip() for label in row.split(separator) if label.strip()] for row in rows]
 
     def __len__(self) -> int:
         return self.frame.height

@@ -86,8 +86,7 @@ def bars(metrics: Mapping[str, Any], name: str) -> str:
         axes = figure.subplots()
         for place, (row, values) in enumerate(rows.items()):
             value, verdict = values[name], verdict_of(metrics, row)
-            below, above = value["mean"] - value["low"], value["high"] - value["mean"]
-            reach = [[max(below, 0.0)], [max(above, 0.0)]]  # few resamples may leave the mean outside
+            reach = _reach([value])
             axes.barh(place, value["mean"], height=0.66, color=_PALETTE[_VERDICT_COLOURS[verdict]])
             axes.errorbar(value["mean"], place, xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
             mark = MARKS[verdict] if name == COMPARED_METRIC else ""  # no verdict is given on other metrics
@@ -125,10 +124,7 @@ def slice_bars(slices: Mapping[str, Any]) -> str:
             values = [summary["rows"][name] for summary in slices.values()]
             levels = [group - 0.42 + height * (place + 0.5) for group in range(len(slices))]
             means = [value["mean"] for value in values]
-            reach = [
-                [value["mean"] - value["low"] for value in values],
-                [value["high"] - value["mean"] for value in values],
-            ]
+            reach = _reach(values)
             colour = _PALETTE[_LINE_COLOURS[place % len(_LINE_COLOURS)]]
             alpha = 1.0 if place < len(_LINE_COLOURS) else 0.55  # the colours come round again
             axes.barh(levels, means, height=0.88 * height, color=colour, alpha=alpha, label=name)
@@ -284,6 +280,12 @@ def _line_style(place: int) -> dict[str, Any]:
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
+
+
+def _reach(values: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """How far the intervals reach below and above the means, which few resamples or rounding may leave outside."""
+    below = [max(value["mean"] - value["low"], 0.0) for value in values]
+    return [below, [max(value["high"] - value["mean"], 0.0) for value in values]]
 
 
 def _grid(axes: Axes, which: Any) -> None:

@@ -35,7 +35,7 @@ class ScoreAverage:
     times the correlation of the two over the items that both know. With the other's score alone such items would
     stand above all those that two must agree on; with none they would never be listed. So it is with the items
     that were added since the training, which `second` may score; where one stands in a history, `first` reads
-    the history without it.
+    the history without it, and has no say where nothing is left.
     """
 
     def __init__(self, first: SequentialRecommender, second: SequentialRecommender, weight: float = 0.5) -> None:
@@ -73,7 +73,9 @@ class ScoreAverage:
         one = standardised(F.pad(first.score(readable, times), (0, added)), F.pad(first.known, (0, added)))
         trained = second.known & (torch.arange(self.n_items, device=second.known.device) < first.n_items)
         other = standardised(second.score(histories, times), second.known, trained)
-        return self._completed(one, other)
+        one, other = self._completed(one, other)
+        unread = (histories > 0).any(dim=1) & ~(readable > 0).any(dim=1)
+        return other.where(unread[:, None], one), other
 
     def _completed(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         """Both scores, those of items that one of the two does not know as the other's predict them."""

@@ -15,7 +15,7 @@ from scipy import sparse
 from torch import Tensor
 
 from llm2rec.errors import ConfigError
-from llm2rec.rec.histories import checked, last, recent
+from llm2rec.rec.histories import checked, last
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
@@ -68,31 +68,27 @@ class ItemKNN:
 
     The similarity of items i and j is `c_ij / (sqrt(c_i c_j) + shrinkage)`, c_ij the users with both and c_i those
     with i: the cosine of their columns in the users' histories, drawn to 0 where few users support it. Ties
-    among neighbours go to the lower item_index. Every item of the window speaks once for each time it stands
+    among neighbours go to the lower item_index. Every item of the history speaks once for each time it stands
     there; recency does not count.
 
     Source: Deshpande & Karypis 2004; shrinkage after Bell & Koren 2007.
     """
 
-    def __init__(
-        self, sequences: Sequences, *, neighbours: int = 100, shrinkage: float = 10.0, history_length: int = 10
-    ) -> None:
+    def __init__(self, sequences: Sequences, *, neighbours: int = 100, shrinkage: float = 10.0) -> None:
         """Counts the training events.
 
         Args:
             neighbours: most similar items kept for each item.
             shrinkage: at least 0, in users.
-            history_length: the last items of a history that are looked at.
 
         Raises:
             ConfigError: a number out of range.
         """
-        if neighbours < 1 or shrinkage < 0 or history_length < 1:
+        if neighbours < 1 or shrinkage < 0:
             raise ConfigError(
-                f"item-knn got neighbours {neighbours}, shrinkage {shrinkage}, history_length {history_length}; "
-                "they must be at least 1, 0 and 1"
+                f"item-knn got neighbours {neighbours}, shrinkage {shrinkage}; they must be at least 1 and 0"
             )
-        self.n_items, self._history_length = sequences.n_items, history_length
+        self.n_items = sequences.n_items
         together = (seen := _seen(sequences)).T @ seen
         users = together.diagonal()  # c_i
         pairs = together.tocoo()
@@ -108,9 +104,9 @@ class ItemKNN:
         )
 
     def score(self, histories: Tensor) -> Tensor:
-        """(B, N) float32: summed similarity to the last items of each history; 0 for an empty one."""
-        window = recent(checked(histories, self.n_items), self._history_length)
-        return torch.from_numpy((_indicator(window, self.n_items) @ self._similarity).toarray())
+        """(B, N) float32: summed similarity to the items of each history; 0 for an empty one."""
+        histories = checked(histories, self.n_items)
+        return torch.from_numpy((_indicator(histories, self.n_items) @ self._similarity).toarray())
 
 
 class Ease:

@@ -229,6 +229,13 @@ def text_inputs(run: Run, domain: Domain) -> Inputs:
     }
 
 
+def training_text_inputs(run: Run, domain: Domain) -> Inputs:
+    """What a language model reads of a domain in training: the texts of all items but those held out."""
+    outputs = artifacts.require(domain.data, "prepare").outputs
+    cold = {"cold": outputs["cold.parquet"]["sha256"]} if domain.config.split.cold_items else {}
+    return {**text_inputs(run, domain), **cold}
+
+
 def model_inputs(run: Run) -> Inputs:
     """What the language model is that everything starts from."""
     source = run.recipe.model.source

@@ -23,7 +23,9 @@ def _evaluate_stage(run: Run, domain: Domain) -> Stage:
         settings = run.recipe.evaluation.model_dump(mode="json", exclude={"direct_users"})  # of a study
         evaluation = flatten("evaluation", settings)
         rows = {"recommender.rows": list(run.recipe.recommender.rows)}
-        window = {"data.history_length": domain.config.history_length}
+        window: Inputs = {"data.history_length": domain.config.history_length}
+        if domain.config.categories:  # which colour the maps
+            window |= {"data.categories": domain.config.categories}
         return {"data": parent_hash(domain.data, "prepare"), **evaluation, **rows, **window, **parents, **vectors}
 
     def execute(summary: Summary) -> None:

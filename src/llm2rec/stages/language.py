@@ -28,6 +28,7 @@ from llm2rec.stages.base import (
     text_encoder_path,
     text_inputs,
     trained_history_length,
+    training_text_inputs,
     vector_sets,
 )
 
@@ -104,7 +105,7 @@ def _tiny_random_stage(run: Run) -> Stage:
         make_tiny_random(load_mixture(run).training_texts, run.backbone, stage_seed(run.recipe.seed, "backbone"))
 
     def inputs() -> Inputs:
-        return {"seed": run.recipe.seed, **of_each(run, lambda one: text_inputs(run, one))}
+        return {"seed": run.recipe.seed, **of_each(run, lambda one: training_text_inputs(run, one))}
 
     return Stage("csft", run.backbone, inputs, execute)
 
@@ -160,7 +161,7 @@ def _mntp_stage(run: Run) -> Stage:
 
     def inputs() -> Inputs:
         settings = flatten("iem.mntp", run.recipe.iem.mntp.model_dump(mode="json"))
-        data = of_each(run, lambda one: text_inputs(run, one))
+        data = of_each(run, lambda one: training_text_inputs(run, one))
         return {**_parent_inputs(run, start), **data, **settings}
 
     def execute(summary: Summary) -> None:
@@ -290,12 +291,11 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     def inputs() -> Inputs:
         if name in run.recipe.encode.text_encoders:
             return text_encoder_inputs(run, domain, name)
-        parent = {trained[name].name: parent_hash(trained[name], "iem")} if name in trained else {}
+        parent = _parent_inputs(run, trained[name]) if name in trained else model_inputs(run)
         settings = flatten("encode", run.recipe.encode.model_dump(mode="json", exclude={"text_encoders"}))
         return {
             **parent,
             **text_inputs(run, domain),
-            **(model_inputs(run) if name not in trained else {}),
             **settings,
         }
 
