@@ -88,6 +88,13 @@ def test_id_rows_do_not_know_them(run, row):
         lr.recommend(run, ["i03", "new1"], row=row)
 
 
+def test_of_a_history_of_added_items_alone_the_ids_have_no_say(run):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    averaged, text = "sasrec-llm2rec+average", "sasrec-llm2rec"
+    assert listed(run, ["new1", "new2"], row=averaged) == listed(run, ["new1", "new2"], row=text)
+    assert listed(run, ["i03", "new1"], row=averaged) != listed(run, ["i03", "new1"], row=text)
+
+
 def test_an_added_item_is_similar_to_the_one_with_nearly_its_title(run):
     lr.add_items(run, run.folder.parent / "new.csv")
     nearest = lr.similar(run, "new1", k=13)

@@ -199,3 +199,38 @@ def test_a_causal_encoder_has_no_mntp():
 def test_numbers_that_no_evaluation_can_serve_are_refused(override):
     with pytest.raises(ConfigError, match=override.partition("=")[0]):
         load_recipe("demo", [override])
+
+
+def test_a_model_beside_its_recipe_is_found_by_its_bare_name(write, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"")
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "modules.json").write_text("[]")
+    encoders = {"mine": "encoder", "other": "nothing"}
+    recipe = write(model={"source": "model.gguf"}, encode={"text_encoders": encoders})
+    monkeypatch.chdir("/")
+    loaded = load_recipe(recipe, ("seed=1",))
+    assert loaded.model.source == str(tmp_path / "model.gguf")
+    assert loaded.encode.text_encoders["mine"] == str(tmp_path / "encoder")
+    assert loaded.encode.text_encoders["other"] == "nothing"
+
+
+def test_an_override_leaves_the_names_of_the_recipe_alone(write, tmp_path, monkeypatch):
+    recipe = write(model={"source": "org/name"})
+    here = tmp_path / "elsewhere"
+    (here / "org" / "name").mkdir(parents=True)
+    (here / "org" / "name" / "config.json").write_text("{}")
+    monkeypatch.chdir(here)
+    assert load_recipe(recipe, ("seed=1",)).model.source == "org/name"
+    assert load_recipe(recipe, ("model.source=org/name",)).model.source == str(here / "org" / "name")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("iem.contrastive={steps: 5, schedule: wsd, warmup_share: 0.9}", "are more than all steps"),
+        ("model.compile=true", r"iem\.mntp\.gradient_checkpointing exclude each other"),
+    ],
+)
+def test_what_a_training_would_refuse_is_refused_at_once(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_recipe("demo", ["iem.mntp.gradient_checkpointing=true", override])

@@ -209,3 +209,9 @@ def test_items_without_interactions_are_fine():
 def test_tables_survive_writing_and_reading(make, kind, tmp_path):
     make().write(tmp_path / "table.parquet")
     assert kind.read(tmp_path / "table.parquet").frame.equals(make().frame)
+
+
+def test_category_zero_is_one_and_an_empty_place_is_none():
+    assert catalogue(genre=[0, 1]).labels("genre") == [["0"], ["1"]]
+    assert catalogue(genre=[None, "a|b"]).labels("genre") == [[], ["a", "b"]]
+    assert catalogue(genre=[["p", None], None]).labels("genre") == [["p"], []]

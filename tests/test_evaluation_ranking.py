@@ -127,10 +127,12 @@ def test_ranks_without_the_excluded_equal_a_brute_force_count(scores, data):
         assert rank == 1 + sum(score >= row[target - 1] for score in others)
 
 
+@pytest.mark.parametrize("few", [0, 64])  # by blocks, and as a whole
 @pytest.mark.parametrize("scores_a_block", [1, 12, 10_000])  # one item, three items, all 20 at a time
 @pytest.mark.parametrize("exclude", [None, torch.tensor([[1, 1, 0], [20, 5, 3], [0, 0, 0], [7, 8, 9]])])
-def test_ranks_of_products_equal_the_ranks_of_the_scores(scores_a_block, exclude, monkeypatch):
+def test_ranks_of_products_equal_the_ranks_of_the_scores(scores_a_block, few, exclude, monkeypatch):
     monkeypatch.setattr(ranking, "BLOCK_SCORES", scores_a_block)
+    monkeypatch.setattr(ranking, "FEW_QUERIES", few)
     generator = torch.Generator().manual_seed(0)
     queries, items = (torch.randint(-2, 3, (rows, 3), generator=generator).float() for rows in (4, 20))
     scores = queries @ items.T
@@ -141,8 +143,20 @@ def test_ranks_of_products_equal_the_ranks_of_the_scores(scores_a_block, exclude
         assert ranks_of_products(queries, items, targets, exclude).tolist() == expected.tolist()
 
 
-def test_a_product_that_is_not_finite_is_named(monkeypatch):
+@pytest.mark.parametrize("n_queries", [1, 3, 7, 64])
+def test_an_equal_item_ties_with_the_target_however_few_are_asked(n_queries):
+    generator = torch.Generator().manual_seed(0)
+    half, queries = (torch.randn(rows, 128, generator=generator) for rows in (841, n_queries))
+    targets = torch.arange(1, n_queries + 1)
+    alone = ranks_of_products(queries, half, targets)
+    doubled = ranks_of_products(queries, half.repeat(2, 1), targets)  # every item stands twice
+    assert doubled.tolist() == (2 * alone).tolist()
+
+
+@pytest.mark.parametrize("few", [0, 64])
+def test_a_product_that_is_not_finite_is_named(few, monkeypatch):
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 2)
+    monkeypatch.setattr(ranking, "FEW_QUERIES", few)
     items = torch.ones(5, 2)
     items[3, 0] = torch.nan
     with pytest.raises(ValueError, match="in row 0 for item_index 4"):

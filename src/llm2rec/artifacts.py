@@ -32,6 +32,8 @@ STABLE = "stable"  # the checkpoint that a longer training may go on from
 DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
 TAKEN = ".taken"
+PROVENANCE = "provenance.json"
+UNCOUNTED = (STABLE, PROVENANCE)  # no results: what a longer training goes on from, and where vectors come from
 FORMAT = 1
 HASHED_UP_TO_BYTES = 16 * 2**20
 SHOWN_REASONS = 3
@@ -51,7 +53,8 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of the outputs: equal for equal results, whatever led to them."""
-        return hash_json({path: output["sha256"] for path, output in sorted(self.outputs.items())})
+        counted = (path for path in sorted(self.outputs) if path.split("/")[0] not in UNCOUNTED)
+        return hash_json({path: self.outputs[path]["sha256"] for path in counted})
 
 
 @dataclass(frozen=True)

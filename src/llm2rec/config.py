@@ -180,6 +180,14 @@ class OptimizerConfig(Section):
     decay: Literal["1-sqrt", "linear"] = Field("1-sqrt", description="shape of that decay")
     max_grad_norm: Rate = 1.0
 
+    @model_validator(mode="after")
+    def _shares_of_wsd(self) -> OptimizerConfig:
+        if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
+            raise ValueError(
+                f"warmup_share {self.warmup_share} and decay_share {self.decay_share} are more than all steps"
+            )
+        return self
+
 
 class LoraConfig(Section):
     """Low-rank adapters, trained in the place of the weights and merged (extra `lora`)."""
@@ -444,6 +452,17 @@ class Recipe(Section):
         for name in self.recommender.rows:
             if Row.parse(name).text_encoder not in (None, *known):
                 raise ValueError(f"unknown row {name!r}; rows are {ROW_NAMES} (here: {', '.join(known)})")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_or_recomputed(self) -> Recipe:
+        for name, section in (
+            ("csft", self.csft),
+            ("iem.mntp", self.iem.mntp),
+            ("iem.contrastive", self.iem.contrastive),
+        ):
+            if self.model.compile and section.gradient_checkpointing:
+                raise ValueError(f"model.compile and {name}.gradient_checkpointing exclude each other")
         return self
 
     @model_validator(mode="after")

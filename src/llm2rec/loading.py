@@ -14,6 +14,7 @@ from llm2rec.config import CSFT_BUDGETS, ORIGINS, DomainConfig, Recipe, Section
 from llm2rec.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+MODEL_FILES = ("config.json", "modules.json")  # of a language model, of a SentenceTransformer
 
 
 def recipe_names() -> list[str]:
@@ -133,14 +134,24 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
-    section[parts[-1]] = _number(parsed)
+    section[parts[-1]] = _anchored_value(parts, _number(parsed))
     if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
         for other in CSFT_BUDGETS - {parts[-1]}:
             section.pop(other, None)
-    _anchor_extended(content, Path.cwd())
-    _anchor_models(content, Path.cwd())
     if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
         _replace_origin(section, parts[-1], parsed)
+
+
+def _anchored_value(parts: list[str], value: Any) -> Any:
+    """The value of one key; paths in it are relative to the working directory."""
+    content = value
+    for part in reversed(parts):
+        content = {part: content}
+    _anchor_extended(content, Path.cwd())
+    _anchor_models(content, Path.cwd())
+    for part in parts:
+        content = content[part]
+    return content
 
 
 def key_of(override: str) -> str:
@@ -192,14 +203,21 @@ def _anchor_extended(content: dict[str, Any], base: Path) -> None:
 
 def _anchor_models(content: dict[str, Any], base: Path) -> None:
     """Makes models that are files or folders absolute paths; what is none may be a name or a hub id."""
-    encode = content.get("encode")
+    model, encode = content.get("model"), content.get("encode")
     encoders = encode.get("text_encoders") if isinstance(encode, dict) else None
-    sections: list[dict[str, Any]] = [one for one in (content.get("model"), encoders) if isinstance(one, dict)]
-    for section in sections:
-        for key, value in section.items():
-            like_a_path = isinstance(value, str) and ("/" in value or value[:1] in (".", "~", "$"))
-            if like_a_path and Path(_expand(value, base)).exists():
-                section[key] = _expand(value, base)
+    if isinstance(model, dict) and "source" in model:
+        model["source"] = _anchored_model(model["source"], base)
+    if isinstance(encoders, dict):
+        encoders.update({name: _anchored_model(value, base) for name, value in encoders.items()})
+
+
+def _anchored_model(value: Any, base: Path) -> Any:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return value
+    like_a_path = "/" in value or value[:1] in (".", "~", "$")
+    path = Path(_expand(value, base) if like_a_path else base / value)
+    is_model = path.is_file() or any((path / name).exists() for name in MODEL_FILES)
+    return str(path.resolve()) if is_model or (like_a_path and path.exists()) else value
 
 
 def _convert_numbers(section: dict[str, Any]) -> None:

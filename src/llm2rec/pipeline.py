@@ -10,10 +10,11 @@ from llm2rec import artifacts, loggers, memory, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
+from llm2rec.errors import Llm2RecError
 from llm2rec.loading import load_recipe, parse_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
-from llm2rec.stages.base import require_current
+from llm2rec.stages.base import DTYPE, require_current
 from llm2rec.stages.checks import check_prepared
 
 VERBS = ("prepare", "csft", "iem", "encode", "fit", "evaluate")
@@ -62,6 +63,7 @@ def run(
                 "embeddings",
                 "recommender",
                 "evaluation",
+                DTYPE,
             ):
                 artifacts.move_aside(folder / name, folder)
         _carry_out(started, VERBS, siblings)
@@ -136,15 +138,33 @@ def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) 
     for position, verb in enumerate(verbs):
         if set(verbs[position:]).isdisjoint(SHARED_VERBS):
             _dismiss()
+        if verb == "evaluate" and len(run.domains) > 1:
+            _put_single_evaluation_aside(run)
         for stage in _stages_of(run, verb):
             _carry_out_stage(run, stage, siblings)
         if verb == "prepare":
             check_prepared(run)
     _dismiss()
+    if verbs == VERBS:
+        _put_abandoned_aside(run)
     if "evaluate" in verbs and len(run.domains) > 1:
         by_domain = {domain.name: run.metrics(domain.name) for domain in run.domains}
         artifacts.write_json(run.folder / "evaluation" / "metrics.json", by_domain)
     write_resolved(run)
+
+
+def _put_single_evaluation_aside(run: Run) -> None:
+    """The evaluation of when a run of several logs had only one, where theirs are about to lie."""
+    folder = run.folder / "evaluation"
+    if (folder / artifacts.MANIFEST).exists():
+        artifacts.move_aside(folder, run.folder)
+
+
+def _put_abandoned_aside(run: Run) -> None:
+    """Of a run whose stages are all finished: what was begun once and is no stage of the recipe any more."""
+    for started in sorted(run.folder.rglob(artifacts.STARTED)):
+        if artifacts.SUPERSEDED not in started.relative_to(run.folder).parts:
+            artifacts.move_aside(started.parent, run.folder)
 
 
 def _stages_of(run: Run, verb: str) -> list[Stage]:
@@ -162,18 +182,29 @@ def _stages_of(run: Run, verb: str) -> list[Stage]:
 
 def _check_models(run: Run, verbs: tuple[str, ...]) -> None:
     """Fetches named models, and refuses a missing one, before the first stage rather than in the middle."""
-    if {"csft", "encode"}.isdisjoint(verbs) or _evaluated(run):
+    if set(SHARED_VERBS).isdisjoint(verbs):
         return
     source = run.recipe.model.source
-    if stages.language_sets(run) and source != TINY_RANDOM:
+    own = [*stages.language_stages(run), *_encoding(run, stages.language_sets(run))]
+    if source != TINY_RANDOM and not all(_is_kept(stage) for stage in own):
         sources.check_model(source)
     for name, encoder in run.recipe.encode.text_encoders.items():
-        if name in stages.vector_sets(run):
+        if not all(_is_kept(stage) for stage in _encoding(run, [name])):
             sources.check_text_encoder(name, encoder)
 
 
-def _evaluated(run: Run) -> bool:
-    return all((domain.evaluation / artifacts.MANIFEST).exists() for domain in run.domains)
+def _encoding(run: Run, sets: Sequence[str]) -> list[Stage]:
+    """The stages that make some vector sets, of every domain."""
+    folders = [domain.embeddings(name) for domain in run.domains for name in sets]
+    return [stage for stage in stages.encode_stages(run) if stage.folder in folders]
+
+
+def _is_kept(stage: Stage) -> bool:
+    """Whether a stage is finished as the recipe wants it, as far as the stages before it let one tell."""
+    try:
+        return artifacts.decide(stage.folder, stage.inputs()).keep
+    except Llm2RecError:  # what it depends on is not finished
+        return False
 
 
 def _plan(run: Run) -> str:

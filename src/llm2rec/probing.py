@@ -35,6 +35,7 @@ from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import evaluate_stages, fitted, language_stages
 from llm2rec.stages.base import (
     Loaded,
+    dtype_of,
     language_sets,
     load_domain,
     model_path,
@@ -143,7 +144,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     models = _language_models(run)
     if not models:
         return {}, {"language models": "no row of this run is made by the language model"}
-    dtype = resolve_dtype(run.recipe.model.dtype)
+    dtype = resolve_dtype(dtype_of(run, run.recipe.model.dtype))
     found: dict[str, dict[str, float]] = {}
     left_out: Reasons = {}
     for name, path in models.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from llm2rec.errors import ConfigError
 
 FLOORS = ("popularity", "markov", "item-knn", "ease")
+LARGEST_EASE = 30_000  # items; the row holds N^2 numbers
 ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
 CONTEXT = "sasrec-context"
 VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")  # besides, text encoders by the names that a recipe gives

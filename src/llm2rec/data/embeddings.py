@@ -14,9 +14,10 @@ import polars as pl
 from safetensors import SafetensorError, safe_open
 
 from llm2rec import artifacts
+from llm2rec.artifacts import PROVENANCE
 from llm2rec.errors import ArtifactError, first_few
 
-MATRIX, ITEMS, PROVENANCE = "embeddings.safetensors", "items.parquet", "provenance.json"
+MATRIX, ITEMS = "embeddings.safetensors", "items.parquet"
 KEY = "embeddings"
 CHECKED_ROWS = 65_536
 

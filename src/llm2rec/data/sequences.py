@@ -81,6 +81,15 @@ class Sequences:
         """Training events of each item, (N,) int64."""
         return np.bincount(self.training()[0], minlength=self.n_items + 1)[1:]
 
+    def successions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Item and next item (S,) int64, 1..N, of every two training events of a user that follow each other."""
+        items, offsets = self.training()
+        items = np.asarray(items, dtype=np.int64)
+        follows = np.ones(max(len(items) - 1, 0), dtype=bool)
+        ends = np.asarray(offsets)[1:-1]
+        follows[ends[(ends > 0) & (ends < len(items))] - 1] = False
+        return items[:-1][follows], items[1:][follows]
+
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Starts and ends (W,) of consecutive windows into `training()`'s items.
 

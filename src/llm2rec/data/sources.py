@@ -91,8 +91,8 @@ def is_of_a_run(source: str | Path) -> bool:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files of a folder and its folders."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
     return artifacts.hash_json({path.relative_to(folder).as_posix(): artifacts.hash_file(path) for path in files})
 
 

@@ -14,6 +14,7 @@ HEADLINE_CUTOFF = 10
 # Scores that are made and counted before the next are made: 4 MB, which stay in the cache. Whole, the scores of
 # 256 users over 17,000 items take 17 MB, and writing and reading them takes longer than the product.
 BLOCK_SCORES = 2**20
+FEW_QUERIES = 64
 # Columns of a group of `top_k`, and how many groups there must be for each wanted item. Measured with 8 to 64
 # columns a group, in microseconds a row: 6.4 -> 5.7 (1,682 columns), 59 -> 21 (16,859), 626 -> 162 (200,000).
 GROUP, FEWEST_GROUPS = 16, 8
@@ -54,7 +55,8 @@ def ranks_of_products(queries: Tensor, items: Tensor, targets: Tensor, exclude: 
     """`ranks(queries @ items.T, targets, exclude)`, (B,) int64, without ever holding the scores.
 
     A block of scores at a time is made and counted in the cache. Scores are those of the whole product up to its
-    rounding; the target is compared as one number with all others.
+    rounding; the target is compared as one number with all others. Products of few queries round by their shape,
+    so that an item equal to the target might not tie with it: these are held as a whole.
 
     Args:
         queries: (B, H) float32.
@@ -68,6 +70,9 @@ def ranks_of_products(queries: Tensor, items: Tensor, targets: Tensor, exclude: 
         raise ValueError(f"targets have shape {tuple(targets.shape)}; expected ({len(queries)},), one a row")
     targets = targets.to(queries.device, torch.int64)
     _check_item_indices(targets, len(items), "target", lowest=1)
+    if len(queries) < FEW_QUERIES:
+        scores = torch.cat([queries @ block.T for block in blocks(items, len(queries))], dim=1)
+        return ranks(scores, targets, exclude)
     exclude = None if exclude is None else _checked_exclude(exclude, queries, len(items))
     target_scores = (queries @ items[targets - 1].T).diagonal()[:, None]  # (B, 1); a product, to round as they do
     counts = torch.zeros_like(targets)

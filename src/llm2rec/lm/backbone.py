@@ -185,7 +185,7 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
     try:
-        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error

@@ -18,13 +18,7 @@ def consumed_next(sequences: Sequences, text_of_item: np.ndarray) -> np.ndarray:
     Raises:
         ConfigError: no two different titles stand next to each other.
     """
-    items, offsets = sequences.training()
-    items = np.asarray(items)
-    same_user = np.ones(max(len(items) - 1, 0), dtype=bool)
-    ends = offsets[1:-1]
-    same_user[ends[(ends > 0) & (ends < len(items))] - 1] = False
-    texts = text_of_item[items - 1]
-    pairs = np.stack([texts[:-1], texts[1:]], axis=1)[same_user]
+    pairs = np.stack([text_of_item[items - 1] for items in sequences.successions()], axis=1)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     if not len(pairs):
         raise ConfigError("no two different titles were consumed next to each other; use positives=dropout")

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from llm2rec.errors import ConfigError
 from llm2rec.rec.histories import checked, last
+from llm2rec.rows import LARGEST_EASE
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
-
-LARGEST_EASE = 30_000
 
 
 class Popularity:
@@ -42,12 +41,7 @@ class Markov:
     """
 
     def __init__(self, sequences: Sequences) -> None:
-        items, offsets = sequences.training()
-        items = np.asarray(items, dtype=np.int64)
-        follows = np.ones(max(len(items) - 1, 0), dtype=bool)
-        boundaries = np.asarray(offsets)[1:-1]
-        follows[boundaries[(boundaries > 0) & (boundaries < len(items))] - 1] = False
-        before, after = items[:-1][follows], items[1:][follows]
+        before, after = sequences.successions()
         self.n_items = sequences.n_items
         # Row 0 is the empty history. Duplicates are summed.
         self._transitions = sparse.csr_array(

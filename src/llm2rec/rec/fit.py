@@ -292,7 +292,8 @@ class NextItemObjective:
         negatives = batch["negatives"]
         if self._loss == losses.SAMPLED_SOFTMAX:
             return losses.sampled_softmax(queries, candidates, targets, negatives, batch["log_expected"])
-        beta = losses.gbce_beta(len(negatives), self._recommender.n_items, self._calibration)
+        n_items = self._recommender.n_items if self._columns is None else len(self._columns)
+        beta = losses.gbce_beta(len(negatives), n_items, self._calibration)
         return losses.gbce(queries, candidates, targets, negatives, beta)
 
 
@@ -319,9 +320,10 @@ def _sampler(
 ) -> NegativeSampler | None:
     if optimisation.loss == losses.FULL:
         return None
-    if optimisation.negatives >= sequences.n_items:
+    n_items = sequences.n_items if trainable is None else int(trainable.sum())
+    if optimisation.negatives >= n_items:
         raise ConfigError(
-            f"{optimisation.negatives:,} negatives of {sequences.n_items:,} items; take fewer, or the loss 'full',"
+            f"{optimisation.negatives:,} negatives of {n_items:,} items; take fewer, or the loss 'full',"
             " which looks at all of them"
         )
     return NegativeSampler(sequences.training_counts(), optimisation.negatives, optimisation.sampling, trainable)

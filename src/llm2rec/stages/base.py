@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2rec import artifacts
+from llm2rec import artifacts, processes
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM, DataConfig
 from llm2rec.data import sources
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # The untrained and the CSFT model are encoded both ways; validation decides which one is the row.
 VARIANTS = {"backbone": ("backbone", "backbone-causal"), "csft": ("csft", "csft-causal")}
 
+AUTO, DTYPE = "auto", "dtype.json"
 Summary = dict[str, Any]
 
 
@@ -109,6 +110,24 @@ def text_encoder_path(run: Run, name: str) -> str | Path:
     """
     source = run.recipe.encode.text_encoders[name]
     return sources.fetch_text_encoder(source) if source in sources.TEXT_ENCODERS else source
+
+
+def dtype_of(run: Run, wanted: str) -> str:
+    """The number format that a run trains or encodes in: `auto` is what it measured the first time.
+
+    What goes on after a kill, or comes later on another machine (`add-items`), is thus of one piece with what is
+    there. Of several processes all must come here.
+    """
+    if wanted != AUTO:
+        return wanted
+    from llm2rec.precision import resolve_dtype
+
+    file = run.folder / DTYPE
+    known = artifacts.read_json(file)[AUTO] if processes.is_main() and file.exists() else None
+    name = processes.processes().agreed(known) or str(resolve_dtype(AUTO)).removeprefix("torch.")
+    if processes.is_main() and known is None:
+        artifacts.write_json(file, {AUTO: name})
+    return name
 
 
 def loggers_of(run: Run) -> Loggers:
@@ -264,8 +283,7 @@ def source_hash(key: str, source: str, named: Mapping[str, sources.Source]) -> s
     if path.is_file():
         return artifacts.hash_file(path)
     if path.is_dir():
-        files = sorted(path.glob("*.json")) + sorted(path.glob("*.safetensors"))
-        if not files:
-            raise ArtifactError(f"{key}: {path} holds no model (no *.json, no *.safetensors)")
-        return artifacts.hash_json({file.name: artifacts.hash_file(file) for file in files})
+        if not (path / "config.json").exists():
+            raise ArtifactError(f"{key}: {path} holds no model (no config.json)")
+        return sources.folder_hash(path)
     return source

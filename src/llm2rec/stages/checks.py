@@ -5,14 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from llm2rec.config import TINY_RANDOM
+from llm2rec.data.sequences import cold_items
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError
-from llm2rec.rows import Row
+from llm2rec.rows import LARGEST_EASE, Row
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import language_sets, model_path
-
-LARGEST_EASE = 30_000
 
 
 def check_prepared(run: Run) -> None:
@@ -64,9 +63,10 @@ def _check_domain(run: Run, domain: Domain) -> None:
         catalogue.labels(domain.config.categories)
     settings = run.recipe.recommender
     trained = any(row.architecture for row in rows)
-    if trained and settings.loss != "full" and settings.negatives >= len(catalogue):
+    items = len(catalogue) - len(cold_items(domain.data))  # those held out are never drawn
+    if trained and settings.loss != "full" and settings.negatives >= items:
         raise ConfigError(
-            f"recommender.negatives is {settings.negatives:,}, {domain.name} has {len(catalogue):,} items; take "
+            f"recommender.negatives is {settings.negatives:,}, {domain.name} trains on {items:,} items; take "
             "fewer, or the loss `full`"
         )
     if "ease" in run.recipe.recommender.rows and len(catalogue) > LARGEST_EASE:

@@ -25,8 +25,9 @@ from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.rows import FLOORS
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
-from llm2rec.stages.base import averaged_rows, load_domain, row_variants, trained_rows
-from llm2rec.stages.recommenders import fitted
+from llm2rec.stages.base import VARIANTS, averaged_rows, load_domain, row_variants, trained_rows, vector_sets
+from llm2rec.stages.language import language_stages
+from llm2rec.stages.recommenders import fit_stages_of, fitted
 
 KNOWN_ITEMS = 5
 NEIGHBOURS = 5
@@ -34,6 +35,7 @@ RECOMMENDATIONS = 10
 SHOWN_CHARACTERS = 80
 CUT = " ..."
 NOT_FACTS = ("item_ids", "seconds", "peak_memory_gb", "dropped")
+LANGUAGE_SETS = (*VARIANTS["backbone"], *VARIANTS["csft"], "mntp", "llm2rec")  # in the order of the pipeline
 PREFERRED_ROWS = ("sasrec-llm2rec", "sasrec-mntp", "sasrec-csft", "sasrec-backbone", "sasrec-id")
 
 
@@ -198,8 +200,9 @@ def _typical_user(sequences: Sequences) -> tuple[str, np.ndarray]:
 
 def shown_vectors(run: Run, domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
     """The vector sets of a domain that neighbours and maps are shown of, each (N, D)."""
-    names = *run.recipe.encode.text_encoders, "backbone", "csft", "mntp", "llm2rec"
-    return {name: load_vectors(domain, name, catalogue) for name in names if _has_vectors(domain, name)}
+    wanted = vector_sets(run)
+    names = *run.recipe.encode.text_encoders, *LANGUAGE_SETS
+    return {name: load_vectors(domain, name, catalogue) for name in names if name in wanted}
 
 
 def embedding_maps(run: Run, domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
@@ -237,16 +240,13 @@ def _entry(item: ScoredItem, names: dict[str, str]) -> list[Any]:
     return [names[item.item_id], round(item.score, 4)]
 
 
-def _has_vectors(domain: Domain, name: str) -> bool:
-    return (domain.embeddings(name) / artifacts.MANIFEST).exists()
-
-
 def training_curves(run: Run, domain: Domain) -> dict[str, list[tuple[float, float]]]:
     """Name -> (step, value) of every logged training: losses of the LM stages, validation of the rows."""
     curves = {}
-    for name, folder in (("csft loss", run.csft), ("mntp loss", run.mntp), ("contrastive loss", run.iem)):
-        curves[name] = _logged(folder / "metrics.jsonl", "loss")
-    curves["contrastive validation AUC"] = _logged(run.iem / "metrics.jsonl", "eval_auc")
+    for stage in language_stages(run):
+        name = "contrastive" if stage.folder == run.iem else stage.folder.name
+        curves[f"{name} loss"] = _logged(stage.folder / "metrics.jsonl", "loss")
+        curves[f"{name} validation AUC"] = _logged(stage.folder / "metrics.jsonl", "eval_auc")
     for row in trained_rows(run):
         file = domain.recommender(row.name, 0) / "metrics.jsonl"
         curves[f"{row.name} validation NDCG@10"] = _logged(file, "eval_ndcg@10")
@@ -262,16 +262,21 @@ def _logged(file: Path, key: str) -> list[tuple[float, float]]:
 
 def stage_costs(run: Run, domain: Domain) -> list[dict[str, Any]]:
     """Seconds and peak memory of every finished stage, in the order of the pipeline."""
-    folders = [domain.data, run.csft, run.mntp, run.iem]
-    for kind, pattern in (("embeddings", "*"), ("recommender", "*/*")):
-        folders += sorted((run.folder / kind / domain.name).glob(pattern))
+    folders = [domain.data, *(stage.folder for stage in language_stages(run))]
+    folders += [domain.embeddings(name) for name in vector_sets(run)]
+    folders += [stage.folder for stage in fit_stages_of(run, domain)]
     costs = []
     for folder in folders:
-        manifest = artifacts.read_manifest(folder)
-        if manifest is not None:
-            cost = {key: manifest.summary.get(key) for key in ("seconds", "peak_memory_gb")}
-            costs.append({"stage": str(folder.relative_to(run.folder)), **cost})
+        summary = _summary(folder)
+        cost = {key: summary.get(key) for key in ("seconds", "peak_memory_gb")}
+        costs.append({"stage": str(folder.relative_to(run.folder)), **cost})
     return costs
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What a finished stage says of itself."""
+    manifest = artifacts.read_manifest(folder)
+    return {} if manifest is None else manifest.summary
 
 
 def report_facts(run: Run, domain: Domain) -> dict[str, Any]:
@@ -280,13 +285,11 @@ def report_facts(run: Run, domain: Domain) -> dict[str, Any]:
     facts = {key: value for key, value in prepared.items() if key not in NOT_FACTS}
     model = run.recipe.model.source
     facts["language_model"] = f"{model} (random weights: a trial)" if model == TINY_RANDOM else model
-    for name, folder, key in (("csft_tokens", run.csft, "tokens"), ("mntp_steps", run.mntp, "steps")):
-        manifest = artifacts.read_manifest(folder)
-        if manifest is not None:
-            facts[name] = manifest.summary[key]
-    manifest = artifacts.read_manifest(run.iem)
-    if manifest is not None:
-        facts["contrastive_steps"] = manifest.summary.get("best_step", 0)
+    trained = {stage.folder: _summary(stage.folder) for stage in language_stages(run)}
+    budgets = ("csft_tokens", run.csft, "tokens"), ("mntp_steps", run.mntp, "steps")
+    for name, folder, key in (*budgets, ("contrastive_steps", run.iem, "best_step")):
+        if folder in trained:
+            facts[name] = trained[folder].get(key, 0)
     return facts
 
 

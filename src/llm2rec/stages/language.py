@@ -15,6 +15,7 @@ from llm2rec.stages.base import (
     VARIANTS,
     Stage,
     Summary,
+    dtype_of,
     language_sets,
     load_domain,
     load_mixture,
@@ -213,7 +214,7 @@ def _learner(run: Run, section: LanguageConfig, model: str | Path, out: Path) ->
 
     return Learner(
         model=model,
-        dtype=resolve_dtype(run.recipe.model.dtype),
+        dtype=resolve_dtype(dtype_of(run, run.recipe.model.dtype)),
         max_title_tokens=run.recipe.model.max_title_tokens,
         optimizer=Optimizer(**{name: getattr(section, name) for name in OptimizerConfig.model_fields}),
         seed=run.recipe.seed,
@@ -269,7 +270,7 @@ def encode_texts(run: Run, name: str, item_ids: list[str], texts: list[str], out
         texts,
         model=model or model_path(run),
         causal=causal,
-        dtype=resolve_dtype(run.recipe.model.dtype),
+        dtype=resolve_dtype(dtype_of(run, run.recipe.model.dtype)),
         max_title_tokens=run.recipe.model.max_title_tokens,
         batch_tokens=run.recipe.encode.batch_tokens,
         shard_texts=run.recipe.encode.shard_texts,

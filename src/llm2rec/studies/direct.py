@@ -13,7 +13,7 @@ from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
 from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.runs import Domain, Run
-from llm2rec.stages.base import load_domain, model_inputs, model_path, text_inputs
+from llm2rec.stages.base import dtype_of, load_domain, model_inputs, model_path, text_inputs
 from llm2rec.studies.base import (
     SMALL,
     Judged,
@@ -122,7 +122,8 @@ def _ranker(run: Run, domain: Domain, label: str) -> TitleRanker:
     from llm2rec.precision import resolve_dtype
     from llm2rec.training import default_device
 
-    lm = backbones.load(run.csft if label == TRAINED else model_path(run), resolve_dtype(run.recipe.model.dtype))
+    dtype = resolve_dtype(dtype_of(run, run.recipe.model.dtype))
+    lm = backbones.load(run.csft if label == TRAINED else model_path(run), dtype)
     lm.model.to(default_device())
     return TitleRanker(
         lm,
