@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import llm2rec as lr
 from conftest import cyclic_log, printed
-from llm2rec import artifacts, comparison
+from llm2rec import artifacts, comparison, precision
 from llm2rec.config import SplitConfig
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
@@ -27,7 +27,8 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
 from llm2rec.runs import create_run
 from llm2rec.serve.recommender import load_scorer
-from llm2rec.stages.base import load_mixture
+from llm2rec.stages import judging
+from llm2rec.stages.base import dtype_of, load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
 from llm2rec.stages.language import encode_texts
 
@@ -234,6 +235,45 @@ def test_validation_ranks_as_the_test_does(copied, world):
     best = artifacts.require(run.domain().recommender("sasrec-id", 0), "fit").summary["validation_ndcg@10"]
     assert competing == pytest.approx(best)
     assert competing < hidden
+
+
+def test_a_stage_that_was_begun_and_left_by_the_recipe_is_put_aside(copied, world):
+    shutil.rmtree(copied / "iem")
+    (copied / "iem").mkdir()
+    (copied / "iem" / "started.json").write_text("{}")
+    rerun(copied, world, "recommender.rows=[popularity, markov]")
+    assert lr.open_run(copied).unfinished() is None
+    assert list((copied / "superseded").rglob("iem/started.json"))
+
+
+def test_what_rows_left_behind_is_not_shown(copied, world):
+    rerun(copied, world, "recommender.rows=[markov, sasrec-backbone-causal]")
+    shown = artifacts.read_json(copied / "evaluation" / "showcase.json")
+    assert {name for sets in shown["neighbours"].values() for name in sets} == {"backbone-causal"}
+    run = lr.open_run(copied)
+    assert {cost["stage"] for cost in judging.stage_costs(run, run.domain())} == {
+        "data/main",
+        "backbone",
+        "embeddings/main/backbone-causal",
+        "recommender/main/sasrec-backbone-causal/seed-0",
+    }
+
+
+def test_titles_held_out_are_among_what_mntp_is_made_from(copied, world):
+    changes = "csft.max_tokens=0", "recommender.rows=[sasrec-llm2rec]", "recommender.max_epochs=1"
+    rerun(copied, world, *changes)
+    ran = [stage for stage, _ in rerun(copied, world, *changes, "data.split.cold_items=0.2")]
+    assert "mntp" in ran and "backbone" in ran
+
+
+def test_the_measured_number_format_stays_that_of_the_run(tmp_path, world, monkeypatch):
+    changes = "model.dtype=auto", "csft.max_tokens=0", "recommender.rows=[sasrec-backbone-causal]"
+    changes = *overrides(world), *changes, "recommender.max_epochs=1"
+    monkeypatch.setattr(precision, "_faster", lambda: torch.float32)
+    run = lr.run("demo", tmp_path / "run", changes)
+    monkeypatch.setattr(precision, "_faster", lambda: torch.bfloat16)
+    assert dtype_of(run, "auto") == "float32"
+    assert dtype_of(run, "bfloat16") == "bfloat16"
 
 
 def test_superseded_results_are_kept_aside(copied, world):
