@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm2rec.pipeline import csft, demo, encode, evaluate, fit, iem, prepare, run
     from llm2rec.probing import probe
     from llm2rec.runs import Run, open_run
+    from llm2rec.serve.lists import recommend_users
     from llm2rec.serve.recommender import ScoredItem, recommend, similar
     from llm2rec.studies import study
 
@@ -39,6 +40,7 @@ _HOMES = {
     "probe": "llm2rec.probing",
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
     **dict.fromkeys(("ScoredItem", "recommend", "similar"), "llm2rec.serve.recommender"),
+    "recommend_users": "llm2rec.serve.lists",
     "study": "llm2rec.studies",
 }
 _MODULES = ("data", "models")
@@ -69,6 +71,7 @@ __all__ = [
     "prepare",
     "probe",
     "recommend",
+    "recommend_users",
     "run",
     "similar",
     "study",

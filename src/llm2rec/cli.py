@@ -36,6 +36,10 @@ Overrides = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
+RowName = Annotated[str, typer.Option("--row", help="which recommender of the run")]
+NewItems = Annotated[
+    int, typer.Option("--new-items", help="keep so many places for items without training events")
+]
 DomainName = Annotated[str | None, typer.Option("--domain", help="which log, of a run with several")]
 
 
@@ -121,13 +125,28 @@ def recommend(
         typer.Option(help="item ids, oldest first, separated by commas; given several times: one id each"),
     ],
     k: Count = 10,
-    row: Annotated[str, typer.Option(help="which recommender of the run")] = "sasrec-llm2rec",
-    new_items: Annotated[int, typer.Option(help="keep so many places for items without training events")] = 0,
+    row: RowName = "sasrec-llm2rec",
+    new_items: NewItems = 0,
     domain: DomainName = None,
 ) -> None:
     """The next items for any history of catalogue items, also of a user never seen; none of the history."""
     ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
     _show_items(lr.recommend(run_folder, ids, k, row, domain=domain, new_items=new_items), "score")
+
+
+@app.command("recommend-users")
+def recommend_users(
+    run_folder: RunFolder,
+    out_table: Annotated[Path, typer.Argument(metavar="OUT", help="the lists: a .parquet or .csv file")],
+    log: Annotated[Path | None, typer.Option(help="interactions of users that need not be known")] = None,
+    k: Count = 10,
+    row: RowName = "sasrec-llm2rec",
+    new_items: NewItems = 0,
+    domain: DomainName = None,
+) -> None:
+    """The next items of every user of the run, or of another log over the same items, as a table."""
+    users = lr.recommend_users(run_folder, out_table, log, k, row, domain=domain, new_items=new_items)
+    out.print(f"{users:,} users: {out_table}", soft_wrap=True)
 
 
 @app.command()

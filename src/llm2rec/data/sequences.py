@@ -124,10 +124,23 @@ class Sequences:
         """(M, length) int64: the times of the events of `histories`, 0 at padding."""
         return self._before(positions, length, np.asarray(self.times))
 
+    def latest(self, users: np.ndarray, length: int) -> np.ndarray:
+        """(B, length) int32: up to `length` last events of each user, aligned as in `histories`."""
+        return self._until(users, np.asarray(self.offsets)[users + 1], length, np.asarray(self.items)).astype(
+            np.int32
+        )
+
+    def latest_times(self, users: np.ndarray, length: int) -> np.ndarray:
+        """(B, length) int64: the times of the events of `latest`, 0 at padding."""
+        return self._until(users, np.asarray(self.offsets)[users + 1], length, np.asarray(self.times))
+
     def _before(self, positions: np.ndarray, length: int, values: np.ndarray) -> np.ndarray:
-        starts = np.maximum(np.asarray(self.offsets)[self.users_of(positions)], positions - length)
+        return self._until(self.users_of(positions), positions, length, values)
+
+    def _until(self, users: np.ndarray, ends: np.ndarray, length: int, values: np.ndarray) -> np.ndarray:
+        starts = np.maximum(np.asarray(self.offsets)[users], ends - length)
         cells = starts[:, None] + np.arange(length)[None, :]
-        inside = cells < positions[:, None]
+        inside = cells < ends[:, None]
         return np.where(inside, values[np.where(inside, cells, 0)], 0)
 
 
@@ -196,6 +209,11 @@ def part_counts(parts: np.ndarray) -> dict[str, int]:
 def cold_items(folder: Path) -> pl.Series:
     """Ids of the held-out items of a prepared folder, which only test targets may name."""
     return pl.read_parquet(folder / "cold.parquet", glob=False)[ITEM]
+
+
+def whole(log: Interactions, catalogue: Catalogue) -> Sequences:
+    """All events of a log as context: sequences of users that nothing was trained or is tested on."""
+    return _flat(log, np.full(len(log), CONTEXT, dtype=np.uint8), catalogue)
 
 
 def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequences:

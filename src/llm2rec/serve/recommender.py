@@ -71,15 +71,9 @@ def recommend(
         ConfigError: no such row, an empty history, k < 1, or `new_items` outside 0..k or of a row without text.
         ArtifactError: the row is not trained.
     """
-    run = _opened(run)
+    run = opened(run)
     place = run.domain(domain)
-    require_row(run, row)
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}")
-    if not 0 <= new_items <= k:
-        raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
-    if new_items and (row in FLOORS or Row.parse(row).vectors is None):
-        raise ConfigError(f"row {row!r} knows nothing of items without training events; ask a row over text")
+    checked_request(run, row, k, new_items)
     if isinstance(history, str):
         raise ConfigError(f"history is the text {history!r}; give a list of item ids")
     if not history:
@@ -88,20 +82,68 @@ def recommend(
     indices = [index_of(catalogue, item_id) for item_id in history]
     seen = torch.tensor([indices])
     scorer = load_scorer(place, row, 0, with_added=True)
-    if max(indices) > scorer.n_items:
-        raise DataError(
-            f"item {history[int(np.argmax(indices))]!r} was added after the training, which row {row!r} cannot "
-            "know; ask a row over text"
-        )
+    require_readable(scorer, row, catalogue, max(indices))
     if getattr(scorer, "needs_times", False):
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
-    scores = scorer.score(seen[:, -place.config.history_length :])
-    hidden = seen if exclude_history else seen[:, :0]
-    items = top_k(scores, k, hidden)[0]
-    new = is_new(place, scores.shape[1])
-    if new_items:
-        items = with_new_items(items, scores, hidden, new, new_items)
-    return listed(catalogue, items[0], scores.gather(1, items - 1)[0], new)
+    lists = Lists(scorer, is_new(place, scorer.n_items), k, new_items)
+    recent = [seen[:, -place.config.history_length :]]
+    items, scores = lists.of(recent, seen if exclude_history else seen[:, :0])
+    return listed(catalogue, items[0], scores[0], lists.new)
+
+
+def checked_request(run: Run, row: str, k: int, new_items: int) -> None:
+    """What can be wrong with the numbers of a request, or with its row.
+
+    Raises:
+        ConfigError: see `recommend`.
+    """
+    require_row(run, row)
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}")
+    if not 0 <= new_items <= k:
+        raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
+    if new_items and (row in FLOORS or Row.parse(row).vectors is None):
+        raise ConfigError(f"row {row!r} knows nothing of items without training events; ask a row over text")
+
+
+def require_readable(scorer: Scorer, row: str, catalogue: Catalogue, highest: int) -> None:
+    """Raises DataError where the highest item_index of some histories is of an item that a row cannot know."""
+    if highest > scorer.n_items:
+        raise DataError(
+            f"item {catalogue.item_ids[highest - 1]!r} was added after the training, which row {row!r} cannot "
+            "know; ask a row over text"
+        )
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Makes lists of the `k` best items by a scorer, with `new_items` places for new ones.
+
+    new: (N,) bool, as `is_new` says.
+    """
+
+    scorer: Scorer
+    new: torch.Tensor
+    k: int
+    new_items: int = 0
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether the scorer looks at the times of events."""
+        return getattr(self.scorer, "needs_times", False)
+
+    def of(self, seen: list[torch.Tensor], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Items (B, K), best first, filled up with 0, and their scores.
+
+        Args:
+            seen: histories (B, L), and their times where the scorer needs them.
+            hidden: (B, L) item_index that must not be listed, padded with 0.
+        """
+        scores = self.scorer.score(*seen)
+        items = top_k(scores, self.k, hidden)[0]
+        if self.new_items:
+            items = with_new_items(items, scores, hidden, self.new, self.new_items)
+        return items, scores.gather(1, (items - 1).clamp(min=0))
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
@@ -149,7 +191,7 @@ def similar(
         ConfigError: k < 1.
         ArtifactError: the run has no such vector set.
     """
-    run = _opened(run)
+    run = opened(run)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
     place = run.domain(domain)
@@ -161,7 +203,7 @@ def similar(
     return nearest(catalogue, matrix, index, k, is_new(place, len(matrix)))
 
 
-def _opened(run: str | Path | Run) -> Run:
+def opened(run: str | Path | Run) -> Run:
     """The run; says where its results are older than its recipe, and answers from them all the same."""
     run = run if isinstance(run, Run) else open_run(run)
     if problem := run.unfinished():

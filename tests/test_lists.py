@@ -1,0 +1,68 @@
+"""Lists for every user of a log are those that each user would be given alone."""
+
+import polars as pl
+import pytest
+
+import llm2rec as lr
+from llm2rec.data.sequences import Sequences
+from llm2rec.errors import ConfigError, DataError
+from llm2rec.serve import lists
+from test_additions import run, trained  # noqa: F401 (fixtures)
+
+STRANGERS = pl.DataFrame(
+    {"user_id": ["z", "y", "z", "z"], "item_id": ["i03", "i05", "i01", "i04"], "timestamp": [2, 1, 1, 3]}
+)
+
+
+@pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec", "sasrec-llm2rec+average"])
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_lists_are_those_that_each_user_is_given_alone(run, tmp_path, monkeypatch, row, ending):  # noqa: F811
+    monkeypatch.setattr(lists, "USERS_AT_ONCE", 7)
+    sequences, out = Sequences.load(run.data), tmp_path / f"lists.{ending}"
+    assert lr.recommend_users(run, out, k=3, row=row) == sequences.n_users
+    table = pl.read_parquet(out) if ending == "parquet" else pl.read_csv(out)
+    assert table.columns == ["user_id", "place", "item_id", "title", "score", "new"]
+    for user in (0, 11, sequences.n_users - 1):
+        events = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+        alone = lr.recommend(run, [sequences.item_ids[item - 1] for item in events], k=3, row=row)
+        own = table.filter(pl.col("user_id") == sequences.user_ids.cast(pl.String)[user])
+        assert own["item_id"].to_list() == [item.item_id for item in alone]
+        assert own["score"].to_list() == pytest.approx([item.score for item in alone], abs=1e-4)
+        assert own["place"].to_list() == list(range(1, len(alone) + 1))
+
+
+def test_users_of_another_log_are_given_lists_by_the_order_of_their_events(run, tmp_path):  # noqa: F811
+    STRANGERS.write_csv(tmp_path / "log.csv")
+    lr.add_items(run, run.folder.parent / "new.csv")
+    assert lr.recommend_users(run, tmp_path / "out.parquet", tmp_path / "log.csv", k=4, new_items=2) == 2
+    table = pl.read_parquet(tmp_path / "out.parquet")
+    for user, history in (("y", ["i05"]), ("z", ["i01", "i03", "i04"])):
+        own = table.filter(pl.col("user_id") == user)
+        alone = lr.recommend(run, history, k=4, new_items=2)
+        assert own["item_id"].to_list() == [item.item_id for item in alone]
+        assert own["new"].to_list() == [item.new for item in alone] and own["new"].sum() >= 2
+
+
+def test_lists_shorter_than_asked_for_have_no_empty_places(run, tmp_path):  # noqa: F811
+    STRANGERS.write_csv(tmp_path / "log.csv")
+    lr.recommend_users(run, tmp_path / "out.parquet", tmp_path / "log.csv", k=50)
+    table = pl.read_parquet(tmp_path / "out.parquet")
+    items = len(Sequences.load(run.data).item_ids)
+    assert table.group_by("user_id").len().sort("user_id").rows() == [("y", items - 1), ("z", items - 3)]
+    assert table["item_id"].null_count() == 0
+
+
+def test_what_the_run_or_the_row_does_not_know_is_refused(run, tmp_path):  # noqa: F811
+    STRANGERS.with_columns(item_id=pl.lit("i99")).vstack(STRANGERS).write_csv(tmp_path / "log.csv")
+    with pytest.raises(DataError, match="i99"):
+        lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv")
+    lr.add_items(run, run.folder.parent / "new.csv")
+    STRANGERS.with_columns(item_id=pl.lit("new1")).vstack(STRANGERS).write_csv(tmp_path / "log.csv")
+    with pytest.raises(DataError, match="'new1' was added after the training"):
+        lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv", row="sasrec-id")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_table_of_an_unknown_kind_is_refused_before_anything_is_computed(run, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match=r"lists\.txt is none of .*\.parquet, \.csv"):
+        lr.recommend_users(run, tmp_path / "lists.txt")
