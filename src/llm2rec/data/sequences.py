@@ -126,9 +126,8 @@ class Sequences:
 
     def latest(self, users: np.ndarray, length: int) -> np.ndarray:
         """(B, length) int32: up to `length` last events of each user, aligned as in `histories`."""
-        return self._until(users, np.asarray(self.offsets)[users + 1], length, np.asarray(self.items)).astype(
-            np.int32
-        )
+        ends = np.asarray(self.offsets)[users + 1]
+        return self._until(users, ends, length, np.asarray(self.items)).astype(np.int32)
 
     def latest_times(self, users: np.ndarray, length: int) -> np.ndarray:
         """(B, length) int64: the times of the events of `latest`, 0 at padding."""
