@@ -46,12 +46,12 @@ def test_titles_that_are_not_text_are_refused(titles):
 def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
     (tmp_path / "log.csv").write_text("item_id,item_id\n1,2\n")
     with pytest.raises(DataError, match="'item_id' more than once"):
-        readers.read_table(tmp_path / "log.csv")
+        readers.read_items(tmp_path / "log.csv")
 
 
 def test_brackets_in_a_file_name_are_no_pattern(tmp_path):
-    (tmp_path / "log[1].csv").write_text("a,b\n1,2\n")
-    assert readers.read_table(tmp_path / "log[1].csv").rows() == [("1", "2")]
+    (tmp_path / "log[1].csv").write_text("item_id,title\n1,one\n2,two\n")
+    assert readers.read_items(tmp_path / "log[1].csv").item_ids == ["1", "2"]
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_the_separator_is_what_shows_the_mapped_columns(tmp_path):
 
 def test_parquet_reads_like_csv(tmp_path):
     path = written(tmp_path, "log.csv", LOG.encode())
-    readers.read_table(path).write_parquet(tmp_path / "log.parquet")
+    pl.read_csv(path, infer_schema=False).write_parquet(tmp_path / "log.parquet")
     first, second = (readers.read_interactions(tmp_path / name) for name in ("log.csv", "log.parquet"))
     assert first.frame.equals(second.frame)
 
@@ -84,7 +84,7 @@ def test_quoted_separators_and_line_breaks_belong_to_the_title(tmp_path):
 def test_an_unreadable_file_is_refused_by_name(tmp_path, name, content):
     path = written(tmp_path, name, content)
     with pytest.raises(DataError) as caught:
-        readers.read_table(path)
+        readers.read_interactions(path)
     assert str(path) in str(caught.value)
 
 
@@ -93,12 +93,12 @@ def test_a_truncated_parquet_file_is_refused_by_name(tmp_path):
     pl.DataFrame({"user_id": [str(i) for i in range(1000)]}).write_parquet(buffer)
     path = written(tmp_path, "log.parquet", buffer.getvalue()[: buffer.tell() // 2])
     with pytest.raises(DataError, match="log.parquet"):
-        readers.read_table(path)
+        readers.read_interactions(path)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match="nowhere.csv"):
-        readers.read_table(tmp_path / "nowhere.csv")
+        readers.read_interactions(tmp_path / "nowhere.csv")
 
 
 def test_a_header_without_rows_is_refused(tmp_path):

@@ -75,18 +75,6 @@ def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     return pl.scan_csv(files, separator=separator, infer_schema=False, glob=False, include_file_paths=file)
 
 
-def read_table(path: Path) -> pl.DataFrame:
-    """The rows of `scan_table`, in memory.
-
-    Raises:
-        DataError: naming the file, and the line where it is text that is damaged.
-    """
-    with _damage_named(path, ()):
-        table = scan_table(path)
-        schema_of(table, str(path))
-        return collect(table.drop(FILE, strict=False), str(path))
-
-
 def _separator(file: Path, ending: str, wanted: Collection[str]) -> str:
     """What separates the cells of a text file, by its header.
 

@@ -204,18 +204,6 @@ def users_needed(deviation: float, difference: float) -> int | None:
     return max(MINIMUM_USERS, math.ceil((_z_sum() * deviation / difference) ** 2))
 
 
-def detectable_difference(deviation: float, n_users: int) -> float:
-    """The smallest difference that `n_users` would tell apart from 0, >= 0: `users_needed` the other way round.
-
-    Raises:
-        ValueError: `deviation` is negative or not finite, or there are fewer than MINIMUM_USERS users.
-    """
-    _check_deviation(deviation)
-    if n_users < MINIMUM_USERS:
-        raise ValueError(f"{n_users} users; a test takes at least {MINIMUM_USERS}")
-    return _z_sum() * deviation / math.sqrt(n_users)
-
-
 def _z_sum() -> float:
     return NormalDist().inv_cdf(1 - SIGNIFICANCE / 2) + NormalDist().inv_cdf(POWER)
 

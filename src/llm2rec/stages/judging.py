@@ -40,7 +40,7 @@ PREFERRED_ROWS = ("sasrec-llm2rec", "sasrec-mntp", "sasrec-csft", "sasrec-backbo
 
 
 def judge(run: Run, domain: Domain) -> dict[str, Any]:
-    """Evaluates every row and writes `metrics.json`, `per_user.parquet`, `showcase.json`, `report.html`.
+    """Evaluates every row; writes `metrics.json`, `table.md`, `per_user.parquet`, `showcase.json`, `report.html`.
 
     Returns:
         Summary: how many rows and test events.
@@ -72,6 +72,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
     per_user.write_parquet(out / "per_user.parquet")  # written only now: a failure so far leaves the old one
     artifacts.write_json(out / "metrics.json", content)
     artifacts.write_json(out / "showcase.json", shown)
+    artifacts.write_text(out / "table.md", report.markdown_table(content))
     (out / "report.html").write_text(report.render_html(report_data(run, domain, per_user)), encoding="utf-8")
     return {"rows": len(summary["rows"]), "test_events": test_events}
 
