@@ -52,15 +52,42 @@ def test_lists_shorter_than_asked_for_have_no_empty_places(run, tmp_path):  # no
     assert table["item_id"].null_count() == 0
 
 
-def test_what_the_run_or_the_row_does_not_know_is_refused(run, tmp_path):  # noqa: F811
-    STRANGERS.with_columns(item_id=pl.lit("i99")).vstack(STRANGERS).write_csv(tmp_path / "log.csv")
-    with pytest.raises(DataError, match="i99"):
+def test_events_of_items_that_the_run_does_not_know_are_left_out_and_counted(run, tmp_path, capsys):  # noqa: F811
+    strange = STRANGERS.with_columns(item_id=pl.lit("i99"), timestamp=pl.col("timestamp") + 9)
+    strange.vstack(STRANGERS).write_csv(tmp_path / "log.csv")
+    assert lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv", k=3) == 2
+    assert "4 events (of items that the run does not know; `add-items`" in capsys.readouterr().err
+    STRANGERS.write_csv(tmp_path / "known.csv")
+    lr.recommend_users(run, tmp_path / "known-out.csv", tmp_path / "known.csv", k=3)
+    assert (tmp_path / "out.csv").read_text() == (tmp_path / "known-out.csv").read_text()
+    strange.write_csv(tmp_path / "log.csv")
+    with pytest.raises(DataError, match="no event is left"):
         lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv")
+
+
+def test_items_that_a_row_cannot_know_are_refused(run, tmp_path):  # noqa: F811
     lr.add_items(run, run.folder.parent / "new.csv")
     STRANGERS.with_columns(item_id=pl.lit("new1")).vstack(STRANGERS).write_csv(tmp_path / "log.csv")
     with pytest.raises(DataError, match="'new1' was added after the training"):
         lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv", row="sasrec-id")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_one_new_user_gets_a_list(run, tmp_path):  # noqa: F811
+    STRANGERS[:1].write_csv(tmp_path / "log.csv")
+    assert lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv", k=3) == 1
+
+
+def test_lists_are_written_over_lists_alone(run, tmp_path):  # noqa: F811
+    log, out = tmp_path / "log.csv", tmp_path / "out.csv"
+    STRANGERS.write_csv(log)
+    for _ in range(2):
+        lr.recommend_users(run, out, log, k=3)
+    with pytest.raises(ConfigError, match="exists and holds no lists"):
+        lr.recommend_users(run, log, log)
+    with pytest.raises(ConfigError, match="lies in the run's folder"):
+        lr.recommend_users(run, run.folder / "lists.csv")
+    assert log.read_text() == STRANGERS.write_csv()
 
 
 def test_a_table_of_an_unknown_kind_is_refused_before_anything_is_computed(run, tmp_path):  # noqa: F811

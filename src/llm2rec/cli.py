@@ -38,8 +38,9 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old res
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
 RowName = Annotated[str, typer.Option("--row", help="which recommender of the run")]
 NewItems = Annotated[
-    int, typer.Option("--new-items", help="keep so many places for items without training events")
+    int | None, typer.Option("--new-items", help="exactly so many of the list are items without training events")
 ]
+WithHistory = Annotated[bool, typer.Option("--with-history", help="items of the history may be listed again")]
 DomainName = Annotated[str | None, typer.Option("--domain", help="which log, of a run with several")]
 
 
@@ -126,12 +127,14 @@ def recommend(
     ],
     k: Count = 10,
     row: RowName = "sasrec-llm2rec",
-    new_items: NewItems = 0,
+    new_items: NewItems = None,
+    with_history: WithHistory = False,
     domain: DomainName = None,
 ) -> None:
-    """The next items for any history of catalogue items, also of a user never seen; none of the history."""
+    """The next items for any history of catalogue items, also of a user never seen."""
     ids = history if len(history) > 1 else [part.strip() for part in history[0].split(",") if part.strip()]
-    _show_items(lr.recommend(run_folder, ids, k, row, domain=domain, new_items=new_items), "score")
+    items = lr.recommend(run_folder, ids, k, row, not with_history, domain, new_items)
+    _show_items(items, "score")
 
 
 @app.command("recommend-users")
@@ -141,11 +144,12 @@ def recommend_users(
     log: Annotated[Path | None, typer.Option(help="interactions of users that need not be known")] = None,
     k: Count = 10,
     row: RowName = "sasrec-llm2rec",
-    new_items: NewItems = 0,
+    new_items: NewItems = None,
+    with_history: WithHistory = False,
     domain: DomainName = None,
 ) -> None:
     """The next items of every user of the run, or of another log over the same items, as a table."""
-    users = lr.recommend_users(run_folder, out_table, log, k, row, domain=domain, new_items=new_items)
+    users = lr.recommend_users(run_folder, out_table, log, k, row, not with_history, domain, new_items)
     out.print(f"{users:,} users: {out_table}", soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from llm2rec.config import CSFT_BUDGETS, ORIGINS, DomainConfig, Recipe, Section
+from llm2rec.config import CSFT_BUDGETS, ORIGINS, TINY_RANDOM, DomainConfig, Recipe, Section
 from llm2rec.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -212,7 +212,7 @@ def _anchor_models(content: dict[str, Any], base: Path) -> None:
 
 
 def _anchored_model(value: Any, base: Path) -> Any:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or value == TINY_RANDOM:
         return value
     like_a_path = "/" in value or value[:1] in (".", "~", "$")
     path = Path(_expand(value, base) if like_a_path else base / value)

@@ -156,15 +156,14 @@ def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) 
 def _put_single_evaluation_aside(run: Run) -> None:
     """The evaluation of when a run of several logs had only one, where theirs are about to lie."""
     folder = run.folder / "evaluation"
-    if (folder / artifacts.MANIFEST).exists():
+    if any((folder / name).exists() for name in (artifacts.MANIFEST, artifacts.STARTED)):
         artifacts.move_aside(folder, run.folder)
 
 
 def _put_abandoned_aside(run: Run) -> None:
     """Of a run whose stages are all finished: what was begun once and is no stage of the recipe any more."""
-    for started in sorted(run.folder.rglob(artifacts.STARTED)):
-        if artifacts.SUPERSEDED not in started.relative_to(run.folder).parts:
-            artifacts.move_aside(started.parent, run.folder)
+    for folder in run.begun():
+        artifacts.move_aside(folder, run.folder)
 
 
 def _stages_of(run: Run, verb: str) -> list[Stage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from contextlib import suppress
@@ -129,14 +130,24 @@ class Run:
 
     def unfinished(self) -> str | None:
         """What to say where a stage was begun and not ended, so that what depends on it is from before that."""
-        started = [path.parent.relative_to(self.folder) for path in sorted(self.folder.rglob(artifacts.STARTED))]
-        stages = [str(stage) for stage in started if artifacts.SUPERSEDED not in stage.parts]
-        if not stages:
+        begun = self.begun()
+        if not begun:
             return None
+        stage = begun[0].relative_to(self.folder)
         return (
-            f"{self.folder}: {stages[0]} was begun and not finished, so the results are not of its present "
-            "recipe; give the command that was interrupted again"
+            f"{self.folder}: {stage} was begun and not finished, so the results are not of its present recipe; "
+            "if no process works on it, give the command that was interrupted again"
         )
+
+    def begun(self) -> list[Path]:
+        """Folders of stages that were begun and not ended; those of a run within this one's folder are its own."""
+        found = []
+        for folder, inner, files in os.walk(self.folder):
+            of_another = folder != str(self.folder) and RESOLVED in files
+            inner[:] = [] if of_another else sorted(name for name in inner if name != artifacts.SUPERSEDED)
+            if artifacts.STARTED in files and not of_another:
+                found.append(Path(folder))
+        return sorted(found)
 
     def metrics(self, domain: str | None = None) -> dict[str, Any]:
         """The content of `metrics.json` of a domain, of the only one without a name.

@@ -25,6 +25,7 @@ def filtered(
     min_events: int,
     max_events: int | None,
     seed: int,
+    at_least: int = 2,
 ) -> tuple[Interactions, Dropped]:
     """The events that are kept, and reason -> events left out.
 
@@ -38,9 +39,10 @@ def filtered(
         repeats: `drop-consecutive` keeps the first of equal neighbours, `keep-first` the first event of an item.
         k_core: 1 changes nothing.
         seed: of the sample.
+        at_least: users and items that must be left; a log to train on needs two of each.
 
     Raises:
-        DataError: fewer than two users or two items are left.
+        DataError: fewer are left.
     """
     dropped: Dropped = {}
 
@@ -55,14 +57,14 @@ def filtered(
         keep((log.frame[RATING] >= min_rating).to_numpy(), f"rating below {min_rating:g}")
     if users is not None:
         keep(_sampled(log, users, seed), "events of users not in the sample")
-    if repeats != "keep":
+    if repeats != "keep" and len(log):
         keep(_first_of_repeats(log, repeats), "repeated item")
     for rows, reason in _core(log, k_core, min_events, max_events):
         keep(rows, reason)
     for name in (USER, ITEM):
-        if np.count_nonzero(log.counts(name)) < 2:
+        if np.count_nonzero(log.counts(name)) < at_least:
             raise DataError(
-                f"the filters of the recipe leave fewer than two {name} ({dropped}); loosen data.filters"
+                f"the filters of the recipe leave fewer than {at_least} {name} ({dropped}); loosen data.filters"
             )
     return log, dropped
 

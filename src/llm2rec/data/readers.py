@@ -176,13 +176,14 @@ def _ending(path: Path) -> str:
 
 
 def read_interactions(
-    path: Path, columns: Mapping[str, str] | None = None, further: Sequence[str] = ()
+    path: Path, columns: Mapping[str, str] | None = None, further: Sequence[str] = (), at_least: int = 2
 ) -> Interactions:
     """A table with the columns user_id, item_id, timestamp, under those names or as `columns` maps them.
 
     Args:
         columns: our name -> the file's name, for the columns that are called otherwise.
         further: columns to keep beside the three, of `rating` and `part`.
+        at_least: users and items that there must be; a log to train on needs two of each.
 
     Raises:
         DataError: naming file, column and first offending rows.
@@ -191,7 +192,7 @@ def read_interactions(
     wanted = [columns.get(name, name) for name in (USER, ITEM, TIME, *further)]
     with _damage_named(path, wanted):
         table = renamed(scan_table(path, wanted), columns, str(path))
-        return Interactions.from_frame(table, str(path), further)
+        return Interactions.from_frame(table, str(path), further, at_least)
 
 
 def read_items(path: Path, columns: Mapping[str, str] | None = None, at_least: int = 2) -> Catalogue:

@@ -44,7 +44,7 @@ class Interactions:
 
     @classmethod
     def from_frame(
-        cls, frame: pl.DataFrame | pl.LazyFrame, origin: str, further: Sequence[str] = ()
+        cls, frame: pl.DataFrame | pl.LazyFrame, origin: str, further: Sequence[str] = (), at_least: int = 2
     ) -> Interactions:
         """Validates a table with the columns user_id, item_id, timestamp; others are left out.
 
@@ -52,9 +52,10 @@ class Interactions:
             frame: may be lazy: it is read twice in a stream, never held as text.
             origin: names the table in errors.
             further: columns kept beside the three, of `rating` and `part`.
+            at_least: users and items that there must be.
 
         Raises:
-            DataError: missing columns, null ids or timestamps, an empty table, one user or one item only.
+            DataError: missing columns, null ids or timestamps, an empty table, too few users or items.
         """
         table = frame.lazy()
         schema = schema_of(table, origin)
@@ -63,7 +64,7 @@ class Interactions:
         columns.append(_time_column(table, schema, origin))
         ids = [_distinct(table, column, name, origin) for column, name in zip(columns, (USER, ITEM), strict=False)]
         for column, name in zip(ids, (USER, ITEM), strict=True):
-            if len(column) < 2:
+            if len(column) < at_least:
                 raise DataError(f"{origin}: only one {name} ({column[0]!r}); there is nothing to rank")
         columns = [columns[0].cast(pl.Enum(ids[0])), columns[1].cast(pl.Enum(ids[1])), columns[2]]
         columns += [_FURTHER[name] for name in further]

@@ -83,7 +83,7 @@ def freeze(
                 f"added item vectors have {added.shape[1]} dimensions, those of training {vectors.shape[1]}; "
                 "encode the added items with the same encoder"
             )
-        values, n_added = [*values, _transformed(added, statistics)], len(added)
+        values, n_added = [*values, _shortened(_transformed(added, statistics), values[0])], len(added)
     return FrozenVectors(torch.cat(values) if n_added else values[0], n_added, statistics, hash_vectors(vectors))
 
 
@@ -96,7 +96,17 @@ def _transformed(vectors: np.ndarray, statistics: Statistics) -> Tensor:
     return values
 
 
-def _chunks(vectors: np.ndarray) -> Iterator[slice]:
+def _shortened(values: Tensor, known: Tensor) -> Tensor:
+    """(M, K): those longer than the longest of `known` (N, K) cut to its length, beyond which nothing was trained.
+
+    Ours. Scores grow with the length, so that a text unlike all others of the catalogue would lead every list.
+    """
+    longest = max(float(known[rows].float().norm(dim=1).max()) for rows in _chunks(known))
+    lengths = values.float().norm(dim=1, keepdim=True)
+    return (values * (longest / lengths.clamp(min=longest))).to(values.dtype)
+
+
+def _chunks(vectors: np.ndarray | Tensor) -> Iterator[slice]:
     for start in range(0, len(vectors), _CHUNK_ROWS):
         yield slice(start, start + _CHUNK_ROWS)
 
@@ -108,7 +118,9 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
     by 1). With `whitening="none"` and no `dimensions` that is all. Otherwise the standardised vectors are
     turned into their principal components, strongest first; "half" takes their standard deviations to the
     power 1/2, "full" makes them all 1, "none" keeps them; then one factor makes the mean variance 1, which the
-    adapter's initial weights expect. Components without variance (fewer items than dimensions) are left out.
+    adapter's initial weights expect. Components without variance (fewer items than dimensions) are left out, and
+    those with less than chance gives are taken as that much (`_noise`): of few items they look weaker than they
+    are, and items added later would stand out in them by many times the length of the others.
 
     Args:
         vectors: (N, D) float32, finite.
@@ -118,16 +130,18 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
     Raises:
         ConfigError: more `dimensions` than there are components with variance.
         ArtifactError: every vector is the same.
-    Source: principal components of standardised vectors (ours: raw ones are led by single outlying dimensions).
+    Source: principal components of standardised vectors (ours: raw ones are led by single outlying dimensions);
+    their floor is ours.
     """
     mean, scale = column_statistics(vectors)
     standardised = Statistics(mean, scale)
     if whitening == "none" and dimensions is None:
         return standardised
-    covariance = np.zeros((vectors.shape[1],) * 2)
+    covariance, fourth = np.zeros((vectors.shape[1],) * 2), 0.0
     for rows in _chunks(vectors):
         chunk = standardised.apply(vectors[rows]).astype(np.float64)
         covariance += chunk.T @ chunk / len(vectors)
+        fourth += float(np.square(np.square(chunk).sum(axis=1)).sum()) / len(vectors)
     variances, directions = np.linalg.eigh(covariance)
     variances, directions = variances[::-1], directions[:, ::-1]  # strongest first
     usable = int((variances > SMALLEST_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
@@ -139,12 +153,28 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
         )
     variances, directions = variances[: dimensions or usable], directions[:, : dimensions or usable]
     power = WHITENING_POWERS[whitening]
-    whitened = variances ** (1 - power)
-    projection = directions * (variances ** (-power / 2) / np.sqrt(whitened.mean()))
+    taken = np.maximum(variances, _noise(covariance, fourth, len(vectors)))
+    whitened = variances * taken**-power
+    projection = directions * (taken ** (-power / 2) / np.sqrt(whitened.mean()))
     # The sign of a component is arbitrary; this one does not depend on the linear algebra library.
     strongest = np.abs(directions).argmax(axis=0)
     projection *= np.sign(directions[strongest, np.arange(len(strongest))])
     return Statistics(mean, scale, np.ascontiguousarray(projection, dtype=np.float32))
+
+
+def _noise(covariance: np.ndarray, fourth: float, n: int) -> float:
+    """The variance that chance alone gives a direction of `n` vectors.
+
+    The share of the mean variance that the optimal shrinkage of a covariance (D, D) moves every direction towards.
+
+    Args:
+        fourth: mean of the vectors' lengths to the power 4.
+    Source: Ledoit & Wolf 2004, A well-conditioned estimator for large-dimensional covariance matrices, section 3.
+    """
+    mean, squares = np.trace(covariance) / len(covariance), np.square(covariance).sum()
+    spread = squares - mean**2 * len(covariance)
+    share = 1.0 if spread <= 0 else min(1.0, max(0.0, (fourth - squares) / n / spread))
+    return float(share * mean)
 
 
 def checked_vectors(vectors: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +15,15 @@ from llm2rec import artifacts, progress
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, readers
 from llm2rec.data.sequences import Sequences, whole
-from llm2rec.data.tables import RATING, Catalogue, check_known_items
-from llm2rec.errors import ConfigError
+from llm2rec.data.tables import ITEM, RATING, Catalogue
+from llm2rec.data.texts import clean
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.runs import Domain, Run
 from llm2rec.serve import added
 from llm2rec.serve.recommender import Lists, checked_request, is_new, load_scorer, opened, require_readable
 
 USERS_AT_ONCE = 256
+COLUMNS = ("user_id", "place", "item_id", "title", "score", "new")
 WRITERS = {".parquet": "write_parquet", ".csv": "write_csv"}
 
 
@@ -31,7 +35,7 @@ def recommend_users(
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
     domain: str | None = None,
-    new_items: int = 0,
+    new_items: int | None = None,
 ) -> int:
     """Writes the `k` best next items of every user: of the run's own, or of another log over the same items.
 
@@ -42,26 +46,24 @@ def recommend_users(
         run: a finished run, or its folder.
         out: the table, `.parquet` or `.csv`.
         log: a table of interactions with the columns of the run's (`data.columns`), whose users need not be known;
-            what the recipe's filters say of ratings and repeats is heeded. None takes the run's own users.
+            what the recipe's filters say of ratings and repeats is heeded, and events of items that the run does
+            not know are left out and counted. None takes the run's own users, whom the filters left.
         k, row, exclude_history, domain, new_items: as in `recommend`.
 
     Returns:
         How many users got a list.
 
     Raises:
-        DataError: the log is not valid, or names items that the run or the row does not know.
-        ConfigError: as in `recommend`; a file of another kind.
+        DataError: the log is not valid, none of its items is known, or one was added and the row cannot know it.
+        ConfigError: as in `recommend`; a file of another kind, in the run's folder, or that holds something else.
         ArtifactError: the row is not trained; the table cannot be written there.
     """
     run, out = opened(run), Path(out)
     place = run.domain(domain)
     checked_request(run, row, k, new_items)
-    if out.suffix not in WRITERS:
-        raise ConfigError(f"{out} is none of the tables that can be written: {', '.join(WRITERS)}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    artifacts.require_writable(out.parent)
     catalogue = added.load_catalogue(place)
     sequences = Sequences.load(place.data) if log is None else _read(place, Path(log), catalogue)
+    _check_out(out, run)
     scorer = load_scorer(place, row, 0, with_added=True)
     require_readable(scorer, row, catalogue, int(np.asarray(sequences.items).max()))
     lists = Lists(scorer, is_new(place, scorer.n_items), k, new_items)
@@ -69,10 +71,49 @@ def recommend_users(
         _table(sequences, users, catalogue, lists, place.config.history_length, exclude_history)
         for users in _batches(sequences.n_users)
     ]
-    unfinished = out.with_name(f".{out.name}.tmp")
-    getattr(pl.concat(tables), WRITERS[out.suffix])(unfinished)
-    unfinished.replace(out)
-    return sequences.n_users
+    table = pl.concat(tables)
+    _write(table, out)
+    return table["user_id"].n_unique()
+
+
+def _check_out(out: Path, run: Run) -> None:
+    """Refuses what a table must not be written over, before anything is computed.
+
+    Raises:
+        ConfigError: a file of another kind, something that is not such a table, or a place within the run.
+        ArtifactError: no file can be written there.
+    """
+    if out.suffix not in WRITERS:
+        raise ConfigError(f"{out} is none of the tables that can be written: {', '.join(WRITERS)}")
+    if run.folder.resolve() in out.resolve().parents:
+        raise ConfigError(
+            f"{out} lies in the run's folder, where every file is part of a result; choose another place"
+        )
+    if out.exists() and not (out.is_file() and _columns(out) == list(COLUMNS)):
+        raise ConfigError(f"{out} exists and holds no lists; choose another name, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    artifacts.require_writable(out.parent)
+
+
+def _columns(table: Path) -> list[str]:
+    try:
+        scan = pl.scan_parquet if table.suffix == ".parquet" else pl.scan_csv
+        return scan(table, glob=False).collect_schema().names()
+    except (pl.exceptions.PolarsError, OSError):
+        return []
+
+
+def _write(table: pl.DataFrame, out: Path) -> None:
+    """Writes a table all at once: a reader sees the old one or the whole new one."""
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        unfinished = Path(folder) / out.name
+        try:
+            getattr(table, WRITERS[out.suffix])(unfinished)
+            os.replace(unfinished, out)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise ArtifactError(
+                f"cannot write {out} ({error}); free some space or choose another place"
+            ) from error
 
 
 def _read(domain: Domain, path: Path, catalogue: Catalogue) -> Sequences:
@@ -80,12 +121,17 @@ def _read(domain: Domain, path: Path, catalogue: Catalogue) -> Sequences:
     config: DataConfig = domain.config
     rated = config.filters.min_rating is not None
     columns = config.columns.of_interactions() if config.interactions else {}
-    log = readers.read_interactions(path, columns, [RATING] if rated else [])
-    check_known_items(log, catalogue, str(path))
-    whatever = {"users": None, "k_core": 1, "min_events": 1, "max_events": None}  # who is there gets a list
-    kept, dropped = filters.filtered(log, **(dict(config.filters) | whatever), seed=0)
+    log = readers.read_interactions(path, columns, [RATING] if rated else [], at_least=1)
+    everybody = {"users": None, "k_core": 1, "min_events": 1, "max_events": None, "seed": 0, "at_least": 0}
+    kept, dropped = filters.filtered(log, **(dict(config.filters) | everybody))
+    is_known = kept.frame[ITEM].cast(pl.String).is_in(pl.Series(catalogue.item_ids).implode())
+    if not is_known.all():
+        dropped["of items that the run does not know; `add-items` makes them known"] = int((~is_known).sum())
+        kept = kept.kept(is_known.to_numpy())
     for reason, count in dropped.items():
         progress.say(f"left out of {path}: {count:,} events ({reason})")
+    if not len(kept):
+        raise DataError(f"{path}: no event is left to recommend from; see what was left out above")
     return whole(kept, catalogue)
 
 
@@ -114,11 +160,11 @@ def _table(
     index = items[rows, places]
     user_ids = sequences.user_ids.cast(pl.String).gather(users)
     return pl.DataFrame(
-        {
+        {  # COLUMNS
             "user_id": user_ids.gather(rows.numpy()),
             "place": (places + 1).numpy(),
             "item_id": pl.Series(catalogue.item_ids).gather((index - 1).numpy()),
-            "title": pl.Series(catalogue.titles).gather((index - 1).numpy()),
+            "title": [clean(catalogue.titles[item - 1]) for item in index.tolist()],
             "score": scores[rows, places].numpy(),
             "new": lists.new[index - 1].numpy(),
         }

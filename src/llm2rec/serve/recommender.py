@@ -47,15 +47,16 @@ def recommend(
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
     domain: str | None = None,
-    new_items: int = 0,
+    new_items: int | None = None,
 ) -> list[ScoredItem]:
     """The `k` best next items after any history of catalogue items, best first; no user need be known.
 
     By default items of the history are hidden, while `evaluate` lets them compete unless the recipe sets
     `evaluation.mask_history`: where people come back to items, lists differ from what was measured.
 
-    An item that no training saw seldom comes among the best of all, for those that were trained on are known much
-    better; among the new ones it is ranked well. `new_items` keeps places for them.
+    An item that no training saw seldom comes among the best of many, for those that were trained on are known much
+    better; where there are few items, or little was trained, it may lead every list. Among the new ones it is
+    ranked well. `new_items` says how many of a list they are.
 
     Args:
         run: a finished run, or its folder.
@@ -63,12 +64,13 @@ def recommend(
         row: which recommender of the run (its seed 0).
         exclude_history: hide the items of the history.
         domain: which log of the run, where it has several.
-        new_items: at least so many of the list have no training event, where there are so many: those added
-            since and those held out. The best of them take the places of the worst others.
+        new_items: exactly so many of the list have no training event, where there are so many: those added since
+            and those held out. None leaves it to the scores.
 
     Raises:
         DataError: an item of the history is not in the catalogue.
-        ConfigError: no such row, an empty history, k < 1, or `new_items` outside 0..k or of a row without text.
+        ConfigError: no such row, an empty history, k < 1, or `new_items` outside 0..k, or above 0 of a row without
+            text.
         ArtifactError: the row is not trained.
     """
     run = opened(run)
@@ -91,7 +93,7 @@ def recommend(
     return listed(catalogue, items[0], scores[0], lists.new)
 
 
-def checked_request(run: Run, row: str, k: int, new_items: int) -> None:
+def checked_request(run: Run, row: str, k: int, new_items: int | None) -> None:
     """What can be wrong with the numbers of a request, or with its row.
 
     Raises:
@@ -100,7 +102,7 @@ def checked_request(run: Run, row: str, k: int, new_items: int) -> None:
     require_row(run, row)
     if k < 1:
         raise ConfigError(f"k must be at least 1, got {k}")
-    if not 0 <= new_items <= k:
+    if new_items is not None and not 0 <= new_items <= k:
         raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
     if new_items and (row in FLOORS or Row.parse(row).vectors is None):
         raise ConfigError(f"row {row!r} knows nothing of items without training events; ask a row over text")
@@ -117,7 +119,7 @@ def require_readable(scorer: Scorer, row: str, catalogue: Catalogue, highest: in
 
 @dataclass(frozen=True)
 class Lists:
-    """Makes lists of the `k` best items by a scorer, with `new_items` places for new ones.
+    """Makes lists of the `k` best items by a scorer, with exactly `new_items` new ones unless that is None.
 
     new: (N,) bool, as `is_new` says.
     """
@@ -125,7 +127,7 @@ class Lists:
     scorer: Scorer
     new: torch.Tensor
     k: int
-    new_items: int = 0
+    new_items: int | None = None
 
     @property
     def needs_times(self) -> bool:
@@ -140,9 +142,10 @@ class Lists:
             hidden: (B, L) item_index that must not be listed, padded with 0.
         """
         scores = self.scorer.score(*seen)
-        items = top_k(scores, self.k, hidden)[0]
-        if self.new_items:
-            items = with_new_items(items, scores, hidden, self.new, self.new_items)
+        if self.new_items is None:
+            items = top_k(scores, self.k, hidden)[0]
+        else:
+            items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
         return items, scores.gather(1, (items - 1).clamp(min=0))
 
 
@@ -153,32 +156,35 @@ def is_new(domain: Domain, n_items: int) -> torch.Tensor:
 
 
 def with_new_items(
-    items: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, new: torch.Tensor, places: int
+    scores: torch.Tensor, hidden: torch.Tensor, new: torch.Tensor, k: int, places: int
 ) -> torch.Tensor:
-    """Lists (B, K), best first, in which the best new items have taken the places of the worst others.
+    """Lists (B, K), best first, filled up with 0, of the best `places` new items and the best others.
 
-    Where the K best of all hold as many new items anyway, or the catalogue has no more, nothing changes.
+    Where there are fewer new items the others take their places; where there are fewer others a list is shorter.
 
     Args:
-        items: (B, K) item_index, the K best of each row, filled up with 0. scores: (B, N). new: (N,) bool.
+        scores: (B, N). new: (N,) bool.
         hidden: (B, L) item_index that must not be listed, padded with 0.
-        places: for new items, at most K.
+        k: of a list. places: for new items, at most k.
     """
-    columns = new.nonzero()[:, 0]
-    if not places or not len(columns):
-        return items
-    column_of = torch.zeros(len(new) + 1, dtype=torch.int64)
-    column_of[columns + 1] = torch.arange(1, len(columns) + 1)
-    found = top_k(scores[:, columns], places, column_of[hidden])[0]
-    lists = []
-    for best, row, own in zip(items, found, scores, strict=True):
-        best = best[best > 0]
-        newest, others = columns[row[row > 0] - 1] + 1, best[~new[best - 1]]
-        if len(others) > len(best) - len(newest):
-            chosen = torch.cat([others[: len(best) - len(newest)], newest])
-            best = chosen[own[chosen - 1].argsort(descending=True, stable=True)]
-        lists.append(F.pad(best, (0, items.shape[1] - len(best))))
-    return torch.stack(lists)
+    newest, others = (
+        _best_of(columns.nonzero()[:, 0], scores, hidden, size) for columns, size in ((new, places), (~new, k))
+    )
+    left = k - (newest > 0).sum(dim=1, keepdim=True)  # places for the others
+    others = others * (torch.arange(others.shape[1]) < left)
+    items = torch.cat([newest, others], dim=1)
+    order = scores.gather(1, (items - 1).clamp(min=0)).masked_fill(items == 0, -torch.inf)
+    return items.gather(1, order.argsort(dim=1, descending=True, stable=True))[:, :k]
+
+
+def _best_of(columns: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, k: int) -> torch.Tensor:
+    """The best k items of some columns (C,), (B, at most k), best first, filled up with 0."""
+    if not k or not len(columns):
+        return hidden[:, :0]
+    place = torch.zeros(scores.shape[1] + 1, dtype=torch.int64)
+    place[columns + 1] = torch.arange(1, len(columns) + 1)
+    found = top_k(scores[:, columns], k, place[hidden])[0]
+    return F.pad(columns + 1, (1, 0))[found]
 
 
 def similar(

@@ -123,11 +123,19 @@ def dtype_of(run: Run, wanted: str) -> str:
     from llm2rec.precision import resolve_dtype
 
     file = run.folder / DTYPE
-    known = artifacts.read_json(file)[AUTO] if processes.is_main() and file.exists() else None
+    known = _recorded_dtype(file) if processes.is_main() and file.exists() else None
     name = processes.processes().agreed(known) or str(resolve_dtype(AUTO)).removeprefix("torch.")
     if processes.is_main() and known is None:
         artifacts.write_json(file, {AUTO: name})
     return name
+
+
+def _recorded_dtype(file: Path) -> str:
+    content = artifacts.read_json(file)
+    name = content.get(AUTO) if isinstance(content, dict) else None
+    if name not in ("float32", "bfloat16"):
+        raise ArtifactError(f'{file} should say {{"{AUTO}": "bfloat16"}} or "float32"; remove it to measure anew')
+    return str(name)
 
 
 def loggers_of(run: Run) -> Loggers:

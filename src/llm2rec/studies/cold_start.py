@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llm2rec.data.sequences import TEST, Sequences, cold_items
 from llm2rec.evaluation.protocol import Scorer
-from llm2rec.evaluation.ranking import ranks, top_k
+from llm2rec.evaluation.ranking import ranks
 from llm2rec.runs import Domain, Run
-from llm2rec.serve.recommender import is_new, load_trained, with_new_items
+from llm2rec.serve.recommender import Lists, is_new, load_trained
 from llm2rec.studies.base import (
     SMALL,
     Judged,
@@ -46,7 +46,8 @@ COLD_ROWS = {
     "both, summed": "sasrec-llm2rec+sum",
     "both, averaged": "sasrec-llm2rec+average",
 }
-PLACES = ("no place", "1 place", "2 places", "3 places")
+PLACES = {"as scored": None, "1 place": 1, "2 places": 2, "3 places": 3}
+AS_SCORED = "as scored"
 LISTED = 10
 ONLY = "all"
 
@@ -102,8 +103,8 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
             UNTRAINED,
             _among_new(run, domain, folder),
         ),
-        Judged("Places kept for new items: items seen", listed, PLACES[0], kept.filter(~is_cold)),
-        Judged("Places kept for new items: items never seen", listed, PLACES[0], kept.filter(is_cold)),
+        Judged("Places kept for new items: items seen", listed, AS_SCORED, kept.filter(~is_cold)),
+        Judged("Places kept for new items: items never seen", listed, AS_SCORED, kept.filter(is_cold)),
     ]
 
 
@@ -170,7 +171,7 @@ def _with_places(run: Run, domain: Domain, folder: Path) -> pl.DataFrame:
         new = is_new(domain, sequences.n_items)
         ranking = [
             (label, seed, _Listing(load_trained(domain, COLD_ROWS[TEXT], seed), new, places))
-            for places, label in enumerate(PLACES)
+            for label, places in PLACES.items()
             for seed in range(run.recipe.recommender.seeds)
         ]
         return ranked_by(ranking, sequences, run, domain.config.history_length)
@@ -198,21 +199,20 @@ class _AmongNew:
 
 
 class _Listing:
-    """A scorer by its lists of LISTED, which keep places for new items (`new`: (N,) bool)."""
+    """A scorer by its lists of LISTED, in which new items (`new`: (N,) bool) have some places."""
 
-    def __init__(self, scorer: Scorer, new: Tensor, places: int) -> None:
-        self._scorer, self._new, self._places = scorer, new, places
+    def __init__(self, scorer: Scorer, new: Tensor, places: int | None) -> None:
+        self._lists = Lists(scorer, new, LISTED, places)
         self.n_items = scorer.n_items
 
     def score(self, histories: Tensor) -> Tensor:
         """As the scorer itself, (B, N)."""
-        return self._scorer.score(histories)
+        return self._lists.scorer.score(histories)
 
     def ranks(self, targets: Tensor, exclude: Tensor | None, histories: Tensor) -> Tensor:
         """Place in the list, (B,) int64, 1 = first; N where the target is not listed."""
-        scores = self.score(histories)
         hidden = targets.new_zeros(len(targets), 1) if exclude is None else exclude
         hidden = hidden.masked_fill(hidden == targets[:, None], 0)  # a target competes
-        lists = with_new_items(top_k(scores, LISTED, hidden)[0], scores, hidden, self._new, self._places)
+        lists, _ = self._lists.of([histories], hidden)
         is_target = lists == targets[:, None]
         return torch.where(is_target.any(dim=1), is_target.int().argmax(dim=1) + 1, self.n_items)
