@@ -25,7 +25,7 @@ from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
-from llm2rec.runs import create_run
+from llm2rec.runs import create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
@@ -224,7 +224,8 @@ def test_a_corrected_title_leaves_the_id_row_alone(copied, world, tmp_path):
 
 
 def test_validation_ranks_as_the_test_does(copied, world):
-    ran = rerun(copied, world, "evaluation.mask_history=false", "recommender.rows=[markov, sasrec-id]")
+    short = "recommender.rows=[markov, sasrec-id]", "recommender.max_epochs=2"
+    ran = rerun(copied, world, "evaluation.mask_history=false", *short)
     assert [stage for stage, _ in ran] == ["recommender/main/sasrec-id/seed-0", "evaluation"]
     run = lr.open_run(copied)
     sequences, scorer = Sequences.load(run.domain().data), load_scorer(run.domain(), "sasrec-id", 0)
@@ -436,6 +437,30 @@ def test_a_recipe_edited_in_its_run_folder_is_heeded(copied):
     recipe.write_text(recipe.read_text() + "recommender: {weight_decay: 0.5}\n")
     assert lr.open_run(copied).recipe.recommender.weight_decay == 0.5
     assert lr.open_run(copied).recipe.data.interactions.is_file()  # overrides are kept
+
+
+def test_paths_given_by_set_mean_the_same_wherever_a_run_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    monkeypatch.chdir("/")
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "# a remark\n")
+    for _ in range(2):
+        assert lr.open_run(tmp_path / "run").recipe.data.interactions == tmp_path / "a.csv"
+
+
+def test_a_recipe_edited_while_it_ran_is_heeded_by_the_next_verb(tmp_path):
+    run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 7"))
+    write_resolved(run)  # as at the end of every verb
+    assert lr.open_run(run.folder).recipe.seed == 7
+
+
+def test_a_run_that_is_refused_stays_what_it_was(copied, world):
+    with pytest.raises(ConfigError, match="/no/such/model"):
+        rerun(copied, world, "model.source=/no/such/model", "data.history_length=2")
+    assert lr.open_run(copied).recipe.data.history_length == 4
 
 
 def test_repeated_titles_are_told_apart_by_their_id():

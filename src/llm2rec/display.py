@@ -68,7 +68,7 @@ def show_items(items: list[ScoredItem], score: str) -> RenderableType:
         place = f"{number} {NEW}" if item.new else str(number)
         table.add_row(place, item.item_id, item.title, f"{item.score:.3f}")
     if any(item.new for item in items):
-        table.caption = f"{NEW}: no training event, known by its text alone"
+        table.caption = f"{NEW}: no training event"
     return table
 
 

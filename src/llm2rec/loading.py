@@ -38,12 +38,15 @@ def recipe_path(recipe: str | Path) -> Path:
 
 
 def load_recipe(
-    recipe: str | Path, overrides: tuple[str, ...] | list[str] = (), base: Path | None = None
+    recipe: str | Path,
+    overrides: tuple[str, ...] | list[str] = (),
+    base: Path | None = None,
+    here: Path | None = None,
 ) -> Recipe:
     """The validated recipe of a shipped name or a path, with `KEY=VALUE` overrides applied.
 
-    Paths inside a recipe file are relative to its folder (or `base`), those in overrides to the working directory;
-    environment variables (`${NAME}`) are filled in.
+    Paths inside a recipe file are relative to its folder (or `base`), those in overrides to the working directory
+    (or `here`); environment variables (`${NAME}`) are filled in.
 
     Raises:
         ConfigError: unknown recipe, key or row; a value of the wrong type; an undefined variable.
@@ -57,7 +60,7 @@ def load_recipe(
         raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     _anchor_paths(content, base or path.parent)
     for override in sorted(overrides, key=_names_no_origin):  # first what would put columns aside
-        apply_override(content, override)
+        apply_override(content, override, here or Path.cwd())
     return parse_recipe(content, str(path))
 
 
@@ -115,8 +118,8 @@ def _siblings(location: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def apply_override(content: dict[str, Any], override: str) -> None:
-    """Sets one `dotted.key=value` in a nested mapping; the value is read as YAML.
+def apply_override(content: dict[str, Any], override: str, here: Path) -> None:
+    """Sets one `dotted.key=value` in a nested mapping; the value is read as YAML, paths in it start from `here`.
 
     Raises:
         ConfigError: no `=`, or the key goes through something that is not a section.
@@ -134,21 +137,21 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
-    section[parts[-1]] = _anchored_value(parts, _number(parsed))
+    section[parts[-1]] = _anchored_value(parts, _number(parsed), here)
     if parts[0] == "csft" and parts[-1] in CSFT_BUDGETS:  # one budget replaces the other
         for other in CSFT_BUDGETS - {parts[-1]}:
             section.pop(other, None)
     if parts[0] in ("data", "domains") and parts[-1] in ORIGINS:
-        _replace_origin(section, parts[-1], parsed)
+        _replace_origin(section, parts[-1], parsed, here)
 
 
-def _anchored_value(parts: list[str], value: Any) -> Any:
-    """The value of one key; paths in it are relative to the working directory."""
+def _anchored_value(parts: list[str], value: Any, here: Path) -> Any:
+    """The value of one key; paths in it are relative to `here`."""
     content = value
     for part in reversed(parts):
         content = {part: content}
-    _anchor_extended(content, Path.cwd())
-    _anchor_models(content, Path.cwd())
+    _anchor_extended(content, here)
+    _anchor_models(content, here)
     for part in parts:
         content = content[part]
     return content
@@ -163,13 +166,13 @@ def _names_no_origin(override: str) -> bool:
     return key_of(override).rpartition(".")[2] not in ORIGINS
 
 
-def _replace_origin(section: dict[str, Any], key: str, value: Any) -> None:
+def _replace_origin(section: dict[str, Any], key: str, value: Any, here: Path) -> None:
     """Another origin takes the place of the recipe's, and of what the recipe says of its columns."""
     together = {"interactions", "items"} if key in ("interactions", "items") else {key}
     for other in {*ORIGINS, "columns", "categories", "text"} - together:
         section.pop(other, None)
     if key != "source":
-        section[key] = _expand("" if value is None else str(value), Path.cwd())
+        section[key] = _expand("" if value is None else str(value), here)
 
 
 def _number(value: Any) -> Any:

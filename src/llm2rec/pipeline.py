@@ -48,8 +48,9 @@ def run(
     if not processes.is_main():
         _follow()
         return Run(folder, load_recipe(recipe, overrides))
-    load_recipe(recipe, overrides)  # a bad recipe leaves no folder behind
+    planned = Run(folder, load_recipe(recipe, overrides))  # a bad recipe leaves no folder behind
     refuse_foreign(folder)
+    _check(planned, VERBS)  # nor another recipe in a finished run
     with artifacts.run_lock(folder):
         started = create_run(recipe, folder, tuple(overrides))
         progress.say(_plan(started))
@@ -113,6 +114,7 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
     opened = open_run(path)
     with artifacts.run_lock(path):
         _require_current(opened, VERBS[: VERBS.index(verb)])
+        _check(opened, (verb,))
         _carry_out(opened, (verb,))
         if not _stages_of(opened, verb):
             progress.say(f"skip   {verb}  ({_why_left_out(opened, verb)})")
@@ -133,8 +135,6 @@ def _require_current(run: Run, verbs: tuple[str, ...]) -> None:
 
 
 def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) -> None:
-    loggers.require(run.recipe.loggers)
-    _check_models(run, verbs)
     for position, verb in enumerate(verbs):
         if set(verbs[position:]).isdisjoint(SHARED_VERBS):
             _dismiss()
@@ -179,8 +179,9 @@ def _stages_of(run: Run, verb: str) -> list[Stage]:
     return stages.evaluate_stages(run)
 
 
-def _check_models(run: Run, verbs: tuple[str, ...]) -> None:
-    """Fetches named models, and refuses a missing one, before the first stage rather than in the middle."""
+def _check(run: Run, verbs: tuple[str, ...]) -> None:
+    """Fetches named models, and refuses a missing one or a missing logger, before anything is written."""
+    loggers.require(run.recipe.loggers)
     if set(SHARED_VERBS).isdisjoint(verbs):
         return
     source = run.recipe.model.source

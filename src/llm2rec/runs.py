@@ -172,9 +172,10 @@ def open_run(folder: str | Path) -> Run:
     if (folder / RESOLVED).exists():
         resolved = _read_resolved(folder)
         if (folder / RECIPE).exists() and artifacts.hash_file(folder / RECIPE) != resolved.get("recipe_sha256"):
-            base = Path(resolved.get("recipe_folder", folder))  # the recipe was edited in the run folder
-            run = Run(folder, load_recipe(folder / RECIPE, resolved["overrides"], base))
-            write_resolved(run, tuple(resolved["overrides"]), base)
+            # The recipe was edited in the run folder.
+            base, here = (Path(resolved.get(name, folder)) for name in ("recipe_folder", "overrides_folder"))
+            run = Run(folder, load_recipe(folder / RECIPE, resolved["overrides"], base, here))
+            write_resolved(run, tuple(resolved["overrides"]), base, here)
             return run
         return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
     if (folder / RECIPE).exists():
@@ -204,7 +205,7 @@ def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()
     if source.resolve() != (folder / RECIPE).resolve():
         shutil.copyfile(source, folder / RECIPE)
     run = Run(folder, loaded)
-    write_resolved(run, overrides, source.resolve().parent)
+    write_resolved(run, overrides, source.resolve().parent, Path.cwd())
     return run
 
 
@@ -221,26 +222,37 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def write_resolved(run: Run, overrides: tuple[str, ...] | None = None, base: Path | None = None) -> None:
+def write_resolved(
+    run: Run, overrides: tuple[str, ...] | None = None, base: Path | None = None, here: Path | None = None
+) -> None:
     """Writes every value of the recipe, the versions, and the fingerprints of the finished stages.
 
-    Without `overrides` and `base`, the folder that paths of the recipe start from, those already recorded stay.
+    Without `overrides`, and the folders that paths of the recipe (`base`) and of the overrides (`here`) start
+    from, what is already recorded of the recipe stays: also of a recipe that was edited while it ran.
     """
-    if overrides is None or base is None:
+    if overrides is None or base is None or here is None:
         recorded = _read_resolved(run.folder)
-        overrides = tuple(recorded["overrides"])
-        base = Path(recorded.get("recipe_folder", run.folder))
+        origin = {name: recorded[name] for name in _ORIGIN if name in recorded}
+    else:
+        origin = {
+            "overrides": list(overrides),
+            "recipe_folder": str(base),
+            "overrides_folder": str(here),
+            "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
+        }
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
-        "overrides": list(overrides),
-        "recipe_folder": str(base),
-        "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
+        **origin,
         "seed": run.recipe.seed,
         "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
         | {name: metadata.version(name) for name in VERSIONED},
         "stages": _fingerprints(run.folder),
     }
     artifacts.write_json(run.folder / RESOLVED, content)
+
+
+# What is recorded of where a run's recipe comes from.
+_ORIGIN = ("overrides", "recipe_folder", "overrides_folder", "recipe_sha256")
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:
