@@ -343,7 +343,7 @@ class RecommenderConfig(Section):
     learning_rate: Rate = 2e-3
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine",
-        description="of the learning rate; falling over max_epochs it does what twice as many do",
+        description="of the learning rate; one that falls over max_epochs needs half as many as a constant one",
     )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +20,7 @@ from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loading import load_recipe, parse_recipe, recipe_path
 from llm2rec.version import __version__
 
+ORIGIN = ("overrides", "recipe_folder", "overrides_folder", "recipe_sha256")  # in RESOLVED
 RECIPE, RESOLVED, LOG, LOCK = "recipe.yaml", "resolved.json", "log.jsonl", ".lock"
 VERSIONED = ("torch", "transformers", "sentence-transformers", "accelerate", "polars", "numpy")
 
@@ -175,7 +177,7 @@ def open_run(folder: str | Path) -> Run:
             # The recipe was edited in the run folder.
             base, here = (Path(resolved.get(name, folder)) for name in ("recipe_folder", "overrides_folder"))
             run = Run(folder, load_recipe(folder / RECIPE, resolved["overrides"], base, here))
-            write_resolved(run, tuple(resolved["overrides"]), base, here)
+            write_resolved(run, _origin(run, resolved["overrides"], base, here))
             return run
         return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
     if (folder / RECIPE).exists():
@@ -205,7 +207,7 @@ def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()
     if source.resolve() != (folder / RECIPE).resolve():
         shutil.copyfile(source, folder / RECIPE)
     run = Run(folder, loaded)
-    write_resolved(run, overrides, source.resolve().parent, Path.cwd())
+    write_resolved(run, _origin(run, overrides, source.resolve().parent, Path.cwd()))
     return run
 
 
@@ -222,24 +224,26 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def write_resolved(
-    run: Run, overrides: tuple[str, ...] | None = None, base: Path | None = None, here: Path | None = None
-) -> None:
+def _origin(run: Run, overrides: Sequence[str], base: Path, here: Path) -> dict[str, Any]:
+    """Where a run's recipe comes from; its paths start from `base`, those of the overrides from `here`."""
+    return {
+        "overrides": list(overrides),
+        "recipe_folder": str(base),
+        "overrides_folder": str(here),
+        "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
+    }
+
+
+def write_resolved(run: Run, origin: dict[str, Any] | None = None) -> None:
     """Writes every value of the recipe, the versions, and the fingerprints of the finished stages.
 
-    Without `overrides`, and the folders that paths of the recipe (`base`) and of the overrides (`here`) start
-    from, what is already recorded of the recipe stays: also of a recipe that was edited while it ran.
+    Args:
+        origin: where the recipe comes from. None keeps what is recorded of that: also of a recipe that was edited
+            while it ran.
     """
-    if overrides is None or base is None or here is None:
+    if origin is None:
         recorded = _read_resolved(run.folder)
-        origin = {name: recorded[name] for name in _ORIGIN if name in recorded}
-    else:
-        origin = {
-            "overrides": list(overrides),
-            "recipe_folder": str(base),
-            "overrides_folder": str(here),
-            "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
-        }
+        origin = {name: recorded[name] for name in ORIGIN if name in recorded}
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
         **origin,
@@ -249,10 +253,6 @@ def write_resolved(
         "stages": _fingerprints(run.folder),
     }
     artifacts.write_json(run.folder / RESOLVED, content)
-
-
-# What is recorded of where a run's recipe comes from.
-_ORIGIN = ("overrides", "recipe_folder", "overrides_folder", "recipe_sha256")
 
 
 def _read_resolved(folder: Path) -> dict[str, Any]:

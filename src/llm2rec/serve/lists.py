@@ -158,14 +158,12 @@ def _table(
     items, scores = lists.of(seen, known if exclude_history else known[:, :0])
     rows, places = (items > 0).nonzero(as_tuple=True)
     index = items[rows, places]
-    user_ids = sequences.user_ids.cast(pl.String).gather(users)
-    return pl.DataFrame(
-        {  # COLUMNS
-            "user_id": user_ids.gather(rows.numpy()),
-            "place": (places + 1).numpy(),
-            "item_id": pl.Series(catalogue.item_ids).gather((index - 1).numpy()),
-            "title": [clean(catalogue.titles[item - 1]) for item in index.tolist()],
-            "score": scores[rows, places].numpy(),
-            "new": lists.new[index - 1].numpy(),
-        }
+    columns = (
+        sequences.user_ids.cast(pl.String).gather(users[rows.numpy()]),
+        (places + 1).numpy(),
+        [catalogue.item_ids[item - 1] for item in index.tolist()],
+        [clean(catalogue.titles[item - 1]) for item in index.tolist()],
+        scores[rows, places].numpy(),
+        lists.new[index - 1].numpy(),
     )
+    return pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)))
