@@ -43,6 +43,14 @@ def test_users_of_another_log_are_given_lists_by_the_order_of_their_events(run, 
         assert own["new"].to_list() == [item.new for item in alone] and own["new"].sum() >= 2
 
 
+def test_asking_for_more_new_items_than_there_are_says_so(run, capsys):  # noqa: F811
+    assert not any(item.new for item in lr.recommend(run, ["i05"], k=4, new_items=2))
+    assert "note: 0 of the" in capsys.readouterr().err
+    lr.add_items(run, run.folder.parent / "new.csv")
+    assert sum(item.new for item in lr.recommend(run, ["i05"], k=4, new_items=2)) == 2
+    assert "training event" not in capsys.readouterr().err
+
+
 def test_lists_shorter_than_asked_for_have_no_empty_places(run, tmp_path):  # noqa: F811
     STRANGERS.write_csv(tmp_path / "log.csv")
     lr.recommend_users(run, tmp_path / "out.parquet", tmp_path / "log.csv", k=50)

@@ -275,6 +275,8 @@ def test_the_measured_number_format_stays_that_of_the_run(tmp_path, world, monke
     monkeypatch.setattr(precision, "_faster", lambda: torch.bfloat16)
     assert dtype_of(run, "auto") == "float32"
     assert dtype_of(run, "bfloat16") == "bfloat16"
+    beside = lr.pipeline.run("demo", tmp_path / "beside", changes, siblings=[run.folder])
+    assert dtype_of(beside, "auto") == "float32"
 
 
 def test_superseded_results_are_kept_aside(copied, world):

@@ -180,6 +180,8 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
         "Places kept for new items: items seen",
         "Places kept for new items: items never seen",
     ]
+    among = found["tables"]["Items never seen, among themselves"]["protocol"]["ranking"]
+    assert among.startswith("full, over the items without training events")
     sequences = Sequences.load(open_run(folder / "runs" / "all").data)
     last = found["tables"]["Items never seen in training"]["users"]
     first = found["tables"]["Items seen in training"]["users"]

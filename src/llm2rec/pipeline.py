@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def run(
         out: the run folder; by default `runs/<name of the recipe>`.
         overrides: `KEY=VALUE`, as with `--set`.
         fresh: rerun every stage.
-        siblings: run folders whose finished stages are taken over where their inputs are the same.
+        siblings: run folders whose finished stages are taken over where their inputs are the same; what the first
+            of them measured `dtype: auto` to be holds here as well.
 
     Raises:
         Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
@@ -67,6 +69,7 @@ def run(
                 DTYPE,
             ):
                 artifacts.move_aside(folder / name, folder)
+        _agree_on_dtype(started, siblings)
         _carry_out(started, VERBS, siblings)
     return started
 
@@ -151,6 +154,13 @@ def _carry_out(run: Run, verbs: tuple[str, ...], siblings: Sequence[Path] = ()) 
         by_domain = {domain.name: run.metrics(domain.name) for domain in run.domains}
         artifacts.write_json(run.folder / "evaluation" / "metrics.json", by_domain)
     write_resolved(run)
+
+
+def _agree_on_dtype(run: Run, siblings: Sequence[Path]) -> None:
+    """Takes over what a sibling measured `auto` to be: runs that are compared multiply in one format."""
+    known = next((folder / DTYPE for folder in siblings if (folder / DTYPE).exists()), None)
+    if known is not None and not (run.folder / DTYPE).exists():
+        shutil.copyfile(known, run.folder / DTYPE)
 
 
 def _put_single_evaluation_aside(run: Run) -> None:

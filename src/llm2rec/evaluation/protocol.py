@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
 
 PER_USER_COLUMNS = ("row", "seed", "user_id", "item_id", "rank")
+CATALOGUE = "the whole catalogue"  # among what a target is ranked
 
 _EVENT = ["user_id", "item_id"]
 
@@ -141,19 +142,20 @@ def never_repeats(sequences: Sequences) -> bool:
     return int(events.select(pl.struct("user", "item").n_unique()).item()) == events.height
 
 
-def ranking_in_words(mask_history: bool, none_repeats: bool = False) -> str:
+def ranking_in_words(mask_history: bool, none_repeats: bool = False, candidates: str = CATALOGUE) -> str:
     """What competes with a target, for the `protocol` entry of `metrics.json`.
 
     Args:
         none_repeats: see `never_repeats`; then rows that put items of the history first lose places that no target
             can have, which is said.
+        candidates: among which a target is ranked.
     """
     if mask_history:
         return (
-            "full, over the whole catalogue without the items of the user's whole known history, "
+            f"full, over {candidates} without the items of the user's whole known history, "
             "unless such an item is the target"
         )
-    competing = "full, over the whole catalogue; items of the history compete as well"
+    competing = f"full, over {candidates}; items of the history compete as well"
     if none_repeats:
         return (
             competing

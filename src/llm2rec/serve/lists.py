@@ -20,7 +20,7 @@ from llm2rec.data.texts import clean
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.runs import Domain, Run
 from llm2rec.serve import added
-from llm2rec.serve.recommender import Lists, checked_request, is_new, load_scorer, opened, require_readable
+from llm2rec.serve.recommender import Lists, checked_request, lists_of, load_scorer, opened, require_readable
 
 USERS_AT_ONCE = 256
 COLUMNS = ("user_id", "place", "item_id", "title", "score", "new")
@@ -66,7 +66,7 @@ def recommend_users(
     _check_out(out, run)
     scorer = load_scorer(place, row, 0, with_added=True)
     require_readable(scorer, row, catalogue, int(np.asarray(sequences.items).max()))
-    lists = Lists(scorer, is_new(place, scorer.n_items), k, new_items)
+    lists = lists_of(place, scorer, k, new_items)
     tables = [
         _table(sequences, users, catalogue, lists, place.config.history_length, exclude_history)
         for users in _batches(sequences.n_users)

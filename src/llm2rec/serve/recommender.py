@@ -87,7 +87,7 @@ def recommend(
     require_readable(scorer, row, catalogue, max(indices))
     if getattr(scorer, "needs_times", False):
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
-    lists = Lists(scorer, is_new(place, scorer.n_items), k, new_items)
+    lists = lists_of(place, scorer, k, new_items)
     recent = [seen[:, -place.config.history_length :]]
     items, scores = lists.of(recent, seen if exclude_history else seen[:, :0])
     return listed(catalogue, items[0], scores[0], lists.new)
@@ -147,6 +147,17 @@ class Lists:
         else:
             items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
         return items, scores.gather(1, (items - 1).clamp(min=0))
+
+
+def lists_of(domain: Domain, scorer: Scorer, k: int, new_items: int | None) -> Lists:
+    """What makes a domain's lists; says where fewer new items than asked for can be had."""
+    new = is_new(domain, scorer.n_items)
+    if new_items and int(new.sum()) < new_items:
+        progress.say(
+            f"note: {int(new.sum())} of the {len(new):,} items have no training event, so no list has {new_items} "
+            "new ones; `add-items` makes items known"
+        )
+    return Lists(scorer, new, k, new_items)
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:

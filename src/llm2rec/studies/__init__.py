@@ -225,7 +225,7 @@ def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
-    ranking = {"ranking": protocol.ranking_in_words(settings.mask_history)}
+    ranking = {"ranking": protocol.ranking_in_words(settings.mask_history, candidates=table.candidates)}
     return {**content, **summary, "comparisons": compared, "protocol": ranking}
 
 

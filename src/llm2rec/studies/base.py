@@ -78,12 +78,14 @@ class Judged:
     """Rows on the same test events, one of them the reference that the others are tested against.
 
     per_user: as `protocol.per_user_table`, its rows named by the labels of the table.
+    candidates: among which a target was ranked.
     """
 
     title: str
     meaning: str
     reference: str
     per_user: pl.DataFrame
+    candidates: str = protocol.CATALOGUE
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
             "The same targets, ranked among the held-out items alone: what the vectors say of them.",
             UNTRAINED,
             _among_new(run, domain, folder),
+            "the items without training events",
         ),
         Judged("Places kept for new items: items seen", listed, AS_SCORED, kept.filter(~is_cold)),
         Judged("Places kept for new items: items never seen", listed, AS_SCORED, kept.filter(is_cold)),
