@@ -17,6 +17,7 @@ from llm2rec.evaluation import protocol, report
 from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
+from llm2rec.studies import cold_start
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
 from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
 from llm2rec.studies.direct import sampled_users
@@ -186,6 +187,15 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
     last = found["tables"]["Items never seen in training"]["users"]
     first = found["tables"]["Items seen in training"]["users"]
     assert last > 0 and first + last == len(sequences.held_out(TEST))
+
+
+def test_more_events_than_a_recommender_looks_at_make_no_table(finished, tmp_path, monkeypatch):
+    folder, _ = finished("cold-start")
+    run = open_run(folder / "runs" / "all")
+    length = run.domain().config.history_length
+    monkeypatch.setattr(cold_start, "KNOWN_EVENTS", (1, length, length + 1))
+    tables = cold_start._of_known_users(run, run.domain(), tmp_path)
+    assert [table.title for table in tables] == ["Users with 1 known event", f"Users with {length} known events"]
 
 
 def test_places_for_new_items_cost_the_others_what_they_give(finished):

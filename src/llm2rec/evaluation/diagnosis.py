@@ -257,7 +257,7 @@ def _cold_items(probed: Probed) -> list[str]:
 _FAILURES: dict[str, Callable[[Probed], list[str]]] = {
     "items that share their text": _shared_texts,
     "text that does not describe the item": _undescriptive_text,
-    "a CSFT that did not learn": _unlearned_csft,
+    "a CSFT that did not learn to write titles": _unlearned_csft,
     "a CSFT that did not learn who consumes what": _indifferent_csft,
     "a CSFT without a gain in the vectors": _csft_without_gain,
     "a contrastive collapse": _collapse,

@@ -118,6 +118,8 @@ def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
     )
     tables = []
     for events in KNOWN_EVENTS:
+        if events > domain.config.history_length:
+            continue  # no recommender looks so far back: the table would be the one before
 
         def make(events: int = events) -> pl.DataFrame:
             tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
