@@ -1,5 +1,6 @@
 """Studies: variants that share stages, tables over the same test events, and what is refused."""
 
+import importlib
 import json
 import shutil
 
@@ -17,7 +18,6 @@ from llm2rec.evaluation import protocol, report
 from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
-from llm2rec.studies import cold_start
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
 from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
 from llm2rec.studies.direct import sampled_users
@@ -192,6 +192,7 @@ def test_cold_start_has_a_table_for_each_number_of_known_events_and_for_cold_tar
 def test_more_events_than_a_recommender_looks_at_make_no_table(finished, tmp_path, monkeypatch):
     folder, _ = finished("cold-start")
     run = open_run(folder / "runs" / "all")
+    cold_start = importlib.import_module("llm2rec.studies.cold_start")  # the package has the function of that name
     length = run.domain().config.history_length
     monkeypatch.setattr(cold_start, "KNOWN_EVENTS", (1, length, length + 1))
     tables = cold_start._of_known_users(run, run.domain(), tmp_path)
