@@ -387,7 +387,35 @@ def test_compare_names_data_of_other_content_at_the_same_place(tmp_path):
 
 def test_compare_shows_the_difference_with_its_interval(finished, copied):
     shown = printed(comparison.comparison_table(lr.compare([finished.folder, copied])), width=200)
-    assert "+0.0000 (+0.0000 to +0.0000, p 1.000)" in shown and "95 % interval" in shown
+    assert "+0.0000, +0.0 % (+0.0000 to +0.0000, p 1.000)" in shown and "95 % interval" in shown
+
+
+def test_the_rows_of_one_run_are_compared_with_any_of_them(finished, tmp_path):
+    compared = lr.compare([finished.folder], against="popularity", page=tmp_path / "page.html")
+    (tested,) = compared["comparisons"].values()
+    assert set(tested) == set(finished.metrics()["rows"]) - {"popularity"}
+    reference = finished.metrics()["reference"]
+    again = lr.compare([finished.folder], against=reference)["comparisons"][str(finished.folder)]
+    assert again == finished.metrics()["comparisons"]
+    page = " ".join((tmp_path / "page.html").read_text().split())
+    assert "Against popularity of run 1" in page and ", the reference" not in page
+    assert "every row against popularity" in printed(comparison.comparison_table(compared), width=200)
+
+
+def test_a_row_of_the_first_run_is_what_rows_of_others_are_compared_with(finished, copied):
+    compared = lr.compare([finished.folder, copied], against="popularity")["comparisons"]
+    first, other = compared.values()
+    assert other["popularity"]["difference"] == 0 and "popularity" not in first
+    assert {row: result["difference"] for row, result in first.items()} == {
+        row: result["difference"] for row, result in other.items() if row != "popularity"
+    }
+
+
+def test_compare_refuses_a_single_run_and_a_row_that_it_lacks(finished):
+    with pytest.raises(ConfigError, match="--against"):
+        lr.compare([finished.folder])
+    with pytest.raises(ConfigError, match="no row 'sasrec-magic'; its rows: popularity"):
+        lr.compare([finished.folder], against="sasrec-magic")
 
 
 def test_lists_are_no_longer_than_the_catalogue(copied, world):

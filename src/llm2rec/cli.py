@@ -191,11 +191,14 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...")],
     domain: DomainName = None,
     page: Annotated[Path | None, typer.Option("--html", help="write the comparison as a page as well")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="test every row against this row of the first run; one run will do")
+    ] = None,
 ) -> None:
     """The rows of several runs on the same test events, with paired tests against the first run."""
     from llm2rec.comparison import comparison_table
 
-    out.print(comparison_table(lr.compare(runs, domain, page)))
+    out.print(comparison_table(lr.compare(runs, domain, page, against)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Verb `compare`: the rows of several runs on the same test events, tested against the first run."""
+"""Verb `compare`: rows on the same test events, tested against those of the first run or one of its rows."""
 
 from __future__ import annotations
 
@@ -21,28 +21,34 @@ CONTENT = "content of the data"
 
 
 def compare(
-    runs: Sequence[str | Path | Run], domain: str | None = None, page: str | Path | None = None
+    runs: Sequence[str | Path | Run],
+    domain: str | None = None,
+    page: str | Path | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """NDCG@10 of each row in each run, and each later run tested against the first.
 
     Args:
         domain: which log, of runs with several.
         page: where to write the comparison as a self-contained HTML page.
+        against: a row of the first run, which every other row of every run is tested against instead; one run
+            will do.
 
     Returns:
         `{"runs": {run: {row: mean}}, "comparisons": {run: {row: Comparison}}, "settings": {key: {run: value}},
-        "ranking": words}`, runs by folder name; settings are the recipe keys whose values differ, each run's
-        value, and the data where their content does; ranking says what competes with a target.
+        "ranking": words, "against": row or None}`, runs by folder name; settings are the recipe keys whose values
+        differ, each run's value, and the data where their content does; ranking says what competes with a target.
 
     Raises:
         ArtifactError: a run is not evaluated or half rerun, or catalogues, test events or what competes with a
             target differ (the difference is named).
-        ConfigError: fewer than two runs.
+        ConfigError: fewer than two runs and no `against`, or the first run has no such row.
     """
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
-    if len({run.folder.resolve() for run in opened}) < 2:
+    if len({run.folder.resolve() for run in opened}) < (2 if against is None else 1):
         raise ConfigError(
-            f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}"
+            f"comparing takes at least two different runs, got {[str(run.folder) for run in opened]}; "
+            "--against ROW tests the rows of one run against one of them"
         )
     by_name = {str(run.folder): run for run in opened}
     for run in opened:
@@ -55,19 +61,20 @@ def compare(
         name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet", glob=False)
         for name, run in by_name.items()
     }
-    comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples)
+    comparisons = protocol.compare_runs(tables, opened[0].recipe.evaluation.bootstrap_samples, against=against)
     settings = {
         name: {**run.recipe.model_dump(mode="json"), CONTENT: _data_content(run, domain)}
         for name, run in by_name.items()
     }
     if page is not None:
-        data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings, ranking)
+        data = report.ComparisonData("llm2rec: runs compared", metrics, comparisons, settings, ranking, against)
         Path(page).write_text(report.render_comparison_html(data), encoding="utf-8")
     return {
         "runs": {name: {row: one[METRIC]["mean"] for row, one in rows.items()} for name, rows in metrics.items()},
         "comparisons": comparisons,
         "settings": report.differing_settings(settings),
         "ranking": ranking,
+        "against": against,
     }
 
 
@@ -115,6 +122,7 @@ def _item_ids(run: Run, domain: str | None) -> set[str]:
 def comparison_table(compared: dict[str, Any]) -> Table:
     """The result of `compare` for the terminal."""
     first, *others = compared["runs"]
+    against = compared["against"]
     tests = sum(len(rows) for rows in compared["comparisons"].values())
     results = [result for rows in compared["comparisons"].values() for result in rows.values()]
     warning = report.users_warning(results)
@@ -123,7 +131,9 @@ def comparison_table(compared: dict[str, Any]) -> Table:
         f"test, after Holm over {tests} difference{'s' * (tests > 1)}"
     )
     caption += f". Ranking: {compared['ranking']}"
-    title = f"{METRIC}, each run against {first}"
+    title = f"{METRIC}, " + (
+        f"each run against {first}" if against is None else f"every row against {against} of {first}"
+    )
     table = report.terminal_table("row", first, *others, title=title, caption=caption)
     for row in dict.fromkeys(row for rows in compared["runs"].values() for row in rows):
         cells = [_cell(compared, run, row) for run in (first, *others)]
@@ -143,4 +153,5 @@ def _cell(compared: dict[str, Any], run: str, row: str) -> str:
         return f"{mean:.4f}"
     tested = "" if result["verdict"] == TOO_FEW else f", p {report.p_value(result)}"
     interval = f"{result['low']:+.4f} to {result['high']:+.4f}"
-    return f"{mean:.4f}  {result['verdict']}\n{result['difference']:+.4f} ({interval}{tested})"
+    change = f"{result['difference']:+.4f}, {report.percent(result['relative'])}"
+    return f"{mean:.4f}  {result['verdict']}\n{change} ({interval}{tested})"

@@ -236,7 +236,7 @@ def compare_rows(
 
 
 def compare_runs(
-    runs: Mapping[str, pl.DataFrame], samples: int = 10_000, seed: int = 0
+    runs: Mapping[str, pl.DataFrame], samples: int = 10_000, seed: int = 0, against: str | None = None
 ) -> dict[str, dict[str, Comparison]]:
     """NDCG@10 of each run's rows against the same rows of the first run: `{run: {row: Comparison}}`.
 
@@ -244,28 +244,34 @@ def compare_runs(
     `compare_rows`.
 
     Args:
-        runs: name -> its `per_user.parquet`; at least two, the first is the reference.
+        runs: name -> its `per_user.parquet`; the first is the reference.
         samples: resamples of the bootstrap.
         seed: of the bootstrap.
+        against: one row of the first run, which every other row of every run is tested against instead.
 
     Raises:
-        ConfigError: fewer than two runs.
+        ConfigError: fewer than two runs and no row `against`, or the first run does not have it.
         ArtifactError: test events differ (the first difference is named), or no row is shared.
     """
-    if len(runs) < 2:
+    if len(runs) < 2 and against is None:
         raise ConfigError(f"comparing takes at least two runs, got {len(runs)}; name a second run folder")
     averaged = {run: _seed_averaged(table) for run, table in runs.items()}
-    first, *others = runs
+    first = next(iter(runs))
+    known = averaged[first]
+    if against is not None and against not in known:
+        raise ConfigError(f"{first!r} has no row {against!r}; its rows: {', '.join(known)}")
     rows, bases = {}, {}
-    for run in others:
+    for run, values_of in averaged.items():
         _require_same_events(_test_events(runs[first]), _test_events(runs[run]), first, run)
-        for row, values in averaged[run].items():
-            if row in averaged[first]:
-                rows[run, row], bases[run, row] = values, averaged[first][row]
+        for row, values in values_of.items():
+            base = against or row
+            if base in known and (run, row) != (first, base):
+                rows[run, row], bases[run, row] = values, known[base]
     if not rows:
-        raise ArtifactError(f"no other run shares a row with {first!r}, which has {', '.join(averaged[first])}")
+        raise ArtifactError(f"there is no other row to compare with {against or 'those'} of {first!r}")
     compared = compare_paired(rows, bases, samples, seed)
-    return {run: {row: result for (name, row), result in compared.items() if name == run} for run in others}
+    named = [run for run in runs if run != first or against is not None]
+    return {run: {row: result for (name, row), result in compared.items() if name == run} for run in named}
 
 
 def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tuple[int, float]]]:

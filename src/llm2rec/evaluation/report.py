@@ -75,10 +75,11 @@ class ComparisonData:
 
     Attributes:
         title: heading of the page.
-        runs: run -> the `rows` of its `metrics.json`, at least two runs.
-        comparisons: every later run -> row -> Comparison, from `protocol.compare_runs`.
+        runs: run -> the `rows` of its `metrics.json`; at least two runs, or one and `against`.
+        comparisons: run -> row -> Comparison, from `protocol.compare_runs`.
         settings: run -> its resolved recipe, nested.
         ranking: what competes with a target, in words.
+        against: the row of the first run that is the reference instead.
     """
 
     title: str
@@ -86,6 +87,7 @@ class ComparisonData:
     comparisons: Mapping[str, Mapping[str, Any]]
     settings: Mapping[str, Mapping[str, Any]]
     ranking: str
+    against: str | None = None
 
 
 def render_html(data: ReportData) -> str:
@@ -126,11 +128,12 @@ def render_comparison_html(data: ComparisonData) -> str:
     """Several runs on one HTML page of the kind of `render_html`: results, paired differences, what differs.
 
     Raises:
-        ValueError: fewer than two runs, or a comparison or settings of a run that is not among them.
+        ValueError: fewer than two runs and no `against`, or a comparison or settings of a run that is not among
+            them.
     """
     from llm2rec.evaluation import figures  # as in render_html
 
-    if len(data.runs) < 2:
+    if len(data.runs) < 2 and data.against is None:
         raise ValueError(f"comparing takes at least two runs, got {len(data.runs)}")
     strangers = sorted((data.comparisons.keys() | data.settings.keys()) - data.runs.keys())
     if strangers:
@@ -140,16 +143,18 @@ def render_comparison_html(data: ComparisonData) -> str:
     compared = {
         f"{labels[run]}, {row}": result for run, rows in data.comparisons.items() for row, result in rows.items()
     }
+    reference = "run 1" if data.against is None else f"{data.against} of run 1"
     return (
         environment()
         .get_template(COMPARISON)
         .render(
             data=data,
             labels=labels,
+            reference=reference,
             rows=list(dict.fromkeys(row for rows in data.runs.values() for row in rows)),
             metric_names=HEADLINE_METRICS,
             compared=compared,
-            headline=_comparison_headline(compared),
+            headline=_comparison_headline(compared, reference),
             warning=users_warning(compared.values()),
             forest=Markup(figures.forest(compared, "difference in NDCG@10")) if compared else None,
             settings=differing_settings(data.settings),
@@ -238,7 +243,7 @@ def environment() -> Environment:
         label=figures.metric_label,
         plain=plain,
         duration=_duration,
-        percent=_percent,
+        percent=percent,
         p_cell=_p_cell,
         verdict_p=_verdict_p_cell,
         spread=_spread,
@@ -253,10 +258,10 @@ def users_warning(comparisons: Iterable[Mapping[str, Any]]) -> str | None:
     return None if few is None else too_few_users(few["users"])
 
 
-def _comparison_headline(compared: Mapping[str, Mapping[str, Any]]) -> str:
+def _comparison_headline(compared: Mapping[str, Mapping[str, Any]], reference: str) -> str:
     counted = {word: sum(one["verdict"] == word for one in compared.values()) for word in MARKS}
     said = [f"{number} {word}" for word, number in counted.items() if number]
-    return f"Against run 1, of {len(compared)} rows in NDCG@10: {', '.join(said) or 'none compared'}."
+    return f"Against {reference}, of {len(compared)} rows in NDCG@10: {', '.join(said) or 'none compared'}."
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -270,7 +275,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     result = metrics["comparisons"][best]
     if result["verdict"] == TOO_FEW:
         return f"{start}; {result['users']} test users are too few to compare it with the reference {reference}."
-    change = f"{_percent(result['relative'])}, p {p_value(result)} after Holm"
+    change = f"{percent(result['relative'])}, p {p_value(result)} after Holm"
     if result["verdict"] == WITHIN_NOISE:
         return f"{start}, not distinguishable from the reference {reference} ({change})."
     return f"{start}, {result['verdict']} than the reference {reference} ({change})."
@@ -342,7 +347,7 @@ def _table_rows(metrics: Mapping[str, Any]) -> list[tuple[list[str], str]]:
             cells += ["", ""]
         else:
             result = metrics["comparisons"][row]
-            cells += [_percent(result["relative"]), _verdict_p_cell(result)]
+            cells += [percent(result["relative"]), _verdict_p_cell(result)]
         table.append(([*cells, f"{MARKS[verdict]} {verdict}".strip()], verdict))
     return table
 
@@ -368,7 +373,8 @@ def _spread_below(mean: str) -> str:
     return mean.replace(" ±", "\n±")
 
 
-def _percent(relative: float | None) -> str:
+def percent(relative: float | None) -> str:
+    """A relative change for a table: `+10.1 %`."""
     return "n/a" if relative is None else f"{100 * relative:+z.1f} %"
 
 
