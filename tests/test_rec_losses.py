@@ -63,6 +63,17 @@ def test_sampled_softmax_over_every_item_equals_the_full_one():
     assert_equal(found, with_gradients(lambda q, c: softmax.linear_cross_entropy(q, c, TARGETS)))
 
 
+@pytest.mark.parametrize(
+    "loss_of",
+    [lambda q, c, t, n: sampled_softmax(q, c, t, n, torch.zeros(2)), lambda q, c, t, n: gbce(q, c, t, n, 0.0)],
+)
+def test_a_row_whose_samples_are_all_its_target_costs_nothing(loss_of):
+    targets, negatives = torch.tensor([3]), torch.tensor([3, 3])
+    loss, *gradients = with_gradients(lambda q, c: loss_of(q[:1], c, targets, negatives))
+    assert loss == pytest.approx(0, abs=1e-6)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
 def test_the_sampled_partition_function_is_unbiased(sampling):
     queries, candidates = (values.detach() for values in inputs())
