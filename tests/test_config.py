@@ -6,7 +6,8 @@ import yaml
 
 from llm2rec import config, loading, rows
 from llm2rec.errors import ConfigError
-from llm2rec.loading import load_recipe, recipe_names
+from llm2rec.loading import load_recipe, parse_recipe, recipe_names
+from llm2rec.stages.recommenders import settings_of
 
 SOURCE = Path(config.__file__).parent
 
@@ -164,6 +165,31 @@ def test_models_in_folders_are_found_beside_the_recipe(tmp_path):
     own = str((tmp_path / "models" / "own").resolve())
     assert recipe.model.source == own
     assert recipe.encode.text_encoders == {"minilm": "all-minilm-l6-v2", "mine": own, "hub": "a/b"}
+
+
+def test_a_row_has_a_course_of_training_of_its_own():
+    changes = ["recommender.per_row.sasrec-id={max_epochs: 10, dropout: 0.5}", "recommender.max_epochs=20"]
+    recipe = load_recipe("demo", changes)
+    again = parse_recipe(recipe.model_dump(mode="json"), "what a run keeps")
+    for recommender in (recipe.recommender, again.recommender):
+        own, other = (settings_of(recommender, row) for row in ("sasrec-id", "sasrec-csft"))
+        assert (own.max_epochs, own.dropout, own.learning_rate) == (10, 0.5, recommender.learning_rate)
+        assert other == recommender and other.max_epochs == 20
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "words"),
+    [
+        ("popularity", "{max_epochs: 1}", "'popularity' is not trained"),
+        ("sasrec-csft+average", "{max_epochs: 1}", "is not trained"),
+        ("sasrec-ids", "{max_epochs: 1}", "unknown row 'sasrec-ids'"),
+        ("sasrec-id", "{max_epochs: 0}", "per_row.sasrec-id.max_epochs"),
+        ("sasrec-id", "{seeds: 2}", "per_row.sasrec-id.seeds: no such key; allowed here: max_epochs, patience"),
+    ],
+)
+def test_a_course_that_no_row_can_have_is_refused(row, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_recipe("demo", [f"recommender.per_row.{row}={settings}"])
 
 
 NO_ATTENTION = ("llm2rec-causal", "minilm-causal", "id-causal", "csft-", "csft-both")

@@ -267,6 +267,17 @@ def test_titles_held_out_are_among_what_mntp_is_made_from(copied, world):
     assert "mntp" in ran and "backbone" in ran
 
 
+def test_a_rows_own_course_of_training_is_followed_by_that_row_alone(copied, world):
+    ran = [stage for stage, _ in rerun(copied, world, "recommender.per_row.sasrec-id.max_epochs=2")]
+    assert ran == ["recommender/main/sasrec-id/seed-0", "evaluation"]
+    manifests = {
+        row: artifacts.read_json(copied / "recommender" / "main" / row / "seed-0" / "manifest.json")
+        for row in ("sasrec-id", "sasrec-llm2rec")
+    }
+    epochs = {row: manifest["summary"]["epochs"] for row, manifest in manifests.items()}
+    assert epochs["sasrec-id"] == 2 < epochs["sasrec-llm2rec"]
+
+
 def test_the_measured_number_format_stays_that_of_the_run(tmp_path, world, monkeypatch):
     changes = "model.dtype=auto", "csft.max_tokens=0", "recommender.rows=[sasrec-backbone-causal]"
     changes = *overrides(world), *changes, "recommender.max_epochs=1"

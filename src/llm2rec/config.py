@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
@@ -323,18 +323,9 @@ class EncodeConfig(Section):
         return value
 
 
-class RecommenderConfig(Section):
-    """The sequential recommender (paper section 4.1: 2 layers, 2 heads, 128 wide, dropout 0.3)."""
+class CourseConfig(Section):
+    """The course of a recommender's training, which each row may have of its own."""
 
-    rows: tuple[str, ...] = (
-        "popularity",
-        "markov",
-        "sasrec-id",
-        "sasrec-backbone",
-        "sasrec-csft",
-        "sasrec-llm2rec",
-    )
-    seeds: Positive = Field(1, description="trainings of each row, with seeds 0, 1, ...")
     max_epochs: Positive = 16
     patience: Positive = Field(
         16, description="epochs without a gain in validation NDCG@10 before stopping; a falling rate wants none"
@@ -347,6 +338,21 @@ class RecommenderConfig(Section):
     )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    dropout: Share = 0.3
+
+
+class RecommenderConfig(CourseConfig):
+    """The sequential recommender (paper section 4.1: 2 layers, 2 heads, 128 wide, dropout 0.3)."""
+
+    rows: tuple[str, ...] = (
+        "popularity",
+        "markov",
+        "sasrec-id",
+        "sasrec-backbone",
+        "sasrec-csft",
+        "sasrec-llm2rec",
+    )
+    seeds: Positive = Field(1, description="trainings of each row, with seeds 0, 1, ...")
     loss: Literal["full", "sampled_softmax", "gbce"] = Field("full", description="of the next item")
     targets: Literal["all", "last"] = Field("all", description="positions of a window that are supervised")
     negatives: Positive = Field(256, description="sampled items a step; the full softmax samples none")
@@ -358,7 +364,6 @@ class RecommenderConfig(Section):
     hidden_size: Positive = 128
     layers: Positive = 2
     heads: Positive = 2
-    dropout: Share = 0.3
     adapter: Literal["linear", "mlp"] = Field(
         "mlp", description="from item vectors to hidden_size (paper: linear, which holds text back)"
     )
@@ -371,16 +376,29 @@ class RecommenderConfig(Section):
         0.5, description="how far +delta may move an item vector, in its own length"
     )
     temperature: Rate | None = Field(None, description="cosine over temperature; null: dot product")
+    per_row: dict[str, CourseConfig] = Field(
+        {}, description="where a row's training differs from the others', e.g. {sasrec-id: {max_epochs: 10}}"
+    )
+
+    @field_serializer("per_row")
+    def _only_what_differs(self, per_row: dict[str, CourseConfig]) -> dict[str, dict[str, Any]]:
+        return {row: course.model_dump(mode="json", exclude_unset=True) for row, course in per_row.items()}
+
+    @field_validator("per_row")
+    @classmethod
+    def _trained_rows(cls, value: dict[str, CourseConfig]) -> dict[str, CourseConfig]:
+        for name in value:
+            row = _parsed(name)
+            if row.architecture is None or row.parents:
+                raise ValueError(f"row {name!r} is not trained, so it has no training of its own")
+        return value
 
     @model_validator(mode="after")
     def _known_rows(self) -> RecommenderConfig:
         if len(set(self.rows)) != len(self.rows) or not self.rows:
             raise ValueError("`rows` must name at least one row, each once")
         for name in self.rows:
-            try:
-                row = Row.parse(name)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
+            row = _parsed(name)
             missing = [parent for parent in row.parents if parent not in self.rows]
             if missing:
                 raise ValueError(f"row {name!r} averages {' and '.join(row.parents)}; name {missing[0]!r} as well")
@@ -389,6 +407,13 @@ class RecommenderConfig(Section):
         if self.loss == "gbce" and self.sampling != "uniform":
             raise ValueError("gbce corrects for uniform negatives; set sampling: uniform, or another loss")
         return self
+
+
+def _parsed(name: str) -> Row:
+    try:
+        return Row.parse(name)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 class EvaluationConfig(Section):
@@ -449,7 +474,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _known_encoders(self) -> Recipe:
         known = self.encode.text_encoders
-        for name in self.recommender.rows:
+        for name in (*self.recommender.rows, *self.recommender.per_row):
             if Row.parse(name).text_encoder not in (None, *known):
                 raise ValueError(f"unknown row {name!r}; rows are {ROW_NAMES} (here: {', '.join(known)})")
         return self

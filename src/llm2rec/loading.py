@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
-from llm2rec.config import CSFT_BUDGETS, ORIGINS, TINY_RANDOM, DomainConfig, Recipe, Section
+from llm2rec.config import CSFT_BUDGETS, ORIGINS, TINY_RANDOM, Recipe, Section
 from llm2rec.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -104,18 +105,21 @@ def _explain(problem: Any) -> str:
 
 
 def _siblings(location: tuple[Any, ...]) -> list[str]:
+    """The keys that there are beside an unknown one."""
     section: Any = Recipe
     parts = list(location[:-1])
     while parts:
-        part = parts.pop(0)
-        if part == "domains":
-            section = DomainConfig
-            parts = parts[1:]  # the name of one
-        else:
-            annotation = section.model_fields[part].annotation
-            classes = get_args(annotation) or (annotation,)
-            section = next(one for one in classes if isinstance(one, type) and issubclass(one, Section))
+        within = list(_types_in(section.model_fields[parts.pop(0)].annotation))
+        section = next(one for one in within if isinstance(one, type) and issubclass(one, Section))
+        if any(get_origin(one) is dict for one in within):
+            parts.pop(0)  # the name of one of several
     return list(section.model_fields)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types_in(part)
 
 
 def apply_override(content: dict[str, Any], override: str, here: Path) -> None:

@@ -60,11 +60,11 @@ def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
 
 def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | None, seed: int) -> Stage:
     folder = domain.recommender(name, seed)
-    config = run.recipe.recommender
+    config = settings_of(run.recipe.recommender, row.name)
 
     def inputs() -> Inputs:
         parent = {"vectors": parent_hash(domain.embeddings(vectors), "encode")} if vectors else {}
-        unread = {"rows", "seeds"} | (OF_VECTORS if vectors is None else set())
+        unread = {"rows", "seeds", "per_row"} | (OF_VECTORS if vectors is None else set())
         settings = flatten("recommender", config.model_dump(mode="json", exclude=unread))
         window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
         if row.name == CONTEXT:
@@ -100,6 +100,12 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
         summary |= {"vectors": vectors, "dtype": result.dtype, "validation_ndcg@10": result.best_metric}
 
     return Stage("fit", folder, inputs, execute)
+
+
+def settings_of(config: RecommenderConfig, row: str) -> RecommenderConfig:
+    """The recommender's settings as one row has them."""
+    own = config.per_row.get(row)
+    return config if own is None else config.model_copy(update=own.model_dump(exclude_unset=True))
 
 
 def _validation_inputs(run: Run) -> Inputs:
