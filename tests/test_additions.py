@@ -11,6 +11,7 @@ import llm2rec as lr
 from llm2rec.display import NEW as NEW_MARK
 from llm2rec.display import show_items
 from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.serve import added
 from llm2rec.serve.recommender import with_new_items
 from test_pipeline import overrides, write_world
 
@@ -117,16 +118,35 @@ def test_an_unchanged_rerun_keeps_the_added_items(run, trained):
     assert listed(again, ["i03", "new1"]) == before
 
 
-def test_after_another_training_added_items_are_refused(run, trained):
-    lr.add_items(run, run.folder.parent / "new.csv")
+def test_after_another_training_added_items_are_refused_until_they_are_given_again(run, trained, capsys):
+    table = run.folder.parent / "new.csv"
+    lr.add_items(run, table)
+    before = listed(run, ["i03", "new1"])
     changes = (*CHANGES, "iem.contrastive.temperature=0.2")
     again = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *changes))
     for call in (lambda: lr.similar(again, "i03"), lambda: lr.recommend(again, ["i03"])):
-        with pytest.raises(ArtifactError, match="earlier model of this run; move that folder away"):
+        with pytest.raises(ArtifactError, match="earlier model of this run; give `add-items` their table again"):
             call()
     assert lr.probe(again)["vectors"].keys() == {"data", "llm2rec"}  # of the trained items, as before
+    assert lr.add_items(again, table) == (0, 2)
+    assert "2 items added before are encoded anew" in capsys.readouterr().err
+    anew = listed(again, ["i03", "new1"])
     shutil.rmtree(again.folder / "added")
-    assert lr.add_items(again, run.folder.parent / "new.csv").added == 2
+    lr.add_items(again, table)
+    assert listed(again, ["i03", "new1"]) == anew != before
+
+
+def test_a_row_that_came_later_gets_vectors_of_the_items_added_before(run, trained, tmp_path):
+    lr.add_items(run, run.folder.parent / "new.csv")
+    first = added.load_vectors(run.domain(), "llm2rec").vectors.copy()
+    rows = "recommender.rows=[sasrec-llm2rec, sasrec-backbone-causal]"
+    more = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *CHANGES, rows))
+    with pytest.raises(ArtifactError, match="no row needed when they were added; give `add-items` their table"):
+        lr.recommend(more, ["i03"], row="sasrec-backbone-causal")
+    (tmp_path / "third.csv").write_text("item_id,title\nnew3,A third one\n")
+    assert lr.add_items(more, tmp_path / "third.csv") == (1, 0)
+    assert {"new1", "new2", "new3"} <= set(listed(more, ["i03"], row="sasrec-backbone-causal"))
+    assert (added.load_vectors(more.domain(), "llm2rec").vectors[:2] == first).all()
 
 
 def test_items_are_not_added_to_vectors_that_the_recipe_no_longer_makes(run):

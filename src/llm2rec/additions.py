@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from llm2rec import artifacts
+from llm2rec import artifacts, progress
 from llm2rec.data import readers
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.tables import Catalogue
@@ -18,6 +18,7 @@ from llm2rec.data.texts import item_texts
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve import added
+from llm2rec.serve.recommender import trained_catalogue
 from llm2rec.stages.base import vector_sets
 from llm2rec.stages.language import encode_stages, encode_texts
 
@@ -42,7 +43,8 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
 
     Nothing is trained. Rows over text rank them by their vectors; rows over learned ids cannot know them. Called
     again it adds more; the table has the columns of the run's items (`data.columns` is heeded). Items that the run
-    knows with the same text are skipped, so the table may be the whole catalogue, grown.
+    knows with the same text are skipped, so the table may be the whole catalogue, grown. Items added before get
+    new vectors where the run's were made anew, or where a row came that needs another set.
 
     Returns:
         How many items were added, and how many were known.
@@ -60,20 +62,20 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
     with artifacts.run_lock(run.folder):
         _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
-        unknown, texts = _unknown(added.load_catalogue(place), new, place.config.text, str(items))
-        counts = Additions(len(unknown), len(new) - len(unknown))
-        if not unknown:
-            return counts
-        with tempfile.TemporaryDirectory(dir=run.folder) as made:
-            _write(run, place, sets, unknown, texts, Path(made) / "items")
-            artifacts.move_aside(place.added, run.folder)
-            place.added.parent.mkdir(exist_ok=True)
-            os.replace(Path(made) / "items", place.added)
-    return counts
+        trained, before = trained_catalogue(place), added.items(place)
+        known = trained if before is None else added.joined(trained, before)
+        unknown, texts = _unknown(known, new, place.config.text, str(items))
+        kept = [] if before is None else added.current_sets(place, sets)
+        if before is not None and kept != sets:
+            progress.say(f"note: {len(before):,} items added before are encoded anew for rows that need it")
+        if len(unknown) or (before is not None and kept != sets):
+            table = unknown if before is None else added.joined(before, unknown)
+            _replace(run, place, table, [texts[item] for item in table.item_ids], kept)
+    return Additions(len(unknown), len(new) - len(unknown))
 
 
-def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tuple[Catalogue, list[str]]:
-    """The items of a table that the run does not know, and the text of each.
+def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tuple[Catalogue, dict[str, str]]:
+    """The items of a table that the run does not know, and the text of every item, by its id.
 
     Raises:
         DataError: an item that the run knows has another text in the table.
@@ -91,7 +93,7 @@ def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tu
             "or leave it out"
         )
     fresh = pl.Series([item not in before for item in new.item_ids], dtype=pl.Boolean)
-    return Catalogue(new.frame.filter(fresh)), [text for item, text in now.items() if item not in before]
+    return Catalogue(new.frame.filter(fresh)), before | now
 
 
 def _require_current(run: Run, folders: list[Path]) -> None:
@@ -106,16 +108,36 @@ def _require_current(run: Run, folders: list[Path]) -> None:
                 )
 
 
-def _write(run: Run, domain: Domain, sets: list[str], new: Catalogue, texts: list[str], folder: Path) -> None:
-    """The items added so far and the new ones, with the vectors of each set, as a finished stage in `folder`."""
-    before = added.load(domain)
-    table = new if before is None else added.joined(before, new)
-    folder.mkdir()
-    table.write(folder / added.CATALOGUE)
-    for name in sets:
-        encode_texts(run, name, new.item_ids, texts, folder / name)
-        if before is not None:
-            own, fresh = added.load_vectors(domain, name), ItemEmbeddings.load(folder / name)
-            vectors = np.concatenate([own.vectors, fresh.vectors])
-            ItemEmbeddings(vectors, [*own.item_ids, *fresh.item_ids], fresh.provenance).save(folder / name)
-    artifacts.write_manifest(folder, "add-items", added.inputs(domain, sets), {"items": len(table)})
+def _replace(run: Run, domain: Domain, table: Catalogue, texts: list[str], kept: list[str]) -> None:
+    """Writes all added items (M) with their texts' vectors, in place of those added before.
+
+    Args:
+        kept: vector sets whose vectors of the items added before, the first of the table, are taken over.
+    """
+    with tempfile.TemporaryDirectory(dir=run.folder) as made:
+        folder = Path(made) / "items"
+        folder.mkdir()
+        table.write(folder / added.CATALOGUE)
+        sets = vector_sets(run)
+        for name in sets:
+            before = added.load_vectors(domain, name) if name in kept else None
+            _encode(run, name, table.item_ids, texts, before, folder / name)
+        artifacts.write_manifest(folder, "add-items", added.inputs(domain, sets), {"items": len(table)})
+        artifacts.move_aside(domain.added, run.folder)
+        domain.added.parent.mkdir(exist_ok=True)
+        os.replace(folder, domain.added)
+
+
+def _encode(
+    run: Run, name: str, item_ids: list[str], texts: list[str], before: ItemEmbeddings | None, out: Path
+) -> None:
+    """Writes one vector set of all added items, of which the first may have their vectors already (`before`)."""
+    if before is None:
+        encode_texts(run, name, item_ids, texts, out)
+    elif len(before.item_ids) == len(item_ids):
+        before.save(out)
+    else:
+        start = len(before.item_ids)
+        encode_texts(run, name, item_ids[start:], texts[start:], out)
+        fresh = ItemEmbeddings.load(out)
+        ItemEmbeddings(np.concatenate([before.vectors, fresh.vectors]), item_ids, fresh.provenance).save(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
+
 import polars as pl
 
 from llm2rec import artifacts
@@ -12,12 +14,30 @@ from llm2rec.errors import ArtifactError, DataError
 from llm2rec.runs import Domain
 
 CATALOGUE = "catalogue.parquet"
-_AGAIN = "add the items again"
+_AGAIN = "give `add-items` their table again, which encodes them anew"
 
 
-def inputs(domain: Domain, sets: list[str]) -> Inputs:
+def inputs(domain: Domain, sets: SequenceOf[str]) -> Inputs:
     """What added items were encoded with: the fingerprints of the vector sets that they stand beside."""
     return {name: artifacts.require(domain.embeddings(name), "encode").fingerprint for name in sets}
+
+
+def items(domain: Domain) -> Catalogue | None:
+    """The added items of a domain, whichever model made their vectors; None where there are none.
+
+    Raises:
+        ArtifactError: a file of theirs is missing or was changed.
+    """
+    if not domain.added.exists():
+        return None
+    _manifest(domain)
+    return Catalogue.read(domain.added / CATALOGUE)
+
+
+def current_sets(domain: Domain, sets: SequenceOf[str]) -> list[str]:
+    """Which of a domain's vector sets have vectors of the added items by the same model."""
+    made = _manifest(domain).inputs
+    return [name for name, now in inputs(domain, sets).items() if made.get(name) == now]
 
 
 def load(domain: Domain) -> Catalogue | None:
@@ -26,16 +46,17 @@ def load(domain: Domain) -> Catalogue | None:
     Raises:
         ArtifactError: a file of theirs is missing or was changed, or the run was encoded anew since.
     """
-    if not domain.added.exists():
+    since = items(domain)
+    if since is None:
         return None
-    manifest = artifacts.require(domain.added, "add-items", f"move {domain.added} away and {_AGAIN}")
-    still_there = [name for name in manifest.inputs if artifacts.read_manifest(domain.embeddings(name))]
-    if any(manifest.inputs[name] != now for name, now in inputs(domain, still_there).items()):
-        raise ArtifactError(
-            f"the items in {domain.added} were encoded by an earlier model of this run; move that folder away "
-            f"and {_AGAIN}"
-        )
-    return Catalogue.read(domain.added / CATALOGUE)
+    still_there = [name for name in _manifest(domain).inputs if artifacts.read_manifest(domain.embeddings(name))]
+    if current_sets(domain, still_there) != still_there:
+        raise ArtifactError(f"the items in {domain.added} were encoded by an earlier model of this run; {_AGAIN}")
+    return since
+
+
+def _manifest(domain: Domain) -> artifacts.Manifest:
+    return artifacts.require(domain.added, "add-items", f"move {domain.added} away and add the items again")
 
 
 def load_catalogue(domain: Domain) -> Catalogue:
@@ -72,6 +93,6 @@ def load_vectors(domain: Domain, name: str) -> ItemEmbeddings:
     if not (domain.added / name).is_dir():
         raise ArtifactError(
             f"the items in {domain.added} have no vectors {name!r}, which no row needed when they were added; "
-            f"move that folder away and {_AGAIN}"
+            f"{_AGAIN}"
         )
     return ItemEmbeddings.load(domain.added / name)
