@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -157,6 +158,34 @@ def test_an_interrupted_study_goes_on(tmp_path, monkeypatch):
     lr.study("floors", tmp_path / "study")
     assert {event for _, event in events(tmp_path / "study/runs/first")[before:]} == {"keep"}
     assert (tmp_path / "study" / "study.json").exists()
+
+
+def test_a_cumulative_study_that_is_stopped_has_the_tables_so_far(tmp_path, monkeypatch):
+    def build(small, folder, recipe):
+        third = Variant("third", "again", (rows_of(["popularity", "markov", "item-knn"]),))
+        study = floor_study(users=40)(small, folder, recipe)
+        return replace(study, variants=(*study.variants, third), cumulative=True)
+
+    monkeypatch.setitem(studies.STUDIES, "floors", build)
+    original, folder = pipeline.run, tmp_path / "study"
+
+    def killed_in_the_third(recipe, out, *rest, **named):
+        if out.name == "third":
+            raise KeyboardInterrupt
+        return original(recipe, out, *rest, **named)
+
+    monkeypatch.setattr(pipeline, "run", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        lr.study("floors", folder)
+    so_far = json.loads((folder / "so-far.json").read_text())
+    assert (list(so_far["variants"]), so_far["pending"]) == (["first", "second"], ["third"])
+    assert list(so_far["tables"]["Floors"]["rows"]) == ["popularity", "markov"]
+    assert "still to be run is third" in (folder / "study.html").read_text()
+    assert not (folder / "study.json").exists()
+    monkeypatch.setattr(pipeline, "run", original)
+    assert lr.study("floors", folder)["pending"] == []
+    assert not (folder / "so-far.json").exists()
+    assert "still to be run" not in (folder / "study.html").read_text()
 
 
 def test_stages_of_a_study_beside_are_shared(tmp_path, monkeypatch):

@@ -207,6 +207,7 @@ def render_study_html(title: str, content: Mapping[str, Any]) -> str:
             facts=content["facts"],
             tables=tables,
             variants=content["variants"],
+            pending=content["pending"],
             settings=content["settings"],
         )
     )

@@ -33,6 +33,7 @@ STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
 }
 BUDGETS = {"csft.max_tokens", "iem.mntp.steps"}  # a variant may leave the stage out; the others have the budget
 PLAN, RESULT, PAGE = "plan.json", "study.json", "study.html"
+SO_FAR = "so-far.json"  # the result while variants are still to be run
 
 
 def study(
@@ -45,7 +46,8 @@ def study(
     """Runs every variant of a study and writes `study.json` and the page `study.html`.
 
     Stages that variants share are computed once, also those that another study beside it in the same folder has
-    computed. Called again, an interrupted study goes on and a finished one is kept, as with `run`.
+    computed. Called again, an interrupted study goes on and a finished one is kept, as with `run`. The study
+    `budget`, the longest, writes its page and `so-far.json` after every variant from the second on.
 
     Args:
         name: one of STUDIES.
@@ -58,8 +60,9 @@ def study(
 
     Returns:
         `study`, `question`, `facts` (name -> value), `page`, `variants` (name -> `meaning`, `overrides`, `run`),
-        `settings` (recipe key -> value by variant, of those that differ) and `tables` (title -> `meaning`,
-        `reference`, `users`, `rows`, `comparisons` and `protocol`, as in `metrics.json`).
+        `pending` (variants still to be run), `settings` (recipe key -> value by variant, of those that differ) and
+        `tables` (title -> `meaning`, `reference`, `users`, `rows`, `comparisons` and `protocol`, as in
+        `metrics.json`).
 
     Raises:
         ConfigError: no such study, or an override or a recipe that does not fit.
@@ -93,10 +96,19 @@ def study(
             siblings = [run.folder for run in runs.values()] + beside
             place = folder / RUNS / variant.name
             runs[variant.name] = pipeline.run(chosen.recipe, place, settings[variant.name], siblings=siblings)
-        content = {"study": name, "page": str(folder / PAGE), **_answer(chosen, runs, folder)}
-        artifacts.write_json(folder / RESULT, content)
-        title = f"llm2rec study: {name}" + (" (small: a trial)" if small else "")
-        (folder / PAGE).write_text(report.render_study_html(title, content), encoding="utf-8")
+            if chosen.cumulative and 1 < len(runs) < len(chosen.variants) and not (folder / RESULT).exists():
+                _write(folder, SO_FAR, name, small, _answer(chosen, runs, folder))
+        content = _write(folder, RESULT, name, small, _answer(chosen, runs, folder))
+        (folder / SO_FAR).unlink(missing_ok=True)
+    return content
+
+
+def _write(folder: Path, file: str, name: str, small: bool, answer: dict[str, Any]) -> dict[str, Any]:
+    """Writes the answer as a file and as the study's page."""
+    content = {"study": name, "page": str(folder / PAGE), **answer}
+    artifacts.write_json(folder / file, content)
+    title = f"llm2rec study: {name}" + (" (small: a trial)" if small else "")
+    (folder / PAGE).write_text(report.render_study_html(title, content), encoding="utf-8")
     return content
 
 
@@ -177,7 +189,7 @@ def _keep_results_of_another(folder: Path, plan: dict[str, Any]) -> None:
     """Moves result and page of other overrides or another recipe aside: results are never overwritten."""
     if not (folder / PLAN).exists() or _read_plan(folder) == plan:
         return
-    for name in (RESULT, PAGE):
+    for name in (RESULT, SO_FAR, PAGE):
         if (folder / name).exists():
             artifacts.move_aside(folder / name, folder)
 
@@ -195,7 +207,8 @@ def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, A
     return {
         "question": chosen.question,
         "facts": _facts(runs),
-        "variants": {variant.name: _variant(variant, runs[variant.name]) for variant in chosen.variants},
+        "variants": {one.name: _variant(one, runs[one.name]) for one in chosen.variants if one.name in runs},
+        "pending": [one.name for one in chosen.variants if one.name not in runs],
         "settings": report.differing_settings(
             {name: run.recipe.model_dump(mode="json") for name, run in runs.items()}
         ),

@@ -96,6 +96,7 @@ class Study:
         recipe: the base, a shipped name or a file; `overrides` turn it into the study's base.
         worlds: logs that are made for it before the first run.
         judge: finished runs by variant, and the study's folder -> tables.
+        cumulative: two variants make a table already, and each further one lengthens it.
     """
 
     question: str
@@ -104,6 +105,7 @@ class Study:
     variants: tuple[Variant, ...]
     judge: Callable[[Runs, Path], list[Judged]]
     worlds: tuple[World, ...] = ()
+    cumulative: bool = False
 
 
 def base_recipe() -> str:

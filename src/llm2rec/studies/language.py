@@ -122,6 +122,7 @@ def budget(small: bool, folder: Path, recipe: str) -> Study:
         variants=tuple(variants),
         judge=_judge_budget,
         worlds=(world,) if small else (),
+        cumulative=True,
     )
 
 
