@@ -66,9 +66,10 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
         known = trained if before is None else added.joined(trained, before)
         unknown, texts = _unknown(known, new, place.config.text, str(items))
         kept = [] if before is None else added.current_sets(place, sets)
-        if before is not None and kept != sets:
-            progress.say(f"note: {len(before):,} items added before are encoded anew for rows that need it")
-        if len(unknown) or (before is not None and kept != sets):
+        outdated = len(before) if before is not None and kept != sets else 0
+        if outdated:
+            progress.say(f"note: {outdated:,} items added before are encoded anew for rows that need it")
+        if len(unknown) or outdated:
             table = unknown if before is None else added.joined(before, unknown)
             _replace(run, place, table, [texts[item] for item in table.item_ids], kept)
     return Additions(len(unknown), len(new) - len(unknown))
