@@ -16,12 +16,14 @@ from llm2rec.data.sequences import TEST, Sequences, cold_items
 from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol, report
+from llm2rec.loading import load_recipe
 from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
 from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
 from llm2rec.studies.direct import sampled_users
+from llm2rec.studies.language import MNTP_STEPS
 from llm2rec.studies.worlds import THEMES, World
 
 TINY = (
@@ -75,7 +77,7 @@ def test_the_ablation_shows_every_step_and_what_is_missing_without_csft(finished
     _, found = finished("ablation")
     (first, second) = found["tables"].values()
     labels = ["ids", "last token", "causal", "bidirectional", "+ CSFT", "+ MNTP", "+ contrastive"]
-    assert list(first["rows"]) == [*labels, "all but CSFT", "contrastive alone"]
+    assert list(first["rows"]) == [*labels, "all but CSFT", "contrastive alone", "consumed pairs"]
     assert (first["reference"], second["reference"]) == ("bidirectional", "+ contrastive")
 
 
@@ -92,10 +94,11 @@ def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_on
 def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
     folder, _ = finished("ablation")
     assert ("csft", "run") in events(folder / "runs" / "steps")
-    for variant in ("last-token", "no-csft", "contrastive-alone"):
+    for variant in ("last-token", "no-csft", "contrastive-alone", "consumed-pairs"):
         shared = [stage for stage, event in events(folder / "runs" / variant) if event == "share"]
         assert shared[:2] == ["data/main", "backbone"]
-        assert not {"csft", "mntp", "iem"} & set(shared)
+        assert ("csft" in shared) == (variant == "consumed-pairs")
+        assert not {"mntp", "iem"} & set(shared)
         files = [folder / "runs" / name / "data/main/catalogue.parquet" for name in ("steps", variant)]
         assert files[0].samefile(files[1])
 
@@ -107,6 +110,7 @@ def test_the_last_token_variant_alone_pools_otherwise(finished):
         "last-token": "last",
         "no-csft": "mean",
         "contrastive-alone": "mean",
+        "consumed-pairs": "mean",
     }
 
 
@@ -117,6 +121,28 @@ def test_without_csft_the_item_encoder_starts_from_the_untrained_model(finished)
         inputs = artifacts.require(run.folder / stage, "iem").inputs
         assert inputs["model.source"] == artifacts.require(run.backbone, "csft").fingerprint
         assert "csft" not in inputs and not run.csft.exists()
+
+
+def test_the_ablation_takes_the_papers_iem_whatever_that_of_the_recipe_is(own_recipe, tmp_path):
+    pairs = {"steps": 2, "positives": "consumed-next"}
+    recipe = own_recipe(iem={"attention": "causal", "mntp": {"steps": 0}, "contrastive": pairs})
+    study = studies.STUDIES["ablation"](False, tmp_path, str(recipe))
+    shared = (*study.overrides, "evaluation.reference=sasrec-llm2rec")
+    recipes = {
+        one.name: load_recipe(recipe, (*shared, *one.overrides))
+        for one in study.variants
+        if "llm2rec" in one.overrides[0]
+    }
+    parts = {
+        name: (one.iem.attention, one.iem.contrastive.positives, one.iem.mntp.steps)
+        for name, one in recipes.items()
+    }
+    assert parts == {
+        "steps": ("bidirectional", "dropout", MNTP_STEPS),
+        "no-csft": ("bidirectional", "dropout", MNTP_STEPS),
+        "contrastive-alone": ("bidirectional", "dropout", 0),
+        "consumed-pairs": ("causal", "consumed-next", 0),
+    }
 
 
 def floor_study(users):
@@ -446,13 +472,13 @@ def test_a_bad_override_leaves_no_folder(tmp_path, name, override, words):
 def own_recipe(tmp_path):
     """Writes a recipe over a made log, or over several domains of it."""
 
-    def write(*domains):
+    def write(*domains, iem=None):
         world = World("games", 40)
         world.write(tmp_path / "log")
         files = dict(zip(("interactions", "items"), map(str, world.files(tmp_path / "log")), strict=True))
         content = {"domains": dict.fromkeys(domains, files)} if domains else {"data": files}
         content |= {"model": {"source": "tiny-random"}, "csft": {"epochs": 1}}
-        content |= {"iem": {"mntp": {"steps": 1}, "contrastive": {"steps": 2}}}
+        content |= {"iem": iem or {"mntp": {"steps": 1}, "contrastive": {"steps": 2}}}
         content |= {"recommender": {"rows": ["markov"]}, "evaluation": {"reference": "markov"}}
         (tmp_path / "own.yaml").write_text(json.dumps(content))
         return tmp_path / "own.yaml"

@@ -35,7 +35,11 @@ LADDER = (
     Entry("+ contrastive", "steps", "sasrec-llm2rec"),
     Entry("all but CSFT", "no-csft", "sasrec-llm2rec"),
     Entry("contrastive alone", "contrastive-alone", "sasrec-llm2rec"),
+    Entry("consumed pairs", "consumed-pairs", "sasrec-llm2rec"),
 )
+# The paper's IEM, whatever that of the recipe is; the steps of MNTP where the recipe leaves it out.
+PAPERS_IEM = ("iem.attention=bidirectional", "iem.contrastive.positives=dropout")
+MNTP_STEPS = 100
 # Of the CSFT budget.
 SHARES = (Fraction(1, 48), Fraction(1, 16), Fraction(1, 4), Fraction(1, 2), Fraction(1))
 SMALL_SHARES = (Fraction(1, 4), Fraction(1))
@@ -51,13 +55,18 @@ DOMAINS = {"games": "amazon-games", "tools": "amazon-industrial", "films": "movi
 
 
 def ablation(small: bool, folder: Path, recipe: str) -> Study:
-    """Every step on the way to LLM2Rec, and the same without CSFT; vectors are means but in one row."""
+    """Every step of the paper, the same without CSFT, and consumed pairs for IEM; all but a row pool the mean."""
+    mntp_steps = load_recipe(recipe).iem.mntp.steps or MNTP_STEPS
     steps = dict.fromkeys(entry.row for entry in LADDER if entry.variant == "steps")
     world = World("games", users=60)
     return Study(
         question="What does each step from the language model to the item encoder add?",
         recipe=recipe,
-        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        overrides=(
+            *PAPERS_IEM,
+            f"iem.mntp.steps={mntp_steps}",
+            *((*SMALL, *over_world(world, folder)) if small else ()),
+        ),
         variants=(
             Variant("steps", "every step, one after the other", (rows_of(steps),)),
             Variant(
@@ -75,6 +84,16 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
                 "contrastive learning from the untrained model",
                 (rows_of(["sasrec-llm2rec"]), "csft.max_tokens=0", "iem.mntp.steps=0"),
             ),
+            Variant(
+                "consumed-pairs",
+                "from CSFT, causal: contrastive learning on titles consumed one after the other, without MNTP",
+                (
+                    rows_of(["sasrec-llm2rec"]),
+                    "iem.attention=causal",
+                    "iem.mntp.steps=0",
+                    "iem.contrastive.positives=consumed-next",
+                ),
+            ),
         ),
         judge=_judge_ablation,
         worlds=(world,) if small else (),
@@ -85,8 +104,9 @@ def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     per_user = gathered(runs, LADDER)
     steps = (
         "From the top: learned ids; the untrained model, its last token causal, its mean causal, its mean "
-        "bidirectional; then each step with those before it. The last two leave CSFT out, and CSFT and MNTP. "
-        "All but `last token` pool the mean."
+        "bidirectional; then each step with those before it. The next two leave CSFT out, and CSFT and MNTP. "
+        "`consumed pairs` is CSFT and then, causal and without MNTP, contrastive learning on titles consumed one "
+        "after the other. All but `last token` pool the mean."
     )
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
