@@ -214,3 +214,11 @@ def test_data_probes_by_hand():
 def test_data_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2 counts, 1 texts"):
         data_probes(np.array([1, 2]), ["a"], np.array([1]))
+
+
+def test_a_causal_encoder_is_judged_by_the_vectors_that_were_read_causally():
+    sets = {"backbone": CSFT, "csft": BACKBONE, "backbone_causal": BACKBONE, "csft_causal": CSFT}
+    (said,) = found(**sets, llm2rec=vectors_of(consumption=1.0))
+    assert said.startswith("CSFT taught nothing measurable")
+    causal = {"llm2rec": {"future_sensitivity": 0.0}}
+    assert found(**sets, llm2rec=vectors_of(consumption=1.0), models=causal) == []

@@ -75,10 +75,20 @@ def test_a_study_ends_in_tables_a_json_file_and_a_page_of_its_own(finished, name
 
 def test_the_ablation_shows_every_step_and_what_is_missing_without_csft(finished):
     _, found = finished("ablation")
-    (first, second) = found["tables"].values()
-    labels = ["ids", "last token", "causal", "bidirectional", "+ CSFT", "+ MNTP", "+ contrastive"]
+    (first, second, third) = found["tables"].values()
+    labels = [
+        "ids",
+        "last token",
+        "causal",
+        "bidirectional",
+        "+ CSFT, causal",
+        "+ CSFT",
+        "+ MNTP",
+        "+ contrastive",
+    ]
     assert list(first["rows"]) == [*labels, "all but CSFT", "contrastive alone", "consumed pairs"]
-    assert (first["reference"], second["reference"]) == ("bidirectional", "+ contrastive")
+    references = [table["reference"] for table in (first, second, third)]
+    assert references == ["bidirectional", "+ contrastive", "+ CSFT, causal"]
 
 
 def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_one_before(finished):
@@ -550,6 +560,21 @@ def test_a_damaged_plan_says_how_it_is_mended(tmp_path, monkeypatch, plan):
         lr.study("floors", tmp_path / "study")
     (tmp_path / "study/plan.json").write_text('{"study": "floors", "small": false}')
     lr.study("floors", tmp_path / "study")
+
+
+@pytest.mark.parametrize("key", ["csft.max_tokens", "iem.mntp.steps", "iem.contrastive.steps"])
+def test_the_ablation_wants_every_stage_that_it_names_rows_after(tmp_path, key):
+    with pytest.raises(ConfigError, match=f"study 'ablation' shows what {key} is spent on, and it is 0"):
+        lr.study("ablation", tmp_path / "study", True, (f"{key}=0",))
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "override", ["iem.contrastive={steps: 4}", "iem={attention: causal}", "encode={layer: 1}"]
+)
+def test_a_section_that_holds_what_a_study_sets_cannot_be_overridden_as_a_whole(tmp_path, override):
+    with pytest.raises(ConfigError, match="set the other keys of .* one by one"):
+        lr.study("ablation", tmp_path / "study", True, (override,))
 
 
 @pytest.mark.parametrize(

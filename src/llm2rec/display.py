@@ -77,7 +77,7 @@ def _neighbour_tables(neighbours: dict[str, dict[str, list[Any]]]) -> list[Rende
         return []
     names = list(next(iter(neighbours.values())))
     ends = list(dict.fromkeys([names[0], names[-1]]))
-    table = Table("item", *(f"nearest by {name}" for name in ends), title="Neighbours before and after")
+    table = Table("item", *(f"nearest by {name}" for name in ends), title="Neighbours")
     for title, sets in neighbours.items():
         table.add_row(title, *("\n".join(near for near, _ in sets[name]) for name in ends), end_section=True)
     return [table]

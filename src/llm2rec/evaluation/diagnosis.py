@@ -24,7 +24,8 @@ LEARNED_PERPLEXITY = 0.99  # of the untrained model's
 DATA = "data"
 BACKBONE, CSFT, FINAL = "backbone", "csft", "llm2rec"
 PERPLEXITY, ORDER = "perplexity", "order"  # what the parts of a probing are called that are no single Probe
-# Vector sets of the untrained and the CSFT model, the way of attending that is preferred first.
+# Vector sets of the untrained and the CSFT model; those that attend as the item encoder does are preferred.
+CAUSAL = "-causal"
 _BACKBONES, _CSFTS = (BACKBONE, "backbone-causal"), (CSFT, "csft-causal")
 _BEFORE_CONTRASTIVE = ("mntp", CSFT, BACKBONE, "csft-causal", "backbone-causal")
 
@@ -77,6 +78,11 @@ class Probed:
         if found is None:
             raise NothingToMeasure(f"no vectors {what}")
         return found
+
+    def preferred(self, names: Sequence[str]) -> list[str]:
+        """Vector sets in their order, the causal ones first where the item encoder was probed and is causal."""
+        causal = self.language_model.get(FINAL, {}).get("future_sensitivity") == 0
+        return sorted(names, key=lambda name: causal and not name.endswith(CAUSAL))
 
     def next_titles(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """Perplexities of the `true` and the `random` next title before and after CSFT.
@@ -146,7 +152,7 @@ def _shared_texts(probed: Probed) -> list[str]:
 
 
 def _undescriptive_text(probed: Probed) -> list[str]:
-    name = probed.first_set(_BACKBONES, "of the untrained model")
+    name = probed.first_set(probed.preferred(_BACKBONES), "of the untrained model")
     if "same_category_share" not in probed.vectors[name]:
         auc = probed.probe(name, "co_consumption_auc")["value"]
         if auc >= CHANCE_AUC:
@@ -187,7 +193,7 @@ def _indifferent_csft(probed: Probed) -> list[str]:
 
 
 def _csft_without_gain(probed: Probed) -> list[str]:
-    pairs = list(zip(_BACKBONES, _CSFTS, strict=True))
+    pairs = list(zip(probed.preferred(_BACKBONES), probed.preferred(_CSFTS), strict=True))
     names = next((names for names in pairs if set(names) <= probed.vectors.keys()), None)
     if names is None:
         raise NothingToMeasure("no vectors of both the untrained and the CSFT model with the same attention")
@@ -207,7 +213,7 @@ def _csft_without_gain(probed: Probed) -> list[str]:
 
 def _collapse(probed: Probed) -> list[str]:
     final = probed.first_set([FINAL], "of the trained encoder")
-    parent = probed.first_set(_BEFORE_CONTRASTIVE, "from before the contrastive training")
+    parent = probed.first_set(probed.preferred(_BEFORE_CONTRASTIVE), "from before the contrastive training")
     found = []
     before, after = (probed.probe(name, "uniformity")["value"] for name in (parent, final))
     if COLLAPSED_UNIFORMITY < after >= before:

@@ -66,8 +66,8 @@ def _check_domain(run: Run, domain: Domain) -> None:
     items = len(catalogue) - len(cold_items(domain.data))  # those held out are never drawn
     if trained and settings.loss != "full" and settings.negatives >= items:
         raise ConfigError(
-            f"recommender.negatives is {settings.negatives:,}, {domain.name} trains on {items:,} items; take "
-            "fewer, or the loss `full`"
+            f"recommender.negatives is {settings.negatives:,}, and {domain.name} has {items:,} items to train on; "
+            "take fewer, or recommender.loss=full"
         )
     if "ease" in run.recipe.recommender.rows and len(catalogue) > LARGEST_EASE:
         raise ConfigError(

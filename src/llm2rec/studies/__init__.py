@@ -17,7 +17,7 @@ from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.ranking import metric_names
 from llm2rec.loading import key_of, load_recipe
 from llm2rec.runs import LOCK, Run
-from llm2rec.studies.base import RUNS, WORLD, Judged, Study, Variant, base_recipe
+from llm2rec.studies.base import RUNS, WORLD, Judged, Study, Variant, base_recipe, rows_of
 from llm2rec.studies.cold_start import cold_start
 from llm2rec.studies.context import context
 from llm2rec.studies.direct import csft_direct
@@ -78,7 +78,8 @@ def study(
     _refuse_fixed(name, chosen, overrides)
     reference = f"evaluation.reference={EvaluationConfig().reference}"
     shared = (*chosen.overrides, reference, *overrides)
-    base = load_recipe(chosen.recipe, shared)
+    base = load_recipe(chosen.recipe, (*shared, rows_of(["popularity"])))  # its own rows are not run
+    _refuse_left_out(name, chosen, base)
     settings = {one.name: (*shared, *_share_of_budget(one, base), *one.overrides) for one in chosen.variants}
     for changes in settings.values():
         _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
@@ -135,8 +136,26 @@ def _refuse_fixed(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
     fixed = {"recommender.rows", "evaluation.reference"}
     fixed |= {key_of(override) for variant in chosen.variants for override in variant.overrides} - BUDGETS
     for override in overrides:
-        if key_of(override) in fixed:
-            raise ConfigError(f"{key_of(override)} is what the study {name!r} sets itself; leave {override!r} out")
+        key = key_of(override)
+        if key in fixed:
+            raise ConfigError(f"{key} is what the study {name!r} sets itself; leave {override!r} out")
+        if within := sorted(one for one in fixed if one.startswith(f"{key}.")):
+            raise ConfigError(
+                f"{within[0]} is what the study {name!r} sets itself; set the other keys of {key} one by one"
+            )
+
+
+def _refuse_left_out(name: str, chosen: Study, base: Recipe) -> None:
+    """Raises ConfigError where a stage that rows of the study are named after has no budget."""
+    budgets = {
+        **artifacts.flatten("csft", base.csft.model_dump()),
+        **artifacts.flatten("iem", base.iem.model_dump()),
+    }
+    for key in chosen.needs:
+        if budgets[key] == 0:
+            raise ConfigError(
+                f"study {name!r} shows what {key} is spent on, and it is 0; set it in {chosen.recipe} or by --set"
+            )
 
 
 def _refuse_several_logs(name: str, chosen: Study, recipe: Recipe) -> None:

@@ -97,6 +97,7 @@ class Study:
         worlds: logs that are made for it before the first run.
         judge: finished runs by variant, and the study's folder -> tables.
         cumulative: two variants make a table already, and each further one lengthens it.
+        needs: keys of budgets that must not be 0, since rows are named after what is trained with them.
     """
 
     question: str
@@ -106,6 +107,7 @@ class Study:
     judge: Callable[[Runs, Path], list[Judged]]
     worlds: tuple[World, ...] = ()
     cumulative: bool = False
+    needs: tuple[str, ...] = ()
 
 
 def base_recipe() -> str:

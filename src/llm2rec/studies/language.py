@@ -30,6 +30,7 @@ LADDER = (
     Entry("last token", "last-token", "sasrec-backbone-causal"),
     Entry("causal", "steps", "sasrec-backbone-causal"),
     Entry("bidirectional", "steps", "sasrec-backbone-bidirectional"),
+    Entry("+ CSFT, causal", "steps", "sasrec-csft-causal"),
     Entry("+ CSFT", "steps", "sasrec-csft-bidirectional"),
     Entry("+ MNTP", "steps", "sasrec-mntp"),
     Entry("+ contrastive", "steps", "sasrec-llm2rec"),
@@ -64,6 +65,7 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
         recipe=recipe,
         overrides=(
             *PAPERS_IEM,
+            "encode.pooling=mean",
             f"iem.mntp.steps={mntp_steps}",
             *((*SMALL, *over_world(world, folder)) if small else ()),
         ),
@@ -96,6 +98,7 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
             ),
         ),
         judge=_judge_ablation,
+        needs=("csft.max_tokens", "iem.mntp.steps", "iem.contrastive.steps"),
         worlds=(world,) if small else (),
     )
 
@@ -103,14 +106,15 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
 def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     per_user = gathered(runs, LADDER)
     steps = (
-        "From the top: learned ids; the untrained model, its last token causal, its mean causal, its mean "
-        "bidirectional; then each step with those before it. The next two leave CSFT out, and CSFT and MNTP. "
-        "`consumed pairs` is CSFT and then, causal and without MNTP, contrastive learning on titles consumed one "
-        "after the other. All but `last token` pool the mean."
+        "From the top: learned ids; the untrained model, its last token causal, its mean causal and "
+        "bidirectional; CSFT, causal and bidirectional; then each step with those before it. The next two leave CSFT "
+        "out, and CSFT and MNTP. `consumed pairs` is CSFT and then, causal and without MNTP, contrastive learning on "
+        "titles consumed one after the other: compare it with `+ CSFT, causal`. All but `last token` pool the mean."
     )
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
         Judged("Steps against all of them", steps, "+ contrastive", per_user),
+        Judged("Steps against CSFT, read causally", steps, "+ CSFT, causal", per_user),
     ]
 
 
