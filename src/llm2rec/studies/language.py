@@ -107,9 +107,10 @@ def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     per_user = gathered(runs, LADDER)
     steps = (
         "From the top: learned ids; the untrained model, its last token causal, its mean causal and "
-        "bidirectional; CSFT, causal and bidirectional; then each step with those before it. The next two leave CSFT "
-        "out, and CSFT and MNTP. `consumed pairs` is CSFT and then, causal and without MNTP, contrastive learning on "
-        "titles consumed one after the other: compare it with `+ CSFT, causal`. All but `last token` pool the mean."
+        "bidirectional; CSFT, causal and bidirectional; then each step with those before it. The next two "
+        "leave CSFT out, and CSFT and MNTP. `consumed pairs` is CSFT and then, causal and without MNTP, "
+        "contrastive learning on titles consumed one after the other: compare it with `+ CSFT, causal`. All "
+        "but `last token` pool the mean."
     )
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
