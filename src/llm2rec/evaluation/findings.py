@@ -26,7 +26,7 @@ MEANINGS = {
     "effective_rank": "directions really used",
     "first_direction_share": "variance in one direction",
     "same_category_share": "nearest 10 of the same category",
-    "future_sensitivity": "0 = sees the past only (backbone, csft, a causal iem), above 0 = sees all",
+    "future_sensitivity": "0 = causal, sees the past only; above 0 = sees all",
     "true": "perplexity of the true next title: 1 or more, lower is better",
     "random": "that of another user's: the higher above the true one, the better",
     "order": "NDCG@10, 0 to 1, of the row best on validation; should fall if changed",
