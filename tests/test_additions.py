@@ -19,6 +19,7 @@ NEW = pl.DataFrame({"item_id": ["new1", "new2"], "title": ["The red boat (1980) 
 
 CHANGES = (
     "recommender.max_epochs=3",
+    "recommender.smoothing=0.3",
     "recommender.rows=[markov, sasrec-id, sasrec-llm2rec, sasrec-llm2rec+sum, sasrec-llm2rec+average]",
 )
 

@@ -196,10 +196,9 @@ def test_a_changed_recommender_key_reruns_the_trained_rows_only(copied, world):
     assert ("recommender/main/sasrec-id/seed-0", ["recommender.max_epochs"]) in ran
 
 
-def test_rows_over_ids_do_not_depend_on_what_is_made_of_vectors(copied, world):
-    stages = [
-        stage for stage, _ in rerun(copied, world, "recommender.whitening=none", "recommender.max_epochs=40")
-    ]
+@pytest.mark.parametrize("change", ["recommender.whitening=none", "recommender.smoothing=0.5"])
+def test_rows_over_ids_do_not_depend_on_what_is_made_of_vectors(change, copied, world):
+    stages = [stage for stage, _ in rerun(copied, world, change, "recommender.max_epochs=40")]
     assert "recommender/main/sasrec-llm2rec/seed-0" in stages
     assert not [stage for stage in stages if "sasrec-id" in stage]
 

@@ -14,6 +14,7 @@ from llm2rec.rec import vectors as vectors_module
 from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.context import BUCKETS, gap_buckets
 from llm2rec.rec.items import Categories, CategorisedItems, DeltaItems, FrozenItems, make_adapter
+from llm2rec.rec.smoothing import Neighbours
 from llm2rec.rec.vectors import freeze, measure
 from test_rec_conformance import HISTORIES, LENGTH, N, built, random_sequences, score, times_of, vectors
 
@@ -34,7 +35,9 @@ def architecture(**changes):
 
 
 def make(**changes):
-    return models.build(architecture(**changes), n_items=N, seed=0, vectors=vectors()).eval()
+    shape = architecture(**changes)
+    neighbours = Neighbours.of(random_sequences()) if shape.smoothing else None
+    return models.build(shape, n_items=N, seed=0, vectors=vectors(), neighbours=neighbours).eval()
 
 
 def transformed(matrix, **how):
@@ -185,7 +188,13 @@ class TestTables:
     @pytest.mark.parametrize("items", TEXT_TABLES)
     @pytest.mark.parametrize(
         "options",
-        [{"adapter": "mlp"}, {"adapter": "mlp", "adapter_size": 7}, {"whitening": "full"}, {"dimensions": 3}],
+        [
+            {"adapter": "mlp"},
+            {"adapter": "mlp", "adapter_size": 7},
+            {"smoothing": 0.5},
+            {"whitening": "full"},
+            {"dimensions": 3},
+        ],
     )
     def test_every_option_survives_saving_and_loading(self, items, options, tmp_path):
         model = make(items=items, **options)
@@ -383,6 +392,7 @@ class TestRefusals:
             ({"hidden_size": 4098}, "hidden_size is 4,098"),
             ({"heads": 3}, "hidden_size 8 is not a multiple of heads 3"),
             ({"dropout": 1.0}, r"dropout is 1\.0"),
+            ({"smoothing": 1.0}, r"smoothing is 1\.0"),
             ({"delta_share": 0.0}, r"delta_share is 0\.0"),
             ({"temperature": 0.0}, r"temperature is 0\.0"),
             ({"temperature": float("nan")}, "temperature is nan"),

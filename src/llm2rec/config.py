@@ -368,6 +368,10 @@ class RecommenderConfig(CourseConfig):
         "mlp", description="from item vectors to hidden_size (paper: linear, which holds text back)"
     )
     adapter_size: Positive = Field(512, description="hidden units of an mlp adapter")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="share of an item's vector that is the mean of the items consumed right before or after it",
+    )
     whitening: Literal["none", "half", "full"] = Field(
         "half", description="of item vectors, beyond centring and scaling each dimension"
     )

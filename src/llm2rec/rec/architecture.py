@@ -25,6 +25,8 @@ class Architecture:
     dropout: share in [0, 1).
     history_length: the window, in items; older ones are not looked at.
     adapter: one of ADAPTERS, from the item vectors' width to H; adapter_size: hidden units of `mlp`, None = H.
+    smoothing: share of an item's vector that is the mean of the items consumed beside it, in [0, 1) (see
+        `rec.smoothing`).
     whitening: one of WHITENINGS; dimensions: principal components kept, None = all (see `rec.vectors`).
     delta_share: of `items="delta"`, how far a vector may be moved, in its own length.
     temperature: divides the cosine that scores; None scores by the dot product.
@@ -42,6 +44,7 @@ class Architecture:
     history_length: int
     adapter: str = "linear"
     adapter_size: int | None = None
+    smoothing: float = 0.0
     whitening: str = "none"
     dimensions: int | None = None
     delta_share: float = 0.5
@@ -55,6 +58,8 @@ class Architecture:
         self._check_sizes()
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not 0 <= self.smoothing < 1:
+            raise ConfigError(f"smoothing is {self.smoothing}; it must be at least 0 and below 1")
         if not 0 < self.delta_share <= 1:
             raise ConfigError(f"delta_share is {self.delta_share}; it must be above 0 and at most 1")
         if self.temperature is not None and not 0 < self.temperature < math.inf:

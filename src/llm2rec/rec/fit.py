@@ -21,6 +21,7 @@ from llm2rec.rec.architecture import Architecture, require_one_of
 from llm2rec.rec.items import Categories
 from llm2rec.rec.losses import NegativeSampler
 from llm2rec.rec.model import Recommender
+from llm2rec.rec.smoothing import Neighbours
 from llm2rec.softmax import linear_cross_entropy
 from llm2rec.training import TrainSettings, stage_seed, train
 
@@ -128,6 +129,7 @@ def fit(
         seed=stage_seed(seed, "recommender weights"),
         vectors=vectors,
         categories=categories,
+        neighbours=Neighbours.of(sequences) if vectors is not None and architecture.smoothing else None,
     )
     if trainable is not None:
         recommender.items.blank(torch.from_numpy(~trainable))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -159,8 +159,8 @@ class CategorisedItems(LearnedItems):
 class FrozenItems(ItemTable):
     """Frozen vectors under one trained adapter (K -> H).
 
-    The statistics that transformed the vectors are saved with the trained weights; the vectors are not, but
-    known by `sha256`.
+    The statistics that transformed the vectors and the neighbours that they are smoothed over are saved with the
+    trained weights; the vectors are not, but known by `sha256`.
 
     Source: linear adapter of LLM2Rec section 4.1; the MLP (K -> `adapter_size`, GELU, -> H) is ours.
     """
@@ -173,6 +173,10 @@ class FrozenItems(ItemTable):
             values = getattr(frozen.statistics, name)
             if values is not None:
                 self.register_buffer(name, torch.from_numpy(values))
+        if frozen.neighbours is not None:
+            for field in fields(frozen.neighbours):
+                values = getattr(frozen.neighbours, field.name)
+                self.register_buffer(f"neighbour_{field.name}", torch.from_numpy(values))
         # (N + M, K); neither saved nor written into checkpoints.
         self.register_buffer("frozen", frozen.values, persistent=False)
         self.adapter = make_adapter(adapter, frozen.values.shape[1], hidden_size, adapter_size)

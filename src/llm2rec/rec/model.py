@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from llm2rec.rec.items import (
 )
 from llm2rec.rec.sasrec import SASRec
 from llm2rec.rec.sequential import SequentialRecommender
+from llm2rec.rec.smoothing import Neighbours
 from llm2rec.rec.vectors import Statistics, checked_vectors, freeze, hash_vectors
 
 MODELS: dict[str, type[SequentialRecommender]] = {
@@ -54,6 +55,7 @@ def build(
     seed: int,
     vectors: np.ndarray | None = None,
     categories: Categories | None = None,
+    neighbours: Neighbours | None = None,
     statistics: Statistics | None = None,
     added: np.ndarray | None = None,
 ) -> Recommender:
@@ -65,6 +67,7 @@ def build(
         n_items: N, of the catalogue.
         vectors: (N, D) raw vectors in the order of the catalogue; for every item table but `id`, and only there.
         categories: of the N items, for learned ids alone.
+        neighbours: of the N items, where the architecture smooths their vectors, and only there.
         statistics: what transforms `vectors`; None measures it on them.
         added: (M, D) raw vectors of items beyond the N.
 
@@ -84,7 +87,7 @@ def build(
                 raise ConfigError(
                     f"categories go with items 'id', not with {architecture.items!r}; choose one of both"
                 )
-            items = _frozen(architecture, n_items, vectors, statistics, added)
+            items = _frozen(architecture, n_items, vectors, neighbours, statistics, added)
         return MODELS[architecture.name](items, architecture)
 
 
@@ -148,6 +151,7 @@ def load(
             seed=0,
             vectors=vectors,
             categories=_categories(weights),
+            neighbours=_neighbours(weights),
             statistics=None if vectors is None else _statistics(weights),
             added=added,
         )
@@ -176,6 +180,7 @@ def _frozen(
     architecture: Architecture,
     n_items: int,
     vectors: np.ndarray | None,
+    neighbours: Neighbours | None,
     statistics: Statistics | None,
     added: np.ndarray | None,
 ) -> ItemTable:
@@ -187,8 +192,19 @@ def _frozen(
         raise ArtifactError(
             f"item vectors cover {len(vectors):,} items, the catalogue has {n_items:,}; run the encode stage again"
         )
+    if (neighbours is not None) != (architecture.smoothing > 0):
+        raise ConfigError(
+            f"smoothing is {architecture.smoothing:g}: "
+            + (
+                "leave the neighbours out"
+                if architecture.smoothing == 0
+                else "it needs the neighbours of the items"
+            )
+        )
     frozen = freeze(
         vectors,
+        smoothing=architecture.smoothing,
+        neighbours=neighbours,
         whitening=architecture.whitening,
         dimensions=architecture.dimensions,
         statistics=statistics,
@@ -204,6 +220,13 @@ def _categories(weights: dict[str, Tensor]) -> Categories | None:
     if "items.category_indices" not in weights:
         return None
     return Categories(weights["items.category_indices"].numpy(), weights["items.category_offsets"].numpy())
+
+
+def _neighbours(weights: dict[str, Tensor]) -> Neighbours | None:
+    parts = {field.name: weights.get(f"items.neighbour_{field.name}") for field in fields(Neighbours)}
+    if parts["indices"] is None:
+        return None
+    return Neighbours(**{name: values.numpy() for name, values in parts.items() if values is not None})
 
 
 def _statistics(weights: dict[str, Tensor]) -> Statistics:

@@ -2,7 +2,8 @@
 
 Raw vectors of language models train badly: their dimensions have means of hundreds and spreads that differ
 by orders of magnitude, and one direction may hold half of the variance. All of the transformation is measured
-on the training catalogue and saved with the weights, so that items added later are treated as the first were.
+on the training catalogue (smoothing: on its events) and saved with the weights, so that items added later are
+treated as the first were.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.rec.smoothing import Neighbours, smoothed, unit
 
 # A component's standard deviation is divided by itself to this power.
 WHITENING_POWERS = {"none": 0.0, "half": 0.5, "full": 1.0}
@@ -44,18 +46,22 @@ class FrozenVectors:
 
     values: (N + M, K) bfloat16, the N items of training before the M added ones: rounded to 8 bits a value, which
     is far finer than what a catalogue's vectors differ by, they take half the memory.
-    n_added: M. statistics: of the N. sha256: of the raw vectors of the N.
+    n_added: M. statistics: of the N, smoothed where they are. sha256: of the raw vectors of the N.
+    neighbours: what they are smoothed over, if at all.
     """
 
     values: Tensor
     n_added: int
     statistics: Statistics
     sha256: str
+    neighbours: Neighbours | None
 
 
 def freeze(
     vectors: np.ndarray,
     *,
+    smoothing: float = 0.0,
+    neighbours: Neighbours | None = None,
     whitening: str = "none",
     dimensions: int | None = None,
     statistics: Statistics | None = None,
@@ -65,26 +71,40 @@ def freeze(
 
     Args:
         vectors: (N, D) float, raw, of the training catalogue.
+        smoothing: see `rec.smoothing`; over the `neighbours` of the N items, None smooths nothing.
         whitening, dimensions: see `measure`; not looked at where `statistics` are given.
         statistics: those of the training; None measures them on `vectors`.
         added: (M, D) raw vectors of items that the training did not know.
 
     Raises:
-        ArtifactError: not (N, D), NaN or infinite values, or `added` of another width.
+        ArtifactError: not (N, D), NaN or infinite values, `added` of another width, or neighbours of other items.
         ConfigError: more `dimensions` than the vectors have.
     """
     vectors = checked_vectors(vectors)
-    statistics = statistics or measure(vectors, whitening, dimensions)
-    values, n_added = [_transformed(vectors, statistics)], 0
-    if added is not None:
-        added = checked_vectors(added)
-        if added.shape[1] != vectors.shape[1]:
+    sha256 = hash_vectors(vectors)
+    added = np.empty_like(vectors[:0]) if added is None else _checked_added(added, vectors)
+    if neighbours is not None:
+        if len(neighbours.offsets) != len(vectors) + 1:
             raise ArtifactError(
-                f"added item vectors have {added.shape[1]} dimensions, those of training {vectors.shape[1]}; "
-                "encode the added items with the same encoder"
+                f"neighbours of {len(neighbours.offsets) - 1:,} items do not fit {len(vectors):,} item vectors"
             )
-        values, n_added = [*values, _shortened(_transformed(added, statistics), values[0])], len(added)
-    return FrozenVectors(torch.cat(values) if n_added else values[0], n_added, statistics, hash_vectors(vectors))
+        mean, _ = column_statistics(vectors)
+        vectors, added = smoothed(vectors, mean, neighbours, smoothing), unit(added, mean)
+    statistics = statistics or measure(vectors, whitening, dimensions)
+    values = _transformed(vectors, statistics)
+    if len(added):
+        values = torch.cat([values, _shortened(_transformed(added, statistics), values)])
+    return FrozenVectors(values, len(added), statistics, sha256, neighbours)
+
+
+def _checked_added(added: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    added = checked_vectors(added)
+    if added.shape[1] != vectors.shape[1]:
+        raise ArtifactError(
+            f"added item vectors have {added.shape[1]} dimensions, those of training {vectors.shape[1]}; "
+            "encode the added items with the same encoder"
+        )
+    return added
 
 
 def _transformed(vectors: np.ndarray, statistics: Statistics) -> Tensor:

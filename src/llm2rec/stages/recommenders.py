@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 OF_VECTORS = {
+    "smoothing",
     "adapter",
     "adapter_size",
     "whitening",
@@ -65,6 +66,8 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
     def inputs() -> Inputs:
         parent = {"vectors": parent_hash(domain.embeddings(vectors), "encode")} if vectors else {}
         unread = {"rows", "seeds", "per_row"} | (OF_VECTORS if vectors is None else set())
+        if config.smoothing == 0:
+            unread.add("smoothing")  # which runs of before it have not
         settings = flatten("recommender", config.model_dump(mode="json", exclude=unread))
         window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
         if row.name == CONTEXT:
