@@ -345,10 +345,10 @@ def test_compare_finds_a_run_equal_to_itself(finished, copied):
 
 
 def test_compare_says_which_settings_differ(finished, copied, world):
-    rerun(copied, world, "evaluation.bootstrap_samples=100")
+    rerun(copied, world, "evaluation.bootstrap_samples=300")
     settings = lr.compare([finished.folder, copied])["settings"]
     assert {key: list(values.values()) for key, values in settings.items()} == {
-        "evaluation.bootstrap_samples": [200, 100]
+        "evaluation.bootstrap_samples": [200, 300]
     }
 
 

@@ -36,7 +36,7 @@ TINY = (
     "iem.contrastive.warmup_share=0",
     "recommender.max_epochs=1",
     "recommender.hidden_size=8",
-    "evaluation.bootstrap_samples=100",
+    "evaluation.bootstrap_samples=400",
 )
 
 pytestmark = pytest.mark.slow  # whole runs, several processes: CI runs them

@@ -511,6 +511,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _samples_for_every_row(self) -> Recipe:
+        # The smallest p-value of a bootstrap is 2 / (samples + 1); Holm multiplies it by the rows compared, and at
+        # 5 % that leaves a row to be told apart from this number of samples on.
+        compared = len(self.recommender.rows) - 1
+        if self.evaluation.bootstrap_samples < 40 * compared:
+            raise ValueError(
+                f"evaluation.bootstrap_samples {self.evaluation.bootstrap_samples} can tell none of {compared} rows "
+                f"apart from the reference; set {40 * compared} or more"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_reference(self) -> Recipe:
         reference, default = self.evaluation.reference, EvaluationConfig.model_fields["reference"].default
         if reference not in (*self.recommender.rows, default):
