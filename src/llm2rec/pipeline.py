@@ -218,13 +218,18 @@ def _is_kept(stage: Stage) -> bool:
 
 
 def _plan(run: Run) -> str:
-    """One line before the first stage: what goes in, and the budgets that decide how long it takes."""
+    """One line before the first stage: what goes in, and the budgets of the stages that its rows need."""
     recipe = run.recipe
     data = ", ".join(domain.config.origin for domain in run.domains)
     csft = f"{recipe.csft.epochs:g} epochs" if recipe.csft.epochs else f"{recipe.csft.max_tokens:,} tokens"
-    steps = f"MNTP {recipe.iem.mntp.steps}, contrastive {recipe.iem.contrastive.steps} steps"
+    budgets = {
+        run.csft: f"CSFT {csft}, ",
+        run.mntp: f"MNTP {recipe.iem.mntp.steps} steps, ",
+        run.iem: f"contrastive {recipe.iem.contrastive.steps} steps, ",
+    }
+    language = "".join(budgets.get(stage.folder, "") for stage in stages.language_stages(run))
     rows = f"{len(recipe.recommender.rows)} rows x {recipe.recommender.seeds} seeds"
-    return f"{run.folder}: {data}, {recipe.model.source}; CSFT {csft}, {steps}, {rows}"
+    return f"{run.folder}: {data}, {recipe.model.source}; {language}{rows}"
 
 
 def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
