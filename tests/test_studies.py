@@ -23,7 +23,7 @@ from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
 from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
 from llm2rec.studies.direct import sampled_users
-from llm2rec.studies.language import MNTP_STEPS
+from llm2rec.studies.language import MNTP_STEPS, SMOOTHING
 from llm2rec.studies.worlds import THEMES, World
 
 TINY = (
@@ -86,7 +86,14 @@ def test_the_ablation_shows_every_step_and_what_is_missing_without_csft(finished
         "+ MNTP",
         "+ contrastive",
     ]
-    assert list(first["rows"]) == [*labels, "all but CSFT", "contrastive alone", "consumed pairs"]
+    labels += [
+        "all but CSFT",
+        "contrastive alone",
+        "consumed pairs",
+        "causal, smoothed",
+        "+ CSFT, causal, smoothed",
+    ]
+    assert list(first["rows"]) == labels
     references = [table["reference"] for table in (first, second, third)]
     assert references == ["bidirectional", "+ contrastive", "+ CSFT, causal"]
 
@@ -104,10 +111,10 @@ def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_on
 def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
     folder, _ = finished("ablation")
     assert ("csft", "run") in events(folder / "runs" / "steps")
-    for variant in ("last-token", "no-csft", "contrastive-alone", "consumed-pairs"):
+    for variant in ("last-token", "no-csft", "contrastive-alone", "consumed-pairs", "smoothed"):
         shared = [stage for stage, event in events(folder / "runs" / variant) if event == "share"]
         assert shared[:2] == ["data/main", "backbone"]
-        assert ("csft" in shared) == (variant == "consumed-pairs")
+        assert ("csft" in shared) == (variant in ("consumed-pairs", "smoothed"))
         assert not {"mntp", "iem"} & set(shared)
         files = [folder / "runs" / name / "data/main/catalogue.parquet" for name in ("steps", variant)]
         assert files[0].samefile(files[1])
@@ -121,7 +128,16 @@ def test_the_last_token_variant_alone_pools_otherwise(finished):
         "no-csft": "mean",
         "contrastive-alone": "mean",
         "consumed-pairs": "mean",
+        "smoothed": "mean",
     }
+
+
+def test_the_smoothed_variant_alone_is_smoothed_as_much_as_the_recipe_says(finished, own_recipe, tmp_path):
+    _, found = finished("ablation")
+    shares = found["settings"]["recommender.smoothing"]
+    assert shares.pop("smoothed") == SMOOTHING and set(shares.values()) == {0}
+    study = studies.STUDIES["ablation"](False, tmp_path, str(own_recipe(smoothing=0.2)))
+    assert "recommender.smoothing=0.2" in study.variants[-1].overrides
 
 
 def test_without_csft_the_item_encoder_starts_from_the_untrained_model(finished):
@@ -482,14 +498,17 @@ def test_a_bad_override_leaves_no_folder(tmp_path, name, override, words):
 def own_recipe(tmp_path):
     """Writes a recipe over a made log, or over several domains of it."""
 
-    def write(*domains, iem=None):
+    def write(*domains, iem=None, smoothing=0):
         world = World("games", 40)
         world.write(tmp_path / "log")
         files = dict(zip(("interactions", "items"), map(str, world.files(tmp_path / "log")), strict=True))
         content = {"domains": dict.fromkeys(domains, files)} if domains else {"data": files}
         content |= {"model": {"source": "tiny-random"}, "csft": {"epochs": 1}}
         content |= {"iem": iem or {"mntp": {"steps": 1}, "contrastive": {"steps": 2}}}
-        content |= {"recommender": {"rows": ["markov"]}, "evaluation": {"reference": "markov"}}
+        content |= {
+            "recommender": {"rows": ["markov"], "smoothing": smoothing},
+            "evaluation": {"reference": "markov"},
+        }
         (tmp_path / "own.yaml").write_text(json.dumps(content))
         return tmp_path / "own.yaml"
 

@@ -517,8 +517,8 @@ class Recipe(Section):
         compared = len(self.recommender.rows) - 1
         if self.evaluation.bootstrap_samples < 40 * compared:
             raise ValueError(
-                f"evaluation.bootstrap_samples {self.evaluation.bootstrap_samples} can tell none of {compared} rows "
-                f"apart from the reference; set {40 * compared} or more"
+                f"evaluation.bootstrap_samples {self.evaluation.bootstrap_samples} can tell none of {compared} "
+                f"rows apart from the reference; set {40 * compared} or more"
             )
         return self
 

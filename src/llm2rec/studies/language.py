@@ -37,10 +37,13 @@ LADDER = (
     Entry("all but CSFT", "no-csft", "sasrec-llm2rec"),
     Entry("contrastive alone", "contrastive-alone", "sasrec-llm2rec"),
     Entry("consumed pairs", "consumed-pairs", "sasrec-llm2rec"),
+    Entry("causal, smoothed", "smoothed", "sasrec-backbone-causal"),
+    Entry("+ CSFT, causal, smoothed", "smoothed", "sasrec-csft-causal"),
 )
-# The paper's IEM, whatever that of the recipe is; the steps of MNTP where the recipe leaves it out.
-PAPERS_IEM = ("iem.attention=bidirectional", "iem.contrastive.positives=dropout")
+# The paper's IEM and vectors as they are, whatever those of the recipe; what the recipe leaves out.
+AS_IN_THE_PAPER = ("iem.attention=bidirectional", "iem.contrastive.positives=dropout", "recommender.smoothing=0")
 MNTP_STEPS = 100
+SMOOTHING = 0.5
 # Of the CSFT budget.
 SHARES = (Fraction(1, 48), Fraction(1, 16), Fraction(1, 4), Fraction(1, 2), Fraction(1))
 SMALL_SHARES = (Fraction(1, 4), Fraction(1))
@@ -56,15 +59,21 @@ DOMAINS = {"games": "amazon-games", "tools": "amazon-industrial", "films": "movi
 
 
 def ablation(small: bool, folder: Path, recipe: str) -> Study:
-    """Every step of the paper, the same without CSFT, and consumed pairs for IEM; all but a row pool the mean."""
-    mntp_steps = load_recipe(recipe).iem.mntp.steps or MNTP_STEPS
+    """Every step of the paper, the same without CSFT, consumed pairs for IEM, smoothed vectors.
+
+    All but one row pool the mean. Smoothing brings in what is consumed together without training a language model:
+    what its stages compete with.
+    """
+    given = load_recipe(recipe)
+    mntp_steps = given.iem.mntp.steps or MNTP_STEPS
+    smoothing = given.recommender.smoothing or SMOOTHING
     steps = dict.fromkeys(entry.row for entry in LADDER if entry.variant == "steps")
     world = World("games", users=60)
     return Study(
         question="What does each step from the language model to the item encoder add?",
         recipe=recipe,
         overrides=(
-            *PAPERS_IEM,
+            *AS_IN_THE_PAPER,
             "encode.pooling=mean",
             f"iem.mntp.steps={mntp_steps}",
             *((*SMALL, *over_world(world, folder)) if small else ()),
@@ -96,6 +105,11 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
                     "iem.contrastive.positives=consumed-next",
                 ),
             ),
+            Variant(
+                "smoothed",
+                f"vectors smoothed by {smoothing:g} over what is consumed together, untrained and after CSFT",
+                (rows_of(["sasrec-backbone-causal", "sasrec-csft-causal"]), f"recommender.smoothing={smoothing}"),
+            ),
         ),
         judge=_judge_ablation,
         needs=("csft.max_tokens", "iem.mntp.steps", "iem.contrastive.steps"),
@@ -109,8 +123,10 @@ def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
         "From the top: learned ids; the untrained model, its last token causal, its mean causal and "
         "bidirectional; CSFT, causal and bidirectional; then each step with those before it. The next two "
         "leave CSFT out, and CSFT and MNTP. `consumed pairs` is CSFT and then, causal and without MNTP, "
-        "contrastive learning on titles consumed one after the other: compare it with `+ CSFT, causal`. All "
-        "but `last token` pool the mean."
+        "contrastive learning on titles consumed one after the other: compare it with `+ CSFT, causal`. "
+        "`smoothed` are the vectors of both causal rows, part of each replaced by the mean of the items consumed "
+        "right before or after it: what a language stage should be worth more than. All but `last token` pool "
+        "the mean."
     )
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
