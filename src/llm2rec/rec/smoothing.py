@@ -33,9 +33,9 @@ class Neighbours:
         """Counts training events alone; an item beside itself does not count."""
         before, after = (items - 1 for items in sequences.successions())
         apart = before != after
-        pairs = np.concatenate([before[apart], after[apart]]), np.concatenate([after[apart], before[apart]])
-        shape = (sequences.n_items, sequences.n_items)
-        counted = sparse.csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape)  # sums repeated pairs
+        pairs, shape = (before[apart], after[apart]), (sequences.n_items, sequences.n_items)
+        forwards = sparse.csr_array((np.ones(len(pairs[0]), dtype=np.int32), pairs), shape)  # sums repeated pairs
+        counted = sparse.csr_array(forwards + forwards.T)
         counted.sort_indices()
         return cls(
             counted.indices.astype(np.int32), counted.data.astype(np.int32), counted.indptr.astype(np.int64)
