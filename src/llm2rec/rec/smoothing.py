@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,8 @@ from scipy import sparse
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
 
-_BLOCK_COLUMNS = 64
+_BLOCK_COLUMNS, _BLOCK_ROWS = 64, 8192
+_RIDGE = 1.0  # as much as one item in every direction
 
 
 @dataclass(frozen=True)
@@ -49,40 +49,69 @@ class Neighbours:
         return sparse.csr_array((shares.astype(np.float32), self.indices, self.offsets), (n_items, n_items))
 
 
-def smoothed(vectors: np.ndarray, mean: np.ndarray, neighbours: Neighbours, share: float) -> np.ndarray:
-    """(N, D) float32: unit vectors, each with `share` of it replaced by the mean of its neighbours'.
+def smoothed(
+    vectors: np.ndarray, mean: np.ndarray, neighbours: Neighbours, share: float, added: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N, D) and (M, D) float32: unit vectors, `share` of each replaced by the mean of its neighbours'.
 
-    A neighbour counts as often as it stood beside the item. Items without neighbours stay unit vectors. Beyond the
-    result it holds the neighbours and a block of columns.
+    A neighbour counts as often as it stood beside the item. Items without any, those of the training catalogue and
+    the added ones, have the mean that their text lets expect: ridge regression from the unit vectors of the
+    others to their neighbours' means. As they are they would be longer than all others, and lead every list.
+    Beyond the results it holds the neighbours, a block of columns, and a matrix (D, D).
 
     Args:
-        vectors: (N, D) float32, raw. mean: (D,) float32, theirs.
-        share: in [0, 1).
+        vectors: (N, D) float32, raw. mean: (D,) float32, theirs. added: (M, D) float32, raw.
+        share: in (0, 1).
     Source: smoothing on co-consumption after Rec-PCA (arXiv 2604.20490), here once, over direct successions, and
-    without its projection. Centred unit vectors are ours: raw ones of language models all point one way.
+    without its projection. Ours: centred unit vectors, for raw ones of language models all point one way, and
+    what items without neighbours get.
     """
     lengths = _lengths(vectors, mean)
-    own_share = 1 - share * (np.diff(neighbours.offsets) > 0).astype(np.float32)[:, None]
     neighbour_shares = neighbours.shares() * np.float32(share)
     result = np.empty(vectors.shape, dtype=np.float32)
-    for columns in _blocks(vectors):
+    for start in range(0, vectors.shape[1], _BLOCK_COLUMNS):
+        columns = slice(start, start + _BLOCK_COLUMNS)
         own = (vectors[:, columns] - mean[columns]) / lengths
-        result[:, columns] = own_share * own + neighbour_shares @ own
-    return result
+        result[:, columns] = (1 - share) * own + neighbour_shares @ own
+    known = np.diff(neighbours.offsets) > 0
+    expected = _expected_neighbours(vectors, mean, result, known, share)
+    alone = np.flatnonzero(~known)
+    for rows in np.array_split(alone, len(alone) // _BLOCK_ROWS + 1):
+        result[rows] = _without_neighbours(vectors[rows], mean, expected, share)
+    return result, _without_neighbours(added, mean, expected, share)
 
 
-def unit(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """(M, D) float32: items without neighbours, as `smoothed` has them."""
+def _expected_neighbours(
+    vectors: np.ndarray, mean: np.ndarray, result: np.ndarray, known: np.ndarray, share: float
+) -> np.ndarray:
+    """(D, D) float32: a unit vector times this is the mean of its neighbours to be expected.
+
+    Args:
+        result: (N, D), smoothed at the `known` (N,) rows.
+    """
+    width = vectors.shape[1]
+    squares, products = _RIDGE * np.eye(width), np.zeros((width, width))
+    for rows in np.array_split(np.flatnonzero(known), known.sum() // _BLOCK_ROWS + 1):
+        own = _unit(vectors[rows], mean).astype(np.float64)
+        squares += own.T @ own
+        products += own.T @ ((result[rows] - (1 - share) * own) / share)
+    return np.linalg.solve(squares, products).astype(np.float32)
+
+
+def _without_neighbours(vectors: np.ndarray, mean: np.ndarray, expected: np.ndarray, share: float) -> np.ndarray:
+    """(M, D) float32: raw vectors smoothed by the neighbours to be expected."""
+    own = _unit(vectors, mean)
+    return (1 - share) * own + share * (own @ expected)
+
+
+def _unit(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return (vectors - mean) / _lengths(vectors, mean)
 
 
 def _lengths(vectors: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """(N, 1) float32: distance of each vector from the mean; 1 where it is the mean."""
-    squares = sum(np.square(vectors[:, columns] - mean[columns]).sum(axis=1) for columns in _blocks(vectors))
-    lengths = np.sqrt(squares)[:, None]
+    lengths = np.empty((len(vectors), 1), dtype=np.float32)
+    for start in range(0, len(vectors), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        lengths[rows, 0] = np.linalg.norm(vectors[rows] - mean, axis=1)
     return np.where(lengths > 0, lengths, np.float32(1))
-
-
-def _blocks(vectors: np.ndarray) -> Iterator[slice]:
-    for start in range(0, vectors.shape[1], _BLOCK_COLUMNS):
-        yield slice(start, start + _BLOCK_COLUMNS)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.rec.smoothing import Neighbours, smoothed, unit
+from llm2rec.rec.smoothing import Neighbours, smoothed
 
 # A component's standard deviation is divided by itself to this power.
 WHITENING_POWERS = {"none": 0.0, "half": 0.5, "full": 1.0}
@@ -89,7 +89,7 @@ def freeze(
                 f"neighbours of {len(neighbours.offsets) - 1:,} items do not fit {len(vectors):,} item vectors"
             )
         mean, _ = column_statistics(vectors)
-        vectors, added = smoothed(vectors, mean, neighbours, smoothing), unit(added, mean)
+        vectors, added = smoothed(vectors, mean, neighbours, smoothing, added)
     statistics = statistics or measure(vectors, whitening, dimensions)
     values = _transformed(vectors, statistics)
     if len(added):
