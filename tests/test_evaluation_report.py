@@ -10,6 +10,7 @@ from conftest import printed
 from llm2rec.evaluation import figures, protocol, report, slices
 from llm2rec.evaluation.maps import EmbeddingMap
 from llm2rec.evaluation.ranking import metric_names
+from llm2rec.stages.judging import vectors_in_words
 from test_evaluation_protocol import BAD, GOOD, table
 
 RANKING = protocol.ranking_in_words(mask_history=True)
@@ -291,6 +292,13 @@ def test_a_thinned_map_says_so(full):
     many = 2_500
     large = EmbeddingMap("b", [0.0] * many, [0.0] * many, ["t"] * many, [1.0] * many, "events")
     assert "2,000 of 2,500 items" in text_of(report.render_html(replace(full, maps=[large])))
+
+
+def test_the_table_says_that_vectors_are_smoothed(data):
+    protocols = [data.metrics["protocol"] | {"vectors": words} for words in (None, vectors_in_words(0.5))]
+    plain, smoothed = (report.markdown_table(data.metrics | {"protocol": one}) for one in protocols)
+    assert plain == report.markdown_table(data.metrics) and vectors_in_words(0) is None
+    assert smoothed.endswith("Item vectors: smoothed by 0.5 over what is consumed together.\n")
 
 
 def test_too_few_users_are_warned_of_everywhere(data):

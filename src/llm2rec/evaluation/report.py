@@ -358,6 +358,8 @@ def _caption(metrics: Mapping[str, Any]) -> str:
     spread = f"mean ± standard deviation over {seeds} seeds (floors: 1)" if seeds > 1 else "one seed a row"
     warning = users_warning(metrics["comparisons"].values())
     ranking = f"Ranking: {metrics['protocol']['ranking']}."
+    if metrics["protocol"].get("vectors"):
+        ranking += f" Item vectors: {metrics['protocol']['vectors']}."
     if warning is not None:
         return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning} {ranking}"
     return (

@@ -66,6 +66,7 @@ def judge(run: Run, domain: Domain) -> dict[str, Any]:
             "split": split_in_words(domain.config.split),
             "history_length": domain.config.history_length,
             "ties": ties_in_words(domain.config.split),
+            "vectors": vectors_in_words(run.recipe.recommender.smoothing),
         },
     }
     shown = showcase(run, domain, sequences)
@@ -94,6 +95,11 @@ def ties_in_words(split: SplitConfig) -> str:
     """What decides between equal scores, and between events of equal time."""
     order = "part, then item_id" if split.by == "given" else "item_id"
     return f"equal scores count against the target; events of equal time are ordered by {order}"
+
+
+def vectors_in_words(smoothing: float) -> str | None:
+    """What the item vectors of all rows over text have in common beyond their encoders, for readers of a table."""
+    return f"smoothed by {smoothing:g} over what is consumed together" if smoothing else None
 
 
 def reference_row(run: Run) -> str:

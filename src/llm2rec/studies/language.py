@@ -119,14 +119,15 @@ def ablation(small: bool, folder: Path, recipe: str) -> Study:
 
 def _judge_ablation(runs: Runs, folder: Path) -> list[Judged]:
     per_user = gathered(runs, LADDER)
+    share = runs["smoothed"].recipe.recommender.smoothing
     steps = (
         "From the top: learned ids; the untrained model, its last token causal, its mean causal and "
         "bidirectional; CSFT, causal and bidirectional; then each step with those before it. The next two "
         "leave CSFT out, and CSFT and MNTP. `consumed pairs` is CSFT and then, causal and without MNTP, "
         "contrastive learning on titles consumed one after the other: compare it with `+ CSFT, causal`. "
-        "`smoothed` are the vectors of both causal rows, part of each replaced by the mean of the items consumed "
-        "right before or after it: what a language stage should be worth more than. All but `last token` pool "
-        "the mean."
+        f"`smoothed` are the vectors of both causal rows, {share:g} of each "
+        "replaced by the mean of the items consumed right before or after it: what a language stage should be "
+        "worth more than. All but `last token` pool the mean."
     )
     return [
         Judged("Steps against the untrained model", steps, "bidirectional", per_user),
