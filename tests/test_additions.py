@@ -123,7 +123,7 @@ def test_after_another_training_added_items_are_refused_until_they_are_given_aga
     table = run.folder.parent / "new.csv"
     lr.add_items(run, table)
     before = listed(run, ["i03", "new1"])
-    changes = (*CHANGES, "iem.contrastive.temperature=0.2")
+    changes = (*CHANGES, "iem.contrastive.learning_rate=0.001")
     again = lr.run("demo", run.folder, (*overrides(trained.folder.parent), *changes))
     for call in (lambda: lr.similar(again, "i03"), lambda: lr.recommend(again, ["i03"])):
         with pytest.raises(ArtifactError, match="earlier model of this run; give `add-items` their table again"):
