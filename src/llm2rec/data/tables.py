@@ -261,7 +261,8 @@ def require_columns(
     names: Sequence[str],
     columns: Sequence[str],
     origin: str,
-    mend: str = "Rename the columns, or map them in the recipe (data.columns)",
+    mend: str = "Rename the columns, or map them in the recipe (data.columns; files given by --set put those "
+    "of the recipe aside and want --set data.columns=... as well)",
 ) -> None:
     """Raises DataError where a column is missing; `mend` says what to do about it."""
     missing = [column for column in columns if column not in names]
