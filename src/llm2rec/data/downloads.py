@@ -108,7 +108,7 @@ def _copy(response: http.client.HTTPResponse, part: Path, start: int, remote: Re
         running.move_to(start // BLOCK_BYTES)
         while block := response.read(BLOCK_BYTES):
             sink.write(block)
-            running.move_to(sink.tell() // BLOCK_BYTES, "MiB")
+            running.advance(note="MiB")
         size = sink.tell()
     if total is not None and size != total:
         raise DataError(f"{remote.address} broke off after {size:,} of {total:,} bytes{_kept(part)}")
