@@ -15,7 +15,10 @@ from llm2rec.data.sequences import Sequences, prepare  # noqa: E402
 from llm2rec.data.splits import Split  # noqa: E402
 from llm2rec.data.tables import Catalogue, Interactions  # noqa: E402
 from llm2rec.lm import backbone as backbones  # noqa: E402
+from llm2rec.lm.encode import encode_tokens  # noqa: E402
 from llm2rec.lm.learner import Learner  # noqa: E402
+from llm2rec.lm.packing import tokenise  # noqa: E402
+from llm2rec.lm.pooling import MEAN  # noqa: E402
 from llm2rec.training import Optimizer  # noqa: E402
 
 TITLES = [
@@ -39,6 +42,11 @@ def tiny_folder(tmp_path_factory):
 def tiny(tiny_folder):
     """The tiny random decoder, float32, with its head."""
     return backbones.load(tiny_folder, torch.float32)
+
+
+def vectors_of(lm, titles, batch_tokens=1000, pooling=MEAN):
+    """(N, D) float32 vectors of titles, in memory, by the packed pass that `encode` makes of a catalogue."""
+    return encode_tokens(lm, tokenise(lm.tokenizer, titles, 64, True), batch_tokens, "titles", pooling)
 
 
 def cyclic_log(users=40, items=12, events=8):

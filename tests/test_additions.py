@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 import llm2rec as lr
+from llm2rec import artifacts
 from llm2rec.display import NEW as NEW_MARK
 from llm2rec.display import show_items
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -135,6 +136,32 @@ def test_after_another_training_added_items_are_refused_until_they_are_given_aga
     shutil.rmtree(again.folder / "added")
     lr.add_items(again, table)
     assert listed(again, ["i03", "new1"]) == anew != before
+
+
+def test_an_added_item_that_a_later_training_took_in_is_no_new_one(run, trained):
+    world, table = trained.folder.parent, run.folder.parent / "new.csv"
+    lr.add_items(run, table)
+    grown = run.folder.parent / "grown.csv"
+    items = pl.concat([pl.read_csv(world / "items.csv"), NEW[:1]], how="diagonal")
+    items.write_csv(grown)
+    taken = (*overrides(world), *CHANGES, f"data.items={grown}")
+    again = lr.run("demo", run.folder, taken)
+    assert lr.add_items(again, table) == (0, 2)
+    assert added.items(again.domain()).item_ids == ["new2"]
+    lists = listed(again, ["i03", "new1"])
+    assert len(lists) == len(set(lists)) and "new2" in lists
+    assert "new1" not in {item.item_id for item in lr.recommend(again, ["i03", "new1"], k=20)}
+
+
+def test_where_a_later_training_took_in_all_added_items_none_is_left(run, trained):
+    world, table = trained.folder.parent, run.folder.parent / "new.csv"
+    lr.add_items(run, table)
+    grown = run.folder.parent / "grown.csv"
+    pl.concat([pl.read_csv(world / "items.csv"), NEW], how="diagonal").write_csv(grown)
+    again = lr.run("demo", run.folder, (*overrides(world), *CHANGES, f"data.items={grown}"))
+    assert lr.add_items(again, table) == (0, 2)
+    assert added.load(again.domain()) is None
+    assert not (run.folder / artifacts.SCRATCH).exists()
 
 
 def test_a_row_that_came_later_gets_vectors_of_the_items_added_before(run, trained, tmp_path):

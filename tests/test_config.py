@@ -267,3 +267,10 @@ def test_an_override_leaves_the_names_of_the_recipe_alone(write, tmp_path, monke
 def test_what_a_training_would_refuse_is_refused_at_once(override, words):
     with pytest.raises(ConfigError, match=words):
         load_recipe("demo", ["iem.mntp.gradient_checkpointing=true", override])
+
+
+def test_a_row_and_its_variant_that_share_a_training_cannot_be_trained_differently():
+    rows = "recommender.rows=[sasrec-backbone, sasrec-backbone-causal]"
+    load_recipe("demo", [rows])
+    with pytest.raises(ConfigError, match="'sasrec-backbone' tries 'sasrec-backbone-causal'.* same `per_row`"):
+        load_recipe("demo", [rows, "recommender.per_row.sasrec-backbone={max_epochs: 1}"])

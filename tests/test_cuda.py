@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import llm2rec as lr
-from conftest import TITLES
+from conftest import TITLES, vectors_of
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import TokenObjective, to_device
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.packing import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -63,7 +62,7 @@ def test_vectors_are_those_of_a_cpu(tiny_folder):
         lm = backbones.load(tiny_folder, torch.float32, head=False)
         lm.set_causal(False)
         lm.model.to(device)
-        found.append(encode_titles(lm, TITLES, 64, 100)[0])
+        found.append(vectors_of(lm, TITLES, 100))
     assert np.abs(found[0] - found[1]).max() < 1e-3
 
 

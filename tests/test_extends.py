@@ -12,6 +12,7 @@ from llm2rec import artifacts
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import csft as module
 from llm2rec.loading import load_recipe
+from llm2rec.stages.base import AUTO, DTYPE
 
 SMALL = (
     "model.source=tiny-random",
@@ -27,10 +28,12 @@ SMALL = (
 )
 
 
+def overrides(world, *changes):
+    return (f"data.interactions={world}/interactions.csv", f"data.items={world}/items.csv", *SMALL, *changes)
+
+
 def train(place, world, *changes):
-    logs = (f"data.interactions={world}/interactions.csv", f"data.items={world}/items.csv")
-    run = lr.prepare(lr.runs.create_run("demo", place, (*logs, *SMALL, *changes)))
-    return lr.csft(run)
+    return lr.csft(lr.prepare(lr.runs.create_run("demo", place, overrides(world, *changes))))
 
 
 def weights(run):
@@ -128,3 +131,20 @@ def test_the_run_that_is_extended_must_stay(short, world, tmp_path):
     shutil.rmtree(gone)
     with pytest.raises(ArtifactError, match="holds no finished 'csft' stage"):
         train(tmp_path / "run", world, "csft.max_tokens=5120", f"csft.extends={gone}")
+
+
+def bound_to(folder, world, dtype):
+    """A run folder that has measured the faster number format already."""
+    run = lr.runs.create_run("demo", folder, overrides(world))
+    artifacts.write_json(folder / DTYPE, {AUTO: dtype})
+    return run.folder
+
+
+def test_a_training_is_not_extended_in_another_number_format(world, tmp_path):
+    auto = ("model.dtype=auto", "csft.max_tokens=2560")
+    short = train(bound_to(tmp_path / "short", world, "float32"), world, *auto)
+    longer = ("model.dtype=auto", "csft.max_tokens=5120", f"csft.extends={short.folder}")
+    with pytest.raises(ConfigError, match="was trained in float32, .* works in bfloat16"):
+        train(bound_to(tmp_path / "other", world, "bfloat16"), world, *longer)
+    train(tmp_path / "fresh", world, *longer)  # whatever this machine is faster in
+    assert artifacts.read_json(tmp_path / "fresh" / DTYPE) == {AUTO: "float32"}

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES
+from conftest import TITLES, vectors_of
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.export import export
 from llm2rec.lm.pooling import Pooling, pool_last, pool_mean, pool_weighted_mean
 
@@ -44,7 +43,7 @@ def by_hand(lm, title, pooling):
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_vectors_equal_those_of_single_titles(tiny, pooling, causal):
     tiny.set_causal(causal)
-    vectors, _ = encode_titles(tiny, TITLES, 64, 100_000, pooling=pooling)
+    vectors = vectors_of(tiny, TITLES, 100_000, pooling)
     expected = torch.stack([by_hand(tiny, title, pooling) for title in TITLES]).numpy()
     assert np.abs(vectors - expected).max() < 1e-5
 
@@ -52,14 +51,13 @@ def test_packed_vectors_equal_those_of_single_titles(tiny, pooling, causal):
 @pytest.mark.parametrize("pooling", POOLINGS, ids=str)
 def test_a_batch_of_one_equals_a_batch_of_all(tiny, pooling):
     titles = [f"{title} {number}" for number in range(4) for title in TITLES][:64]
-    one, distinct = encode_titles(tiny, titles, 64, batch_tokens=1, pooling=pooling)
-    many, _ = encode_titles(tiny, titles, 64, batch_tokens=100_000, pooling=pooling)
-    assert distinct == 64
+    one = vectors_of(tiny, titles, 1, pooling)
+    many = vectors_of(tiny, titles, 100_000, pooling)
     assert np.abs(one - many).max() < 1e-5
 
 
 def test_poolings_differ(tiny):
-    vectors = [encode_titles(tiny, TITLES, 64, 1000, pooling=pooling)[0] for pooling in POOLINGS]
+    vectors = [vectors_of(tiny, TITLES, pooling=pooling) for pooling in POOLINGS]
     for number, one in enumerate(vectors):
         assert all(np.abs(one - other).max() > 1e-3 for other in vectors[:number])
 
@@ -71,7 +69,7 @@ def test_the_exported_folder_pools_alike(tiny, tmp_path, mode):
     tiny.set_causal(False)
     export(tiny, TITLES, 64, tmp_path / "encoder", Pooling(mode))
     theirs = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(TITLES, show_progress_bar=False)
-    ours, _ = encode_titles(tiny, TITLES, 64, 1000, pooling=Pooling(mode))
+    ours = vectors_of(tiny, TITLES, pooling=Pooling(mode))
     assert np.abs(ours - theirs).max() < 1e-4
 
 

@@ -28,6 +28,19 @@ def test_pairs_are_neighbours_in_one_users_training_events():
     assert (consumed_next(sequences, np.arange(9)) + 1).tolist() == [[1, 2], [2, 3], [6, 7]]
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_every_process_has_as_many_chunks_whatever_its_titles_are_long(tiny, parts):
+    titles = [" ".join(["boat"] * (1 + 3 * (number // 8))) for number in range(16)] + TITLES[:16]
+    texts = distinct_texts(tiny.tokenizer, [f"{t} {n}" for n, t in enumerate(titles)], 64, special_tokens=True)
+    pairs = np.arange(32).reshape(16, 2)
+    shared = [TitleBatches(texts, [pairs], 40, parts)[part]["chunks"] for part in range(parts)]
+    alone = [len(TitleBatches(texts, [own], 40)[0]["chunks"]) for own in np.split(pairs, parts)]
+    assert len(set(alone)) > 1  # else there is nothing to make equal
+    assert {len(chunks) for chunks in shared} == {max(alone)}
+    counted = sum(len(chunk["segments"]["valid"]) for chunks in shared for chunk in chunks.values())
+    assert counted == pairs.size
+
+
 def test_a_user_without_training_events_pairs_nothing():
     sequences = sequences_of([[1, 2, 3, 4], [5, 6], [7, 8, 9, 5]])
     assert (consumed_next(sequences, np.arange(9)) + 1).tolist() == [[1, 2], [7, 8]]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TITLES, prepared_cycle, train_stage
+from conftest import TITLES, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
-from llm2rec.lm.encode import encode, encode_titles
+from llm2rec.lm.encode import encode
 from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
     ContrastiveObjective,
@@ -303,7 +303,7 @@ def test_the_exported_encoder_of_a_chat_model_reads_titles_as_they_are(tiny_fold
     lm.set_causal(False)
     export(lm, TITLES, 64, tmp_path / "encoder")
     theirs = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(TITLES)
-    assert np.abs(encode_titles(lm, TITLES, 64, 1000)[0] - theirs).max() < 1e-4
+    assert np.abs(vectors_of(lm, TITLES) - theirs).max() < 1e-4
 
 
 def test_exporting_a_bfloat16_encoder_warns_of_nothing(tiny_folder, tmp_path, caplog):
@@ -315,22 +315,16 @@ def test_exporting_a_bfloat16_encoder_warns_of_nothing(tiny_folder, tmp_path, ca
 
 def test_vectors_do_not_depend_on_the_batch(tiny):
     tiny.set_causal(False)
-    one, _ = encode_titles(tiny, TITLES, 64, batch_tokens=1)
-    many, _ = encode_titles(tiny, TITLES, 64, batch_tokens=100_000)
+    one = vectors_of(tiny, TITLES, batch_tokens=1)
+    many = vectors_of(tiny, TITLES, batch_tokens=100_000)
     assert np.abs(one - many).max() < 1e-5
-
-
-def test_equal_titles_are_encoded_once_and_get_equal_vectors(tiny):
-    vectors, distinct = encode_titles(tiny, [TITLES[0], TITLES[1], TITLES[0]], 64, 1000)
-    assert distinct == 2
-    assert np.array_equal(vectors[0], vectors[2])
 
 
 def test_causal_and_bidirectional_vectors_differ(tiny):
     tiny.set_causal(True)
-    causal, _ = encode_titles(tiny, TITLES, 64, 1000)
+    causal = vectors_of(tiny, TITLES)
     tiny.set_causal(False)
-    bidirectional, _ = encode_titles(tiny, TITLES, 64, 1000)
+    bidirectional = vectors_of(tiny, TITLES)
     assert np.abs(causal - bidirectional).max() > 1e-3
 
 

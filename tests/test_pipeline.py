@@ -25,7 +25,7 @@ from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
-from llm2rec.runs import create_run, write_resolved
+from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
@@ -356,6 +356,22 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
     rerun(copied, world, "evaluation.mask_history=false")
     with pytest.raises(ArtifactError, match=r"evaluation\.mask_history of .*: true, .*: false"):
         lr.compare([finished.folder, copied])
+
+
+def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
+    recipe = copied / "recipe.yaml"
+    assert "mask_history: true" in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace("mask_history: true", "mask_history: false"))
+    assert not lr.open_run(copied).recipe.evaluation.mask_history
+    assert "without the items of the user's" in lr.compare([copied], against="markov")["ranking"]
+
+
+def test_a_list_looks_at_as_many_events_as_the_training_did(copied, world):
+    run, history = lr.open_run(copied), ["i01", "i02", "i03", "i04"]
+    data = run.recipe.data.model_copy(update={"history_length": 1})
+    edited = Run(run.folder, run.recipe.model_copy(update={"data": data}))
+    assert edited.domain().config.history_length == 1
+    assert lr.recommend(edited, history, row="sasrec-id") == lr.recommend(run, history, row="sasrec-id")
 
 
 def test_compare_refuses_a_run_whose_rerun_was_interrupted(finished, copied):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import polars as pl
 from llm2rec import artifacts, progress
 from llm2rec.data import readers
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.tables import Catalogue
+from llm2rec.data.tables import ITEM, Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run, open_run
@@ -62,17 +61,35 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
     with artifacts.run_lock(run.folder):
         _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
-        trained, before = trained_catalogue(place), added.items(place)
-        known = trained if before is None else added.joined(trained, before)
+        since, kept = _added_before(run, place, sets)
+        trained = trained_catalogue(place)
+        known = trained if since is None else added.joined(trained, since)
         unknown, texts = _unknown(known, new, place.config.text, str(items))
-        kept = [] if before is None else added.current_sets(place, sets)
-        outdated = len(before) if before is not None and kept != sets else 0
+        outdated = len(since) if since is not None and kept != sets else 0
         if outdated:
             progress.say(f"note: {outdated:,} items added before are encoded anew for rows that need it")
         if len(unknown) or outdated:
-            table = unknown if before is None else added.joined(before, unknown)
+            table = unknown if since is None else added.joined(since, unknown)
             _replace(run, place, table, [texts[item] for item in table.item_ids], kept)
     return Additions(len(unknown), len(new) - len(unknown))
+
+
+def _added_before(run: Run, domain: Domain, sets: list[str]) -> tuple[Catalogue | None, list[str]]:
+    """What was added before and is still new, None where nothing is, and the vector sets that its vectors keep.
+
+    What a training since then took in is new no more; where nothing else had been added all is put aside.
+    """
+    before = added.items(domain)
+    if before is None:
+        return None, []
+    trained = trained_catalogue(domain).frame[ITEM].implode()
+    since = Catalogue(before.frame.filter(~pl.col(ITEM).is_in(trained)))
+    if len(since) == len(before):
+        return since, added.current_sets(domain, sets)
+    if len(since):
+        return since, []
+    artifacts.move_aside(domain.added, run.folder)
+    return None, []
 
 
 def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tuple[Catalogue, dict[str, str]]:
@@ -115,9 +132,7 @@ def _replace(run: Run, domain: Domain, table: Catalogue, texts: list[str], kept:
     Args:
         kept: vector sets whose vectors of the items added before, the first of the table, are taken over.
     """
-    with tempfile.TemporaryDirectory(dir=run.folder) as made:
-        folder = Path(made) / "items"
-        folder.mkdir()
+    with artifacts.scratch(run.folder) as folder:
         table.write(folder / added.CATALOGUE)
         sets = vector_sets(run)
         for name in sets:

@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 STABLE = "stable"  # the checkpoint that a longer training may go on from
 DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
-TAKEN = ".taken"
+SCRATCH = ".unfinished"  # what is to appear all at once, while it is made
 PROVENANCE = "provenance.json"
 UNCOUNTED = (STABLE, PROVENANCE)  # no results: what a longer training goes on from, and where vectors come from
 FORMAT = 1
@@ -338,14 +338,28 @@ def take_over(source: Path, folder: Path, run_folder: Path) -> None:
     manifest = read_manifest(source)
     if manifest is None:
         raise ArtifactError(f"{source} holds no finished stage to take over")
-    taken = run_folder / TAKEN
-    shutil.rmtree(taken, ignore_errors=True)
-    for path in (*manifest.outputs, MANIFEST):
-        (taken / path).parent.mkdir(parents=True, exist_ok=True)
-        link(source / path, taken / path)
-    move_aside(folder, run_folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(taken, folder)  # the manifest appears with everything else, or not at all
+    with scratch(run_folder) as taken:
+        for path in (*manifest.outputs, MANIFEST):
+            (taken / path).parent.mkdir(parents=True, exist_ok=True)
+            link(source / path, taken / path)
+        move_aside(folder, run_folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(taken, folder)  # the manifest appears with everything else, or not at all
+
+
+@contextmanager
+def scratch(run_folder: Path) -> Iterator[Path]:
+    """An empty folder inside a run's for what is moved to its place when it is whole; what is left of it goes.
+
+    It has one name, so that what a killed process left goes with the next use.
+    """
+    folder = run_folder / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def link(source: str | Path, target: str | Path) -> None:

@@ -55,7 +55,7 @@ def compare(
         if problem := run.unfinished():
             raise ArtifactError(problem)
     require_same_catalogue(by_name, domain)
-    ranking = _shared_ranking(by_name)
+    ranking = _shared_ranking(by_name, domain)
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}
     tables = {
         name: pl.read_parquet(run.domain(domain).evaluation / "per_user.parquet", glob=False)
@@ -78,9 +78,10 @@ def compare(
     }
 
 
-def _shared_ranking(runs: Mapping[str, Run]) -> str:
+def _shared_ranking(runs: Mapping[str, Run], domain: str | None) -> str:
     """What competes with a target in every run, in words; raises ArtifactError where the runs differ in it."""
-    masked = {name: run.recipe.evaluation.mask_history for name, run in runs.items()}
+    evaluated = {name: artifacts.require(run.domain(domain).evaluation, "evaluate") for name, run in runs.items()}
+    masked = {name: bool(manifest.inputs["evaluation.mask_history"]) for name, manifest in evaluated.items()}
     if len(set(masked.values())) > 1:
         values = ", ".join(f"{name}: {str(value).lower()}" for name, value in masked.items())
         raise ArtifactError(

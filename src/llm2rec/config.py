@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
-from llm2rec.rows import ENCODER_NAME, ROW_NAMES, VECTORS, Row
+from llm2rec.rows import ATTENTIONS, ENCODER_NAME, ROW_NAMES, VECTORS, Row
 
 TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
@@ -221,7 +221,9 @@ class CsftConfig(LanguageConfig):
         "packed", description="one pass a window; the authors' samples; the same, shared starts computed once"
     )
     paper_separator: bool = Field(False, description="separate history and target, which the authors do not")
-    batch_tokens: Positive = Field(4096, description="tokens of one optimizer step")
+    batch_tokens: Positive = Field(
+        4096, description="tokens of one optimizer step; rounded to whole forward passes"
+    )
     micro_batch_tokens: Positive = Field(2048, description="tokens in one forward pass; bounds the memory")
     checkpoints: Count = Field(4, description="checkpoints in the course of the stage (0: none)")
     evaluations: Count = Field(0, description="held-out perplexities on the way; the best weights win (0: none)")
@@ -406,6 +408,11 @@ class RecommenderConfig(CourseConfig):
             missing = [parent for parent in row.parents if parent not in self.rows]
             if missing:
                 raise ValueError(f"row {name!r} averages {' and '.join(row.parents)}; name {missing[0]!r} as well")
+            for variant in (f"{name}-{attention}" for attention in ATTENTIONS):
+                if variant in self.rows and self.per_row.get(variant) != self.per_row.get(name):
+                    raise ValueError(
+                        f"row {name!r} tries {variant!r}, which is a row as well: give both the same `per_row`"
+                    )
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
         if self.loss == "gbce" and self.sampling != "uniform":
@@ -445,7 +452,11 @@ class EvaluationConfig(Section):
 class Recipe(Section):
     """A whole run."""
 
-    seed: Count = Field(0, description="of the language stages; each stage derives its own generator from it")
+    seed: Count = Field(
+        0,
+        description="of the language stages, each with a generator of its own, and of which users and items are "
+        "sampled or held out; recommenders have `recommender.seeds`",
+    )
     data: DataConfig | None = Field(None, description="the log; this, or several `domains`")
     domains: dict[DomainName, DomainConfig] | None = None
     model: ModelConfig

@@ -11,7 +11,7 @@ from llm2rec import artifacts, loggers, memory, processes, progress, stages
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM
 from llm2rec.data import sources
-from llm2rec.errors import Llm2RecError
+from llm2rec.errors import Llm2RecError, first_few
 from llm2rec.loading import load_recipe, parse_recipe
 from llm2rec.runs import Run, create_run, open_run, refuse_foreign, write_resolved
 from llm2rec.stages import Stage
@@ -56,6 +56,7 @@ def run(
     with artifacts.run_lock(folder):
         started = create_run(recipe, folder, tuple(overrides))
         progress.say(_plan(started))
+        _say_what_is_of_no_row(started)
         if fresh:
             for name in (
                 "data",
@@ -230,6 +231,12 @@ def _plan(run: Run) -> str:
     language = "".join(budgets.get(stage.folder, "") for stage in stages.language_stages(run))
     rows = f"{len(recipe.recommender.rows)} rows x {recipe.recommender.seeds} seeds"
     return f"{run.folder}: {data}, {recipe.model.source}; {language}{rows}"
+
+
+def _say_what_is_of_no_row(run: Run) -> None:
+    idle = [name for name in run.recipe.recommender.per_row if name not in run.recipe.recommender.rows]
+    if idle:
+        progress.say(f"note: recommender.per_row: {first_few(idle)}: no row of this run, so nothing heeds it")
 
 
 def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:

@@ -269,7 +269,7 @@ def _fingerprints(folder: Path) -> dict[str, str]:
     """Stage folder -> fingerprint of every finished stage; a damaged manifest counts as unfinished."""
     found = {}
     for path in sorted(folder.rglob(artifacts.MANIFEST)):
-        if artifacts.SUPERSEDED not in path.parts:
+        if not {artifacts.SUPERSEDED, artifacts.SCRATCH} & set(path.relative_to(folder).parts):
             with suppress(ArtifactError):
                 manifest = artifacts.read_manifest(path.parent)
                 if manifest is not None:

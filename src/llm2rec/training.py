@@ -466,7 +466,9 @@ def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:
 def _own_randomness() -> Iterator[None]:
     """The engine seeds the global generators (dropout draws from them); the caller's are put back."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])

@@ -116,7 +116,7 @@ def data_probes(counts: np.ndarray, texts: Sequence[str], test_targets: np.ndarr
         raise ValueError(
             f"{len(counts)} counts, {len(texts)} texts, {len(test_targets)} test events; give N, N and some"
         )
-    _, copies = np.unique(np.asarray(texts, dtype=object).astype(str), return_inverse=True)
+    _, copies = np.unique(np.array(list(texts), dtype=object), return_inverse=True)
     distinct = np.bincount(copies)[copies] == 1
     cold = counts[test_targets - 1] == 0
     return {

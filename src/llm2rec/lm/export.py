@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 
 import torch
@@ -61,9 +60,9 @@ def _export(
     from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
     from sentence_transformers.sentence_transformer.modules import Transformer
 
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        backbones.save(lm, Path(folder))
-        transformer = Transformer(folder, max_seq_length=max_title_tokens)
+    with artifacts.scratch(out.parent) as folder:
+        backbones.save(lm, folder)
+        transformer = Transformer(str(folder), max_seq_length=max_title_tokens)
         encoder = SentenceTransformer(
             modules=[transformer, STPooling(lm.body.config.hidden_size, pooling_mode=mode)], device="cpu"
         )

@@ -353,14 +353,29 @@ class TitleBatches(Batches):
 
     def __getitem__(self, index: int) -> Batch:
         step, part = divmod(index, self._parts)
-        pairs = np.split(self._pairs[step], self._parts)[part]
+        parts = [self._cut(pairs) for pairs in np.split(self._pairs[step], self._parts)]
+        own = _split_up(parts[part], max(len(chunks) for chunks in parts))
+        packed = [pack(*gather_texts(self._texts, pairs.T.ravel())) for pairs in own]
+        chunks: dict[str, Packed] = {f"chunk{number}": chunk for number, chunk in enumerate(packed)}
+        return {"chunks": chunks, "n_targets": sum(len(pairs) for pairs in own)}
+
+    def _cut(self, pairs: np.ndarray) -> list[np.ndarray]:
+        """Pairs (B, 2) in chunks within the budget of tokens, longest first."""
         lengths = self._texts.lengths[pairs].sum(axis=1)
         order = np.argsort(-lengths, kind="stable")
-        chunks: dict[str, Packed] = {}
-        for rows in token_budget_batches(lengths[order], self._micro_batch_tokens):
-            both = pairs[order[rows]].T.ravel()
-            chunks[f"chunk{len(chunks)}"] = pack(*gather_texts(self._texts, both))
-        return {"chunks": chunks, "n_targets": len(pairs)}
+        return [pairs[order[rows]] for rows in token_budget_batches(lengths[order], self._micro_batch_tokens)]
+
+
+def _split_up(chunks: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """`count` chunks instead of fewer, the ones with most pairs halved.
+
+    Every process has as many, because layers shared out among them are called by all or by none.
+    """
+    chunks = list(chunks)
+    while len(chunks) < count:
+        largest = max(range(len(chunks)), key=lambda number: len(chunks[number]))
+        chunks[largest : largest + 1] = np.array_split(chunks[largest], 2)
+    return chunks
 
 
 class ContrastiveObjective:

@@ -58,6 +58,7 @@ class ScoreAverage:
             )
         self.n_items = second.n_items
         self.needs_times = first.needs_times or second.needs_times
+        self.history_length = max(first.history_length, second.history_length)
         self._first, self._second, self.weight = first, second, weight
 
     def score(self, histories: Tensor, times: Tensor | None = None) -> Tensor:

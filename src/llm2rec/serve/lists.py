@@ -15,12 +15,20 @@ from llm2rec import artifacts, progress
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, readers
 from llm2rec.data.sequences import Sequences, whole
-from llm2rec.data.tables import ITEM, RATING, Catalogue
+from llm2rec.data.tables import ITEM, RATING, TITLE, Catalogue
 from llm2rec.data.texts import clean
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.runs import Domain, Run
 from llm2rec.serve import added
-from llm2rec.serve.recommender import Lists, checked_request, lists_of, load_scorer, opened, require_readable
+from llm2rec.serve.recommender import (
+    Lists,
+    checked_request,
+    lists_of,
+    load_scorer,
+    opened,
+    require_readable,
+    window_of,
+)
 
 USERS_AT_ONCE = 256
 COLUMNS = ("user_id", "place", "item_id", "title", "score", "new")
@@ -66,9 +74,9 @@ def recommend_users(
     _check_out(out, run)
     scorer = load_scorer(place, row, 0, with_added=True)
     require_readable(scorer, row, catalogue, int(np.asarray(sequences.items).max()))
-    lists = lists_of(place, scorer, k, new_items)
+    lists, window = lists_of(place, scorer, k, new_items), window_of(scorer, place)
     tables = [
-        _table(sequences, users, catalogue, lists, place.config.history_length, exclude_history)
+        _table(sequences, users, catalogue, lists, window, exclude_history)
         for users in _batches(sequences.n_users)
     ]
     table = pl.concat(tables)
@@ -146,23 +154,24 @@ def _table(
     users: np.ndarray,
     catalogue: Catalogue,
     lists: Lists,
-    history_length: int,
+    window: int,
     exclude_history: bool,
 ) -> pl.DataFrame:
     """The lists of some users, one row an item."""
     events = np.diff(np.asarray(sequences.offsets))[users]
     known = torch.from_numpy(sequences.latest(users, int(events.max())).astype(np.int64))
-    seen = [torch.from_numpy(sequences.latest(users, history_length).astype(np.int64))]
+    seen = [torch.from_numpy(sequences.latest(users, window).astype(np.int64))]
     if lists.needs_times:
-        seen.append(torch.from_numpy(sequences.latest_times(users, history_length)))
+        seen.append(torch.from_numpy(sequences.latest_times(users, window)))
     items, scores = lists.of(seen, known if exclude_history else known[:, :0])
     rows, places = (items > 0).nonzero(as_tuple=True)
     index = items[rows, places]
+    chosen = catalogue.frame[(index - 1).numpy()]
     columns = (
         sequences.user_ids.cast(pl.String).gather(users[rows.numpy()]),
         (places + 1).numpy(),
-        [catalogue.item_ids[item - 1] for item in index.tolist()],
-        [clean(catalogue.titles[item - 1]) for item in index.tolist()],
+        chosen[ITEM],
+        [clean(title) for title in chosen[TITLE]],
         scores[rows, places].numpy(),
         lists.new[index - 1].numpy(),
     )

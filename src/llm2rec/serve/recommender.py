@@ -88,7 +88,7 @@ def recommend(
     if getattr(scorer, "needs_times", False):
         raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
     lists = lists_of(place, scorer, k, new_items)
-    recent = [seen[:, -place.config.history_length :]]
+    recent = [seen[:, -window_of(scorer, place) :]]
     items, scores = lists.of(recent, seen if exclude_history else seen[:, :0])
     return listed(catalogue, items[0], scores[0], lists.new)
 
@@ -160,6 +160,11 @@ def lists_of(domain: Domain, scorer: Scorer, k: int, new_items: int | None) -> L
     return Lists(scorer, new, k, new_items)
 
 
+def window_of(scorer: Scorer, domain: Domain) -> int:
+    """How many events of a history are looked at: as many as in training, whatever the recipe has become since."""
+    return int(getattr(scorer, "history_length", domain.config.history_length))
+
+
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
     """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since."""
     counts = torch.from_numpy(Sequences.load(domain.data).training_counts())
@@ -221,7 +226,7 @@ def similar(
 
 
 def opened(run: str | Path | Run) -> Run:
-    """The run; says where its results are older than its recipe, and answers from them all the same."""
+    """The run; says where a stage of it was begun and not finished, and answers all the same."""
     run = run if isinstance(run, Run) else open_run(run)
     if problem := run.unfinished():
         progress.say(f"note: {problem}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2rec import artifacts
+from llm2rec import artifacts, processes
 from llm2rec.artifacts import Inputs, flatten
 from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
 from llm2rec.data import sources
 from llm2rec.errors import ConfigError
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import (
+    AUTO,
+    DTYPE,
     VARIANTS,
     Stage,
     Summary,
@@ -154,7 +156,26 @@ def _extended(run: Run, inputs: Inputs) -> Path:
         )
     if not (shorter / artifacts.STABLE).exists():
         raise ConfigError(f"csft.extends: {shorter} kept nothing from before its decay; train it with checkpoints")
+    _train_in_the_format_of(shorter / artifacts.STABLE, run)
     return shorter / artifacts.STABLE
+
+
+def _train_in_the_format_of(stable: Path, run: Run) -> None:
+    """Makes `auto` the number format of the training that a run extends: its moments are of no use in another.
+
+    Raises:
+        ConfigError: the run is bound to another one.
+    """
+    theirs = artifacts.read_json(stable / "config.json")["dtype"]
+    file = run.folder / DTYPE
+    if processes.is_main() and run.recipe.model.dtype == AUTO and not file.exists():
+        artifacts.write_json(file, {AUTO: theirs})
+    ours = dtype_of(run, run.recipe.model.dtype)
+    if ours != theirs:
+        raise ConfigError(
+            f"csft.extends: {stable.parent} was trained in {theirs}, {run.folder} works in {ours}; extend it in a "
+            "folder of its own"
+        )
 
 
 def _mntp_stage(run: Run) -> Stage:

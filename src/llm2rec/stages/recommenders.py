@@ -56,7 +56,7 @@ def fit_stages_of(run: Run, domain: Domain) -> list[Stage]:
         if len(variants) > 1:
             stages += [_choice_stage(run, domain, row.name, list(variants), seed) for seed in seeds]
     stages += [_average_stage(run, domain, row, seed) for row in averaged_rows(run) for seed in seeds]
-    return stages
+    return list({stage.folder: stage for stage in stages}.values())  # a variant may be a row of its own as well
 
 
 def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | None, seed: int) -> Stage:
