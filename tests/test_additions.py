@@ -103,6 +103,16 @@ def test_an_added_item_is_similar_to_the_one_with_nearly_its_title(run):
     assert "i00" in [item.item_id for item in nearest[:3]]  # "The red boat (1980)"
 
 
+def test_added_vectors_are_those_of_their_own_items(run, trained, tmp_path):
+    titles = dict(pl.read_csv(trained.folder.parent / "items.csv").select("item_id", "title").iter_rows())
+    twins = pl.DataFrame({"item_id": ["of07", "of03"], "title": [titles["i07"], titles["i03"]]})
+    twins.write_csv(tmp_path / "twins.csv")
+    lr.add_items(run, tmp_path / "twins.csv")
+    for twin, item in (("of07", "i07"), ("of03", "i03")):
+        (nearest,) = lr.similar(run, twin, k=1)
+        assert nearest.item_id == item and nearest.score == pytest.approx(1, abs=1e-4)
+
+
 def test_items_are_added_to_those_added_before(run, tmp_path):
     lr.add_items(run, run.folder.parent / "new.csv")
     first = {item.item_id: item.score for item in lr.recommend(run, ["i03"], k=20)}

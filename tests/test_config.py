@@ -1,4 +1,5 @@
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 from llm2rec import config, loading, rows
 from llm2rec.errors import ConfigError
 from llm2rec.loading import load_recipe, parse_recipe, recipe_names
+from llm2rec.rec.architecture import Architecture
+from llm2rec.rec.fit import Optimisation
 from llm2rec.stages.recommenders import settings_of
 
 SOURCE = Path(config.__file__).parent
@@ -120,6 +123,11 @@ def test_every_config_field_is_read_by_some_stage():
     read = set().union(*(used_names(path) for path in SOURCE.rglob("*.py") if path.name != "config.py"))
     unread = [key for key in fields(config.Recipe) if key.rpartition(".")[2] not in read]
     assert unread == []
+
+
+def test_every_setting_of_a_recommender_is_one_of_its_parts():
+    parts = {field.name for kind in (Architecture, Optimisation) for field in dataclasses.fields(kind)}
+    assert set(config.RecommenderConfig.model_fields) - parts == {"rows", "seeds", "per_row"}
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):

@@ -1,12 +1,14 @@
 """Several domains as one: nothing of one is seen in the other."""
 
 import numpy as np
+import pytest
 
 from conftest import cyclic_log
 from llm2rec.data.mixture import Part, mix
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
+from llm2rec.lm.csft import MODES, Budget, Form, training_data
 
 
 def part(folder, name, weight=1.0, cold=(), **sizes):
@@ -37,6 +39,15 @@ def test_shares_are_relative_to_the_largest_weight(tmp_path):
     mixture = mix([part(tmp_path, "a", users=5, items=7), part(tmp_path, "b", weight=4.0, users=4, items=6)])
     assert mixture.item_shares.tolist() == [0.25] * 7 + [1.0] * 6
     assert mixture.user_shares.tolist() == [0.25] * 5 + [1.0] * 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_csft_reads_a_domain_by_its_weight(tiny, tmp_path, mode):
+    mixture = mix([part(tmp_path, "a", users=5, items=7), part(tmp_path, "b", weight=1e-9, users=4, items=6)])
+    form, budget = Form(mode, 4, 64, False), Budget(256, None, 1.0)
+    batches, _ = training_data(tiny, mixture.sequences, mixture.texts, form, budget, 0, mixture.user_shares)
+    text = "".join(tiny.tokenizer.decode(batches[i]["input_ids"][0]) for i in range(len(batches)))
+    assert "a The" in text and "b The" not in text
 
 
 def test_cold_items_give_no_training_text(tmp_path):

@@ -105,6 +105,22 @@ def test_histories_equal_a_plain_loop(case, length):
 
 
 @quick
+@given(logs(), st.integers(1, 4))
+def test_the_latest_events_equal_a_plain_loop(case, length):
+    sequences = split(case[1], case[0])
+    users = np.arange(sequences.n_users)
+    for found, values in (
+        (sequences.latest(users, length), sequences.items),
+        (sequences.latest_times(users, length), sequences.times),
+    ):
+        expected = []
+        for user in users:
+            own = np.asarray(values[sequences.offsets[user] : sequences.offsets[user + 1]]).tolist()[-length:]
+            expected.append(own + [0] * (length - len(own)))
+        assert found.tolist() == expected
+
+
+@quick
 @given(logs())
 def test_training_holds_the_training_events_alone(case):
     sequences = split(case[1], case[0])

@@ -125,23 +125,42 @@ def held_out_before_training(parts, log):
     parts[np.flatnonzero(parts == TRAIN)[0]] = VALIDATION
 
 
+def last_held_out_of_somebody_trained(parts, log):
+    """After the cut, and yet before no held-out event of the same user."""
+    held_out, user = np.flatnonzero(np.isin(parts, (VALIDATION, TEST))), log.codes("user_id")
+    firsts = held_out[np.unique(user[held_out], return_index=True)[1]]
+    alone = [place for place in firsts if (user[held_out] == user[place]).sum() == 1]
+    parts[alone[-1]] = TRAIN
+
+
 def cold_item_in_training(parts, log):
     parts[np.flatnonzero(parts == TEST)] = TRAIN
 
 
+def tests_validated(parts, log):
+    parts[parts == TEST] = VALIDATION
+
+
+def two_tests(parts, log):
+    parts[np.flatnonzero(parts == VALIDATION)[0]] = TEST
+
+
 @pytest.mark.parametrize(
-    ("split", "leak"),
+    ("split", "leak", "words"),
     [
-        (Split(by="time"), late_training),
-        (Split(by="users"), held_out_user_trained),
-        (Split(), held_out_before_training),
-        (Split(), late_training),
-        (Split(cold_items=0.25), cold_item_in_training),
+        (Split(by="time"), late_training, "lies after"),
+        (Split(by="time"), last_held_out_of_somebody_trained, "after the cut"),
+        (Split(by="users"), held_out_user_trained, "is held out and trained on"),
+        (Split(), held_out_before_training, "after a held-out event of its user"),
+        (Split(), late_training, "after a held-out event of its user"),
+        (Split(), two_tests, "validation and test events instead of"),
+        (Split(cold_items=0.25), cold_item_in_training, "leak"),
+        (Split(cold_items=0.25), tests_validated, "held-out item, but is no test event"),
     ],
 )
-def test_a_planted_leak_is_caught(split, leak):
+def test_a_planted_leak_is_caught(split, leak, words):
     log, parts, cold = split_events(make_log(), split)
     check_parts(log, parts, split, cold)  # the premise: without the leak it passes
     leak(parts, log)
-    with pytest.raises(DataError, match="leak"):
+    with pytest.raises(DataError, match=f"leak.*{words}" if words != "leak" else words):
         check_parts(log, parts, split, cold)

@@ -32,6 +32,7 @@ def test_every_family_attends_as_told(config_class, causal):
     lm = Backbone(random_model(config_class), None)
     lm.set_causal(causal)
     assert lm.is_causal == causal
+    assert (backbones.future_sensitivity(lm) == 0) == causal
 
 
 @pytest.mark.parametrize("config_class", FAMILIES)

@@ -6,6 +6,7 @@ import torch
 
 from conftest import TITLES, vectors_of
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm import export as exporting
 from llm2rec.lm.export import export
 from llm2rec.lm.pooling import Pooling, pool_last, pool_mean, pool_weighted_mean
 
@@ -71,6 +72,19 @@ def test_the_exported_folder_pools_alike(tiny, tmp_path, mode):
     theirs = SentenceTransformer(str(tmp_path / "encoder"), device="cpu").encode(TITLES, show_progress_bar=False)
     ours = vectors_of(tiny, TITLES, pooling=Pooling(mode))
     assert np.abs(ours - theirs).max() < 1e-4
+
+
+def test_a_folder_that_reads_otherwise_than_it_was_trained_is_refused(tiny, tmp_path, monkeypatch):
+    plain = exporting.encode_tokens
+
+    def as_a_causal_model(lm, *arguments):
+        lm.set_causal(True)
+        return plain(lm, *arguments)
+
+    tiny.set_causal(False)
+    monkeypatch.setattr(exporting, "encode_tokens", as_a_causal_model)
+    with pytest.raises(ArtifactError, match="gives other vectors than the trained one"):
+        export(tiny, TITLES, 64, tmp_path / "encoder")
 
 
 def test_a_folder_that_cannot_express_the_pooling_is_not_written(tiny, tmp_path):

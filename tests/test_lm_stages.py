@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import TITLES, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
+from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
@@ -63,9 +64,11 @@ def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
     sequences, titles = world
     texts = csft_texts(tiny.tokenizer, titles, 64)
     batches = WindowBatches(texts, sequences, 3, 64, max_tokens=None, epochs=1, seed=0)
-    users = len(sequences.user_ids)
-    items, _ = sequences.training()
-    assert batches.targets == len(items) - users
+    items, offsets = sequences.training()
+    after_the_first = np.delete(items, offsets[:-1])
+    labels = [tiny.tokenizer.decode(batches[i]["labels"]).splitlines() for i in range(len(batches))]
+    assert sorted(sum(labels, [])) == sorted(titles[item - 1] for item in after_the_first)
+    assert batches.targets == len(after_the_first)
 
 
 def test_the_token_budget_is_kept(tiny, world):
@@ -99,8 +102,8 @@ def test_held_out_text_ends_with_the_validation_title_alone_labelled(tiny, world
     texts = csft_texts(tiny.tokenizer, titles, 64)
     batches = held_out_batches(texts, sequences, 3, 10_000, seed=0)
     labels = tiny.tokenizer.decode(torch.cat([batch["labels"] for batch in batches])).splitlines()
-    assert len(labels) == sequences.n_users
-    assert set(labels) <= set(titles)
+    validated = np.asarray(sequences.items)[sequences.held_out(VALIDATION)]
+    assert sorted(labels) == sorted(titles[item - 1] for item in validated)
 
 
 def test_csft_learns_the_next_title(world, tiny_folder, tmp_path):
@@ -217,7 +220,24 @@ def test_dropout_makes_two_different_views(tiny):
     assert torch.isfinite(contrastive_loss(*views, 0.1))
 
 
-def test_the_auc_of_perfect_vectors_is_one_and_of_constant_vectors_a_half(tiny, world, monkeypatch):
+def test_the_auc_is_that_of_validation_events_by_a_plain_loop(tiny, world, monkeypatch):
+    sequences, titles = world
+    vectors = np.random.default_rng(0).normal(size=(len(titles), 5)).astype(np.float32)
+    monkeypatch.setattr("llm2rec.lm.iem.encode_tokens", lambda *args: vectors)
+    positions = sequences.held_out(VALIDATION)
+    items = np.asarray(sequences.items) - 1
+    unit = vectors - vectors.mean(axis=0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    wins = []
+    for position in positions:
+        source, target = items[position - 1], items[position]
+        others = [items[other] for other in positions if items[other] != target]
+        wins += [float(unit[source] @ unit[target] > unit[source] @ unit[other]) for other in others]
+    found = ValidationPairs(sequences, titles, tiny.tokenizer, 64, seed=0).auc(tiny)
+    assert found == pytest.approx(np.mean(wins), abs=1e-6)
+
+
+def test_the_auc_of_near_vectors_is_high_and_of_constant_vectors_a_half(tiny, world, monkeypatch):
     sequences, titles = world
     pairs = ValidationPairs(sequences, titles, tiny.tokenizer, 64, seed=0)
     angles = np.linspace(0, 2 * math.pi, len(titles), endpoint=False)

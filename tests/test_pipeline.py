@@ -25,6 +25,7 @@ from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.stages import judging
@@ -164,6 +165,28 @@ def test_the_better_attention_on_validation_is_the_row(finished):
     assert kept.read_bytes() == original.read_bytes()
 
 
+def test_the_attention_is_chosen_by_its_validation_over_all_seeds(copied, world):
+    rerun(copied, world, "recommender.max_epochs=1", "recommender.seeds=2")
+    run = lr.open_run(copied)
+    choice = run.metrics()["validation"]["sasrec-backbone"]
+    values = choice["ndcg@10"]
+    assert len(set(values.values())) > 1  # else any choice would do
+    assert values[choice["chosen"]] == max(values.values())
+    for variant, value in values.items():
+        fits = [artifacts.require(run.recommender(variant, seed), "fit").summary for seed in (0, 1)]
+        assert value == pytest.approx(sum(fit["validation_ndcg@10"] for fit in fits) / 2)
+
+
+def test_the_history_is_hidden_from_the_ranks_where_the_recipe_says_so(finished):
+    ranks = pl.read_parquet(finished.evaluation / "per_user.parquet").filter(row="popularity")["rank"].to_list()
+    scorer, sequences = load_scorer(finished.domain(), "popularity", 0), Sequences.load(finished.data)
+    hidden, competing = (
+        protocol.evaluate(scorer, sequences, TEST, 4, mask_history=mask)["rank"].to_list()
+        for mask in (True, False)
+    )
+    assert ranks == hidden != competing
+
+
 def test_resolved_json_holds_every_value_the_versions_and_the_parents(finished):
     resolved = artifacts.read_json(finished.folder / "resolved.json")
     assert resolved["recipe"]["recommender"]["heads"] == 2
@@ -171,9 +194,16 @@ def test_resolved_json_holds_every_value_the_versions_and_the_parents(finished):
     assert resolved["stages"]["csft"] == artifacts.require(finished.csft, "csft").fingerprint
 
 
-def test_the_same_seed_gives_identical_metrics(finished, world, tmp_path):
+def fitted_weights(run):
+    """Every trained recommender's file, by its place: metrics of this world are all 1, and tell nothing apart."""
+    found = run.folder.glob("recommender/**/model.safetensors")
+    return {path.relative_to(run.folder): path.read_bytes() for path in found}
+
+
+def test_the_same_seed_gives_identical_weights_and_metrics(finished, world, tmp_path):
     again = lr.run("demo", tmp_path / "again", overrides(world))
     assert again.metrics()["rows"] == finished.metrics()["rows"]
+    assert fitted_weights(again) == fitted_weights(finished) != {}
 
 
 def test_an_unchanged_rerun_keeps_everything_and_imports_no_torch(copied, world):
@@ -314,18 +344,51 @@ def test_an_average_has_the_weight_that_validation_chooses(copied, world):
     assert lr.recommend(copied, ["i03", "i04"], k=1, row="sasrec-llm2rec+average")[0].item_id == "i05"
 
 
-def test_recommend_serves_an_unseen_history_and_hides_it(finished):
-    listed = lr.recommend(finished, ["i03", "i04", "i05"], k=12)
+def test_an_average_is_served_and_evaluated_with_its_saved_weight(copied, world, monkeypatch):
+    monkeypatch.setattr("llm2rec.rec.average.best_weight", lambda by_weight: 0.3)
+    rows = "recommender.rows=[sasrec-id, sasrec-llm2rec, sasrec-llm2rec+average]"
+    rerun(copied, world, "recommender.max_epochs=1", rows, "evaluation.reference=sasrec-id")
+    run = lr.open_run(copied)
+    scorer = load_scorer(run.domain(), "sasrec-llm2rec+average", 0)
+    assert scorer.weight == 0.3
+    pair = [load_scorer(run.domain(), row, 0) for row in ("sasrec-id", "sasrec-llm2rec")]
+    by_hand = protocol.evaluate(ScoreAverage(*pair, 0.3), Sequences.load(run.data), TEST, 4, mask_history=True)
+    table = pl.read_parquet(run.evaluation / "per_user.parquet").filter(row="sasrec-llm2rec+average")
+    assert table["rank"].to_list() == by_hand["rank"].to_list()
+
+
+def test_recommend_serves_an_unseen_history_and_hides_all_of_it(finished):
+    history = ["i00", "i01", "i02", "i03", "i04", "i05"]  # longer than the window of 4
+    listed = lr.recommend(finished, history, k=12)
     assert listed[0].item_id == "i06"
-    assert {"i03", "i04", "i05"}.isdisjoint(item.item_id for item in listed)
-    assert len(listed) == 9
+    assert set(history).isdisjoint(item.item_id for item in listed)
+    assert len(listed) == 6
 
 
-def test_similar_leaves_the_item_out_and_sorts_by_cosine(finished):
-    listed = lr.similar(finished.folder, "i03", k=5)
-    cosines = [item.score for item in listed]
-    assert "i03" not in [item.item_id for item in listed]
-    assert cosines == sorted(cosines, reverse=True) and max(cosines) <= 1.0001
+def test_recommend_lists_the_history_where_it_is_asked_to(finished):
+    listed = lr.recommend(finished, ["i03", "i04"], k=12, exclude_history=False)
+    assert len(listed) == 12 and {"i03", "i04"} <= {item.item_id for item in listed}
+
+
+@pytest.mark.parametrize("vectors", ["llm2rec", "backbone"])
+def test_similar_leaves_the_item_out_and_sorts_by_cosine(finished, vectors):
+    listed = lr.similar(finished.folder, "i03", k=5, vectors=vectors)
+    table = ItemEmbeddings.load(finished.embeddings(vectors))
+    unit = table.vectors / numpy.linalg.norm(table.vectors, axis=1, keepdims=True)
+    cosines = dict(zip(table.item_ids, (unit @ unit[table.item_ids.index("i03")]).tolist(), strict=True))
+    assert cosines.pop("i03") == pytest.approx(1, abs=1e-5)
+    best = sorted(cosines, key=cosines.__getitem__, reverse=True)[:5]
+    assert [item.item_id for item in listed] == best
+    assert [item.score for item in listed] == pytest.approx([cosines[item] for item in best], abs=1e-5)
+
+
+@pytest.mark.parametrize("split", ["{by: time}", "{by: users, ratio: [0.6, 0.2, 0.2]}"])
+def test_a_whole_run_under_other_splits(world, tmp_path, split):
+    rows = "recommender.rows=[popularity, markov, sasrec-id]"
+    changes = (rows, "recommender.max_epochs=1", f"data.split={split}", "evaluation.reference=markov")
+    run = lr.run("demo", tmp_path / "run", (*overrides(world), *changes))
+    assert run.metrics()["rows"]["markov"]["recall@1"]["mean"] == 1.0
+    assert lr.recommend(run, ["i03"], row="sasrec-id", k=3)
 
 
 def test_recommending_after_an_unknown_item_names_it(finished):
@@ -669,6 +732,7 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, world, tmp_path, mome
     for stage in ("csft", "mntp", "iem"):
         weights = [load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert fitted_weights(resumed) == fitted_weights(finished)
     assert resumed.metrics()["rows"] == finished.metrics()["rows"]
 
 

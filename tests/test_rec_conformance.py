@@ -305,13 +305,14 @@ class TestScoreAverage:
             assert row[4] == pytest.approx(0.5 * (1 + correlation) * other[4], abs=1e-4)
             assert np.allclose(np.delete(row, 4), np.delete(0.5 * (one + other), 4), atol=1e-4)
 
-    def test_validation_of_each_weight_is_that_of_the_average_with_it(self):
+    @pytest.mark.parametrize("hide", [False, True])
+    def test_validation_of_each_weight_is_that_of_the_average_with_it(self, hide):
         pair, sequences = (built(self.ids), built(self.text)), random_sequences()
-        found = average.validation_by_weight(ScoreAverage(*pair), sequences, LENGTH)
+        found = average.validation_by_weight(ScoreAverage(*pair), sequences, LENGTH, mask_history=hide)
         assert list(found) == [step / 10 for step in range(11)] and len(set(found.values())) > 2
         for weight, value in found.items():
             ranked = protocol.evaluate(
-                ScoreAverage(*pair, weight), sequences, VALIDATION, LENGTH, description=None
+                ScoreAverage(*pair, weight), sequences, VALIDATION, LENGTH, description=None, mask_history=hide
             )
             assert protocol.mean_metric(ranked, "ndcg@10") == pytest.approx(value, abs=1e-6)
 

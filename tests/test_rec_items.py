@@ -103,6 +103,18 @@ class TestFrozenVectors:
         assert not torch.allclose(again[:N], grown[:N], atol=0.1)  # premise
 
     @pytest.mark.parametrize("whitening", ["none", "half", "full"])
+    def test_held_out_items_have_no_say_in_the_statistics(self, whitening):
+        trainable = np.arange(N) != 3
+        moved = vectors()
+        moved[3] += 100.0
+        here, there = (freeze(matrix, whitening=whitening, trainable=trainable) for matrix in (vectors(), moved))
+        assert torch.equal(here.values[trainable], there.values[trainable])
+        alone = freeze(vectors()[trainable], whitening=whitening)
+        assert torch.equal(here.values[trainable], alone.values)
+        everybody = freeze(moved, whitening=whitening)
+        assert not torch.allclose(everybody.values[trainable], there.values[trainable], atol=0.1)  # premise
+
+    @pytest.mark.parametrize("whitening", ["none", "half", "full"])
     def test_no_added_vector_is_longer_than_the_longest_known(self, whitening):
         added = np.concatenate([vectors()[:2], np.full((1, 6), 1000.0, dtype=np.float32)])
         values = freeze(vectors(), whitening=whitening, added=added).values
@@ -363,11 +375,17 @@ class TestRefusals:
         with pytest.raises(ArtifactError, match="other items, or in another order"):
             models.load(tmp_path, vectors(), item_ids=ids[::-1])
 
-    @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-    def test_a_damaged_folder_is_refused(self, file, tmp_path):
+    @pytest.mark.parametrize(
+        ("file", "words"),
+        [
+            ("config.json", r"config\.json is not valid JSON"),
+            ("model.safetensors", "does not hold a whole recommender"),
+        ],
+    )
+    def test_a_damaged_folder_is_refused(self, file, words, tmp_path):
         models.save(make(), tmp_path)
         (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
-        with pytest.raises(ArtifactError, match=r"run the fit stage again|is not"):
+        with pytest.raises(ArtifactError, match=words):
             models.load(tmp_path, vectors())
 
     def test_vectors_that_do_not_cover_the_catalogue_are_refused(self):

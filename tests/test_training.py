@@ -14,7 +14,9 @@ from llm2rec.training import Optimizer, TrainSettings, stage_seed, train
 
 
 class Numbers(Batches):
-    """Regression batches of uneven size, the same for every epoch."""
+    """Regression batches of uneven size, in another order in every epoch."""
+
+    epoch = 0
 
     def __init__(self, sizes=(1, 7, 4, 2, 6, 4)):
         generator = torch.Generator().manual_seed(0)
@@ -24,7 +26,11 @@ class Numbers(Batches):
         return len(self.batches)
 
     def __getitem__(self, index):
-        return {"x": self.batches[index], "n_targets": len(self.batches[index])}
+        batch = self.batches[(index + self.epoch) % len(self.batches)]
+        return {"x": batch, "n_targets": len(batch)}
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
 
 def squared_error(model, batch):

@@ -114,7 +114,7 @@ def fit(
         vectors: (N, D) raw item vectors in the order of the catalogue, frozen; None for learned ids.
         categories: of the N items, beside learned ids.
         trainable: (N,) bool, False for held-out items, which must not stand in the softmax even as wrong answers,
-            and whose learned vectors are 0; None trains against all.
+            whose learned vectors are 0, and who have no say in the vectors' statistics; None trains against all.
         seed: initial weights, order of the windows, negatives and dropout derive from it.
         mask_history: of the validation, as in `protocol.evaluate`: it chooses by what the test will measure.
 
@@ -130,6 +130,7 @@ def fit(
         vectors=vectors,
         categories=categories,
         neighbours=Neighbours.of(sequences) if vectors is not None and architecture.smoothing else None,
+        trainable=trainable,
     )
     if trainable is not None:
         recommender.items.blank(torch.from_numpy(~trainable))

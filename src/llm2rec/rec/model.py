@@ -57,6 +57,7 @@ def build(
     categories: Categories | None = None,
     neighbours: Neighbours | None = None,
     statistics: Statistics | None = None,
+    trainable: np.ndarray | None = None,
     added: np.ndarray | None = None,
 ) -> Recommender:
     """An untrained recommender.
@@ -68,7 +69,7 @@ def build(
         vectors: (N, D) raw vectors in the order of the catalogue; for every item table but `id`, and only there.
         categories: of the N items, for learned ids alone.
         neighbours: of the N items, where the architecture smooths their vectors, and only there.
-        statistics: what transforms `vectors`; None measures it on them.
+        statistics: what transforms `vectors`; None measures it on them, at the `trainable` rows (N,) if given.
         added: (M, D) raw vectors of items beyond the N.
 
     Raises:
@@ -87,7 +88,7 @@ def build(
                 raise ConfigError(
                     f"categories go with items 'id', not with {architecture.items!r}; choose one of both"
                 )
-            items = _frozen(architecture, n_items, vectors, neighbours, statistics, added)
+            items = _frozen(architecture, n_items, vectors, neighbours, statistics, trainable, added)
         return MODELS[architecture.name](items, architecture)
 
 
@@ -182,6 +183,7 @@ def _frozen(
     vectors: np.ndarray | None,
     neighbours: Neighbours | None,
     statistics: Statistics | None,
+    trainable: np.ndarray | None,
     added: np.ndarray | None,
 ) -> ItemTable:
     if vectors is None:
@@ -208,6 +210,7 @@ def _frozen(
         whitening=architecture.whitening,
         dimensions=architecture.dimensions,
         statistics=statistics,
+        trainable=trainable,
         added=added,
     )
     sizes = architecture.hidden_size, architecture.adapter, architecture.adapter_size or architecture.hidden_size

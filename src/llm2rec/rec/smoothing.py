@@ -60,7 +60,7 @@ def smoothed(
     Beyond the results it holds the neighbours, a block of columns, and a matrix (D, D).
 
     Args:
-        vectors: (N, D) float32, raw. mean: (D,) float32, theirs. added: (M, D) float32, raw.
+        vectors: (N, D) float32, raw. mean: (D,) float32, of those with neighbours. added: (M, D) float32, raw.
         share: in (0, 1).
     Source: smoothing on co-consumption after Rec-PCA (arXiv 2604.20490), here once, over direct successions, and
     without its projection. Ours: centred unit vectors, for raw ones of language models all point one way, and

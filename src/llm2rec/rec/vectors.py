@@ -65,6 +65,7 @@ def freeze(
     whitening: str = "none",
     dimensions: int | None = None,
     statistics: Statistics | None = None,
+    trainable: np.ndarray | None = None,
     added: np.ndarray | None = None,
 ) -> FrozenVectors:
     """Checks, hashes and transforms vectors.
@@ -74,6 +75,8 @@ def freeze(
         smoothing: see `rec.smoothing`; over the `neighbours` of the N items, None smooths nothing.
         whitening, dimensions: see `measure`; not looked at where `statistics` are given.
         statistics: those of the training; None measures them on `vectors`.
+        trainable: (N,) bool, the rows that they are measured on; None: all. Held-out items have no say, as items
+            that come later have none.
         added: (M, D) raw vectors of items that the training did not know.
 
     Raises:
@@ -88,9 +91,9 @@ def freeze(
             raise ArtifactError(
                 f"neighbours of {len(neighbours.offsets) - 1:,} items do not fit {len(vectors):,} item vectors"
             )
-        mean, _ = column_statistics(vectors)
+        mean, _ = column_statistics(vectors, np.diff(neighbours.offsets) > 0)
         vectors, added = smoothed(vectors, mean, neighbours, smoothing, added)
-    statistics = statistics or measure(vectors, whitening, dimensions)
+    statistics = statistics or measure(vectors, whitening, dimensions, trainable)
     values = _transformed(vectors, statistics)
     if len(added):
         values = torch.cat([values, _shortened(_transformed(added, statistics), values)])
@@ -131,7 +134,12 @@ def _chunks(vectors: np.ndarray | Tensor) -> Iterator[slice]:
         yield slice(start, start + _CHUNK_ROWS)
 
 
-def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None = None) -> Statistics:
+def measure(
+    vectors: np.ndarray,
+    whitening: str = "none",
+    dimensions: int | None = None,
+    counted: np.ndarray | None = None,
+) -> Statistics:
     """The statistics of a catalogue.
 
     Every dimension is centred and scaled to unit variance (population variance; a constant one is scaled
@@ -146,6 +154,7 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
         vectors: (N, D) float32, finite.
         whitening: a key of WHITENING_POWERS.
         dimensions: principal components kept; None keeps all that have variance.
+        counted: (N,) bool, the rows that are looked at; None: all.
 
     Raises:
         ConfigError: more `dimensions` than there are components with variance.
@@ -153,15 +162,15 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
     Source: principal components of standardised vectors (ours: raw ones are led by single outlying dimensions);
     their floor is ours.
     """
-    mean, scale = column_statistics(vectors)
+    mean, scale = column_statistics(vectors, counted)
     standardised = Statistics(mean, scale)
     if whitening == "none" and dimensions is None:
         return standardised
-    covariance, fourth = np.zeros((vectors.shape[1],) * 2), 0.0
-    for rows in _chunks(vectors):
-        chunk = standardised.apply(vectors[rows]).astype(np.float64)
-        covariance += chunk.T @ chunk / len(vectors)
-        fourth += float(np.square(np.square(chunk).sum(axis=1)).sum()) / len(vectors)
+    covariance, fourth, n = np.zeros((vectors.shape[1],) * 2), 0.0, _number(vectors, counted)
+    for rows in _counted_chunks(vectors, counted):
+        chunk = standardised.apply(rows).astype(np.float64)
+        covariance += chunk.T @ chunk / n
+        fourth += float(np.square(np.square(chunk).sum(axis=1)).sum()) / n
     variances, directions = np.linalg.eigh(covariance)
     variances, directions = variances[::-1], directions[:, ::-1]  # strongest first
     usable = int((variances > SMALLEST_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
@@ -173,7 +182,7 @@ def measure(vectors: np.ndarray, whitening: str = "none", dimensions: int | None
         )
     variances, directions = variances[: dimensions or usable], directions[:, : dimensions or usable]
     power = WHITENING_POWERS[whitening]
-    taken = np.maximum(variances, _noise(covariance, fourth, len(vectors)))
+    taken = np.maximum(variances, _noise(covariance, fourth, n))
     whitened = variances * taken**-power
     projection = directions * (taken ** (-power / 2) / np.sqrt(whitened.mean()))
     # The sign of a component is arbitrary; this one does not depend on the linear algebra library.
@@ -216,20 +225,39 @@ def checked_vectors(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def column_statistics(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def column_statistics(vectors: np.ndarray, counted: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and population standard deviation of each column, (D,) float32; 1 where a column is constant.
 
     Summed in float64: language models have dimensions with means of hundreds and a spread below one.
+
+    Args:
+        counted: (N,) bool, the rows that are looked at; None, or none at all: all.
     """
-    mean, squares = np.zeros(vectors.shape[1]), np.zeros(vectors.shape[1])
-    for rows in _chunks(vectors):
-        mean += vectors[rows].sum(axis=0, dtype=np.float64) / len(vectors)
-    for rows in _chunks(vectors):
-        squares += np.square(vectors[rows] - mean).sum(axis=0)
-    scale = np.sqrt(squares / len(vectors))
+    n, width = _number(vectors, counted), vectors.shape[1]
+    mean, squares = np.zeros(width), np.zeros(width)
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for rows in _counted_chunks(vectors, counted):
+        mean += rows.sum(axis=0, dtype=np.float64) / n
+        low, high = np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))
+    for rows in _counted_chunks(vectors, counted):
+        squares += np.square(rows - mean).sum(axis=0)
+    scale = np.sqrt(squares / n)
     # Exact: the standard deviation of equal float32 values may come out as 1e-17 instead of 0.
-    scale[vectors.min(axis=0) == vectors.max(axis=0)] = 1.0
+    scale[low == high] = 1.0
     return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _number(vectors: np.ndarray, counted: np.ndarray | None) -> int:
+    return len(vectors) if counted is None or not counted.any() else int(counted.sum())
+
+
+def _counted_chunks(vectors: np.ndarray, counted: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The rows of `vectors` that count, some at a time."""
+    for rows in _chunks(vectors):
+        if counted is None or not counted.any():
+            yield vectors[rows]
+        elif counted[rows].any():
+            yield vectors[rows][counted[rows]]
 
 
 def hash_vectors(vectors: np.ndarray) -> str:
