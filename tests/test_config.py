@@ -282,3 +282,22 @@ def test_a_row_and_its_variant_that_share_a_training_cannot_be_trained_different
     load_recipe("demo", [rows])
     with pytest.raises(ConfigError, match="'sasrec-backbone' tries 'sasrec-backbone-causal'.* same `per_row`"):
         load_recipe("demo", [rows, "recommender.per_row.sasrec-backbone={max_epochs: 1}"])
+
+
+def test_a_newer_file_of_the_same_kind_keeps_what_the_recipe_says_of_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = "{interactions: log.csv, items: items.csv, columns: {title: name}, text: '{title} ({brand})'}"
+    budgets = "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
+    (tmp_path / "mine.yaml").write_text(f"data: {data}\nmodel: {{source: tiny-random}}\n{budgets}")
+    newer = load_recipe(tmp_path / "mine.yaml", ["data.items=new.csv"]).data
+    assert (newer.items, newer.columns.title) == (str(tmp_path / "new.csv"), "name")
+    assert newer.text == "{title} ({brand})"
+    other = load_recipe(tmp_path / "mine.yaml", ["data.source=movielens-100k"]).data
+    assert other.text == "{title}" and other.columns.title is None
+
+
+def test_paths_in_a_whole_section_given_by_set_are_relative_to_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("demo", ["data={interactions: a.csv, items: ~/b.csv}"])
+    assert recipe.data.interactions == str(tmp_path / "a.csv")
+    assert recipe.data.items == str(Path("~/b.csv").expanduser())

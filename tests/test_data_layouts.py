@@ -153,6 +153,12 @@ def test_movielens_100k_reads_latin_1_and_genres(tmp_path):
     assert rows(raw)[0] == ("196", "1", 881250949, 3.0)
 
 
+def test_movielens_10m_is_read_as_utf_8(tmp_path):
+    films = ml_1m(tmp_path) / "movies.dat"
+    films.write_text(films.read_text(encoding="latin-1"), encoding="utf-8")
+    assert LAYOUTS["movielens-1m"](tmp_path).items.row(1)[1] == "Misérables: Les (1995)"
+
+
 def test_movielens_1m_reads_double_colons_and_single_ones_in_titles(tmp_path):
     raw = LAYOUTS["movielens-1m"](ml_1m(tmp_path))
     assert raw.items.row(1) == ("1193", "Misérables: Les (1995)", "Drama")

@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 import llm2rec as lr
 from llm2rec.config import ColumnsConfig, DataConfig
 from llm2rec.data import origins, readers
+from llm2rec.data.description import _histogram
 from llm2rec.errors import ConfigError, DataError
 
 EVENTS = [("a", "x", 1), ("a", "y", 2), ("b", "x", 3)]
@@ -290,3 +292,29 @@ def test_whatever_a_file_holds_it_is_a_log_or_a_data_error(rows, kind, cut):
             assert str(path) in str(error)
         else:
             assert log.frame.null_count().sum_horizontal().item() == 0
+
+
+def test_a_histogram_counts_each_value_at_its_place():
+    values = np.array([5] * 90 + [6] * 8 + [9] * 200)
+    assert [point for point in _histogram(values) if point[1]] == [(5.0, 90.0), (6.0, 8.0), (9.0, 200.0)]
+
+
+def test_a_split_by_time_over_numbers_that_are_no_times_is_warned_of(tmp_path):
+    counted = [(f"u{user}", f"i{item}", item) for user in range(30) for item in range(6)]
+    described = describe(tmp_path, counted, split={"by": "time"})
+    assert any("only long histories are tested" in warning for warning in described.warnings)
+
+
+def test_a_column_of_the_recipe_that_is_not_asked_for_need_not_be_there(tmp_path):
+    pl.DataFrame({"who": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2]}).write_csv(tmp_path / "log.csv")
+    columns = {"user_id": "who", "rating": "stars", "part": "split"}
+    assert len(readers.read_interactions(tmp_path / "log.csv", columns)) == 2
+    with pytest.raises(DataError, match="'stars'"):
+        readers.read_interactions(tmp_path / "log.csv", columns, ["rating"])
+
+
+def test_a_rating_that_is_nan_is_none(tmp_path):
+    table = {"user_id": ["a", "b"], "item_id": ["x", "y"], "timestamp": [1, 2], "rating": [4.0, float("nan")]}
+    pl.DataFrame(table).write_parquet(tmp_path / "log.parquet")
+    log = readers.read_interactions(tmp_path / "log.parquet", further=["rating"])
+    assert log.frame["rating"].to_list() == [4.0, None]

@@ -583,7 +583,7 @@ def test_a_damaged_plan_says_how_it_is_mended(tmp_path, monkeypatch, plan):
 
 @pytest.mark.parametrize("key", ["csft.max_tokens", "iem.mntp.steps", "iem.contrastive.steps"])
 def test_the_ablation_wants_every_stage_that_it_names_rows_after(tmp_path, key):
-    with pytest.raises(ConfigError, match=f"study 'ablation' shows what {key} is spent on, and it is 0"):
+    with pytest.raises(ConfigError, match=f"study 'ablation' cannot do without {key}, and it is 0"):
         lr.study("ablation", tmp_path / "study", True, (f"{key}=0",))
     assert not (tmp_path / "study").exists()
 

@@ -156,6 +156,7 @@ def _anchored_value(parts: list[str], value: Any, here: Path) -> Any:
         content = {part: content}
     _anchor_extended(content, here)
     _anchor_models(content, here)
+    _anchor_origins(content, here)
     for part in parts:
         content = content[part]
     return content
@@ -171,9 +172,12 @@ def _names_no_origin(override: str) -> bool:
 
 
 def _replace_origin(section: dict[str, Any], key: str, value: Any, here: Path) -> None:
-    """Another origin takes the place of the recipe's, and of what the recipe says of its columns."""
+    """Another origin takes the place of the recipe's; one of another kind, of what the recipe says of columns."""
     together = {"interactions", "items"} if key in ("interactions", "items") else {key}
-    for other in {*ORIGINS, "columns", "categories", "text"} - together:
+    others = set(ORIGINS) - together
+    if any(section.get(other) is not None for other in others):
+        others |= {"columns", "categories", "text"}
+    for other in others:
         section.pop(other, None)
     if key != "source":
         section[key] = _expand("" if value is None else str(value), here)
@@ -193,6 +197,11 @@ def _anchor_paths(content: dict[str, Any], base: Path) -> None:
     _convert_numbers(content)
     _anchor_extended(content, base)
     _anchor_models(content, base)
+    _anchor_origins(content, base)
+
+
+def _anchor_origins(content: dict[str, Any], base: Path) -> None:
+    """Makes the files and folders that data come from absolute paths."""
     domains = content.get("domains")
     sections = [content.get("data"), *(domains.values() if isinstance(domains, dict) else ())]
     for section in sections:

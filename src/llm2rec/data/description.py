@@ -176,6 +176,11 @@ def _time_warnings(log: Interactions, tied: int, split_by: str) -> list[str]:
             f"{tied:,} events ({tied / len(log):.1%}) share user and time with another: their order is that of "
             f"{order}, not of consumption or of the file"
         )
+    if split_by == "time" and not _has_clock(log):
+        warnings.append(
+            "the split is by time, and the times are numbers, no dates: where they count each user's own events, "
+            "only long histories are tested; split by last then"
+        )
     if _looks_like_dates(log):
         warnings.append("the times look like dates written as 20191231, but are read as seconds: write 2019-12-31")
     if _has_clock(log):
@@ -204,6 +209,9 @@ def _split_facts(log: Interactions, split: Split, short_histories: str) -> tuple
         )
     try:
         log, parts, cold, dropped = split_log(log, split, "drop")
+    except DataError as error:
+        return {"split": "refused"}, [*warnings, str(error)]
+    try:
         check_parts(log, parts, split, cold)
     except DataError as error:
         return {"leakage_check": "failed"}, [*warnings, str(error)]
@@ -230,8 +238,9 @@ def _counts(log: Interactions, column: str) -> np.ndarray:
 def _histogram(values: np.ndarray) -> Points:
     """(value, how many) up to the 99th percentile, in at most POINTS steps."""
     highest = max(2, int(np.quantile(values, 0.99)))
-    counts, edges = np.histogram(values, bins=min(POINTS, highest), range=(0, highest))
-    return [(float(edge), float(count)) for edge, count in zip(edges[1:], counts, strict=True)]
+    counts, edges = np.histogram(values, bins=min(POINTS, highest), range=(0.5, highest + 0.5))
+    middles = (edges[1:] + edges[:-1]) / 2  # whole numbers where each has a step of its own
+    return [(float(middle), float(count)) for middle, count in zip(middles, counts, strict=True)]
 
 
 def _over_time(log: Interactions) -> Points:

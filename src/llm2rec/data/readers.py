@@ -188,8 +188,9 @@ def read_interactions(
     Raises:
         DataError: naming file, column and first offending rows.
     """
-    columns = columns or {}
-    wanted = [columns.get(name, name) for name in (USER, ITEM, TIME, *further)]
+    read = (USER, ITEM, TIME, *further)
+    columns = {ours: theirs for ours, theirs in (columns or {}).items() if ours in read}
+    wanted = [columns.get(name, name) for name in read]
     with _damage_named(path, wanted):
         table = renamed(scan_table(path, wanted), columns, str(path))
         return Interactions.from_frame(table, str(path), further, at_least)

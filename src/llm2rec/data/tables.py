@@ -78,7 +78,8 @@ class Interactions:
                 _refuse(table, wrong, TIME, _WRONG[TIME], origin, "write ISO dates, or remove these rows")
             events = events.with_columns(moments)
         for name in further:
-            unreadable = columns[events.columns.index(name)].is_null() & pl.col(name).is_not_null()
+            given = pl.col(name).fill_nan(None) if schema[name].is_float() else pl.col(name)
+            unreadable = columns[events.columns.index(name)].is_null() & given.is_not_null()
             if events[name].null_count() and collect(table.select(unreadable.any()), origin).item():
                 _refuse(table, unreadable, name, _WRONG[name], origin)
         _refuse_mixed_units(table, columns[2], cls(events), origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from llm2rec.studies.context import context
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, budget, transfer
 
+LEAST_STEPS = 3  # of a share of the CSFT budget: one before its decay at least
 STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "ablation": ablation,
     "budget": budget,
@@ -119,7 +121,15 @@ def _share_of_budget(variant: Variant, base: Recipe) -> tuple[str, ...]:
         return ()
     if base.csft.max_tokens is None:
         return (f"csft.epochs={variant.csft_share * float(base.csft.epochs or 0)}",)
-    return (f"csft.max_tokens={round(variant.csft_share * base.csft.max_tokens)}",)
+    tokens = round(variant.csft_share * base.csft.max_tokens)
+    least = LEAST_STEPS * base.csft.batch_tokens
+    if tokens < least:
+        raise ConfigError(
+            f"{variant.name}: its share of csft.max_tokens {base.csft.max_tokens:,} is {tokens:,} tokens, under "
+            f"{LEAST_STEPS} steps of csft.batch_tokens {base.csft.batch_tokens:,}; set csft.max_tokens to "
+            f"{math.ceil(least / variant.csft_share):,} or more, or csft.batch_tokens lower"
+        )
+    return (f"csft.max_tokens={tokens}",)
 
 
 def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
@@ -154,7 +164,7 @@ def _refuse_left_out(name: str, chosen: Study, base: Recipe) -> None:
     for key in chosen.needs:
         if budgets[key] == 0:
             raise ConfigError(
-                f"study {name!r} shows what {key} is spent on, and it is 0; set it in {chosen.recipe} or by --set"
+                f"study {name!r} cannot do without {key}, and it is 0; set it in {chosen.recipe} or by --set"
             )
 
 

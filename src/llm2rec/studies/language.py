@@ -163,6 +163,7 @@ def budget(small: bool, folder: Path, recipe: str) -> Study:
         ),
         variants=tuple(variants),
         judge=_judge_budget,
+        needs=("csft.checkpoints",),  # without them nothing is kept that the next share could go on from
         worlds=(world,) if small else (),
         cumulative=True,
     )

@@ -11,6 +11,7 @@ from llm2rec.data.layouts.assembly import assemble
 from llm2rec.data.layouts.delimited import numbers, read_delimited, require_cells, whole_numbers
 from llm2rec.data.readers import movielens_100k_frames
 from llm2rec.data.tables import RawTables
+from llm2rec.errors import DataError
 
 LATIN_1 = "latin-1"
 NO_GENRES = "(no genres listed)"
@@ -30,7 +31,7 @@ def read_movielens_100k(folder: Path) -> RawTables:
 
 
 def read_movielens_1m(folder: Path) -> RawTables:
-    """`ratings.dat` and `movies.dat` (Latin-1, "::") of MovieLens 1M and 10M. Text column: genres.
+    """`ratings.dat` and `movies.dat` ("::") of MovieLens 1M (Latin-1) and 10M (UTF-8). Text column: genres.
 
     Raises:
         DataError: a file is missing, damaged or holds a malformed line.
@@ -57,8 +58,16 @@ def read_movielens_csv(folder: Path) -> RawTables:
     return assemble(_typed(events, ratings), _without_no_genres(items), {}, str(folder))
 
 
+def _text_of(path: Path) -> str:
+    """A file in UTF-8, else in Latin-1, which reads any bytes."""
+    try:
+        return read_text(path, "utf-8")
+    except DataError:
+        return read_text(path, LATIN_1)
+
+
 def _read_double_colons(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    lines = pl.Series("line", read_text(path, LATIN_1).split("\n"), dtype=pl.String).str.strip_chars_end("\r")
+    lines = pl.Series("line", _text_of(path).split("\n"), dtype=pl.String).str.strip_chars_end("\r")
     cells = lines.str.split("::")
     wrong = (cells.list.len() != len(columns)) & (lines.str.strip_chars() != "")
     if wrong.any():
