@@ -290,7 +290,7 @@ def test_a_newer_file_of_the_same_kind_keeps_what_the_recipe_says_of_columns(tmp
     budgets = "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
     (tmp_path / "mine.yaml").write_text(f"data: {data}\nmodel: {{source: tiny-random}}\n{budgets}")
     newer = load_recipe(tmp_path / "mine.yaml", ["data.items=new.csv"]).data
-    assert (newer.items, newer.columns.title) == (str(tmp_path / "new.csv"), "name")
+    assert (newer.items, newer.columns.title) == (tmp_path / "new.csv", "name")
     assert newer.text == "{title} ({brand})"
     other = load_recipe(tmp_path / "mine.yaml", ["data.source=movielens-100k"]).data
     assert other.text == "{title}" and other.columns.title is None
@@ -299,5 +299,5 @@ def test_a_newer_file_of_the_same_kind_keeps_what_the_recipe_says_of_columns(tmp
 def test_paths_in_a_whole_section_given_by_set_are_relative_to_where_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("demo", ["data={interactions: a.csv, items: ~/b.csv}"])
-    assert recipe.data.interactions == str(tmp_path / "a.csv")
-    assert recipe.data.items == str(Path("~/b.csv").expanduser())
+    assert recipe.data.interactions == tmp_path / "a.csv"
+    assert recipe.data.items == Path("~/b.csv").expanduser()

@@ -137,7 +137,7 @@ def cold_item_in_training(parts, log):
     parts[np.flatnonzero(parts == TEST)] = TRAIN
 
 
-def tests_validated(parts, log):
+def all_validated(parts, log):
     parts[parts == TEST] = VALIDATION
 
 
@@ -155,7 +155,7 @@ def two_tests(parts, log):
         (Split(), late_training, "after a held-out event of its user"),
         (Split(), two_tests, "validation and test events instead of"),
         (Split(cold_items=0.25), cold_item_in_training, "leak"),
-        (Split(cold_items=0.25), tests_validated, "held-out item, but is no test event"),
+        (Split(cold_items=0.25), all_validated, "held-out item, but is no test event"),
     ],
 )
 def test_a_planted_leak_is_caught(split, leak, words):
