@@ -24,7 +24,7 @@ from llm2rec.studies.context import context
 from llm2rec.studies.direct import csft_direct
 from llm2rec.studies.language import ablation, budget, transfer
 
-LEAST_STEPS = 3  # of a share of the CSFT budget: one before its decay at least
+LEAST_STEPS = 2  # of a share of the CSFT budget: one before its decay at least
 STUDIES: dict[str, Callable[[bool, Path, str], Study]] = {
     "ablation": ablation,
     "budget": budget,
