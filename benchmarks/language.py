@@ -40,7 +40,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import Budget, BudgetBatches, Form, TokenObjective, WindowBatches, csft_texts, training_data
-from llm2rec.lm.encode import encode_titles
+from llm2rec.lm.encode import encode_tokens
 from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
     ContrastiveObjective,
@@ -313,7 +313,11 @@ def measure_encode(world: World) -> list[Figure]:
         shipped = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
 
     def ours(batch_tokens: int) -> Run:
-        return timed(len(titles), lambda: encode_titles(lm, titles, TITLE_TOKENS, batch_tokens))
+        def encode() -> None:
+            texts = distinct_texts(lm.tokenizer, titles, TITLE_TOKENS, special_tokens=True)
+            encode_tokens(lm, texts, batch_tokens, "titles")
+
+        return timed(len(titles), encode)
 
     def peer(encoder: SentenceTransformer, batch: int) -> Run:
         return timed(len(titles), lambda: encoder.encode(titles, batch_size=batch, show_progress_bar=False))

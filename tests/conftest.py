@@ -44,9 +44,11 @@ def tiny(tiny_folder):
     return backbones.load(tiny_folder, torch.float32)
 
 
-def vectors_of(lm, titles, batch_tokens=1000, pooling=MEAN):
+def vectors_of(lm, titles, batch_tokens=1000, pooling=MEAN, max_title_tokens=64):
     """(N, D) float32 vectors of titles, in memory, by the packed pass that `encode` makes of a catalogue."""
-    return encode_tokens(lm, tokenise(lm.tokenizer, titles, 64, True), batch_tokens, "titles", pooling)
+    return encode_tokens(
+        lm, tokenise(lm.tokenizer, titles, max_title_tokens, True), batch_tokens, "titles", pooling
+    )
 
 
 def cyclic_log(users=40, items=12, events=8):

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TITLES
+from conftest import TITLES, vectors_of
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import TokenObjective
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.packing import pack
 
 with_compiler = pytest.mark.skipif(
@@ -77,7 +76,7 @@ def test_compiled_layers_give_the_vectors_of_plain_ones(tiny_folder):
     for lm in (plain, compiled):
         lm.set_causal(False)
     compiled.compile_layers()
-    one, other = (encode_titles(lm, TITLES, 64, 100)[0] for lm in (plain, compiled))
+    one, other = (vectors_of(lm, TITLES, 100) for lm in (plain, compiled))
     assert np.abs(one - other).max() < 1e-5
 
 

@@ -13,12 +13,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from conftest import prepared_cycle, train_stage
+from conftest import prepared_cycle, train_stage, vectors_of
 from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import csft
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import contrastive, mntp
 
 FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
@@ -89,7 +88,7 @@ def test_the_exported_encoder_gives_the_vectors_that_encode_gives(trained, world
     root, _ = trained
     titles = sorted(set(world[1]))
     lm = backbones.load(root / "iem", torch.float32, head=False)
-    ours, _ = encode_titles(lm, titles, 16, 64)
+    ours = vectors_of(lm, titles, 64, max_title_tokens=16)
     theirs = SentenceTransformer(str(root / "iem"), device="cpu").encode(titles, show_progress_bar=False)
     assert np.abs(ours).max() > 0.1  # premise
     assert np.abs(ours - theirs).max() < 1e-4

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, train_stage
+from conftest import TITLES, train_stage, vectors_of
 from llm2rec.errors import ConfigError
 from llm2rec.lm import backbone as backbones
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.iem import mntp
 from llm2rec.lm.lora import Lora, attach
 
@@ -44,23 +43,23 @@ def test_without_peft_the_extra_is_named(tiny, monkeypatch):
 
 @needs_peft
 def test_fresh_adapters_change_nothing(tiny):
-    before, _ = encode_titles(tiny, TITLES, 64, 1000)
+    before = vectors_of(tiny, TITLES)
     attach(tiny, LORA, seed=0)
-    after, _ = encode_titles(tiny, TITLES, 64, 1000)
+    after = vectors_of(tiny, TITLES)
     assert np.abs(before - after).max() < 1e-6
 
 
 @needs_peft
 def test_merged_vectors_equal_those_of_the_adapters(tiny):
-    before, _ = encode_titles(tiny, TITLES, 64, 1000)
+    before = vectors_of(tiny, TITLES)
     merge = attach(tiny, LORA, seed=0)
     with torch.no_grad():
         for name, parameter in tiny.model.named_parameters():
             if "lora_" in name:
                 parameter.normal_()
-    adapted, _ = encode_titles(tiny, TITLES, 64, 1000)
+    adapted = vectors_of(tiny, TITLES)
     merge()
-    merged, _ = encode_titles(tiny, TITLES, 64, 1000)
+    merged = vectors_of(tiny, TITLES)
     assert np.abs(adapted - before).max() > 1e-2  # premise
     assert np.abs(adapted - merged).max() < 1e-4
     assert not any("lora" in name for name, _ in tiny.model.named_modules())

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import train_stage
+from conftest import train_stage, vectors_of
 from llm2rec.data import mirrors, sources
 from llm2rec.data.sequences import Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.errors import DataError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft
-from llm2rec.lm.encode import encode_titles
 from llm2rec.lm.export import export
 from llm2rec.precision import resolve_dtype
 from llm2rec.training import Optimizer
@@ -57,9 +56,9 @@ def test_the_real_model_attends_both_ways_and_exports_its_vectors(smollm2, movie
     titles = movielens[1].titles[:64]
     lm = backbones.load(smollm2, torch.float32, head=False)
     lm.set_causal(True)
-    causal, _ = encode_titles(lm, titles, 64, 2048)
+    causal = vectors_of(lm, titles, 2048)
     lm.set_causal(False)
-    bidirectional, _ = encode_titles(lm, titles, 64, 2048)
+    bidirectional = vectors_of(lm, titles, 2048)
     cosine = (
         (causal * bidirectional).sum(1) / np.linalg.norm(causal, axis=1) / np.linalg.norm(bidirectional, axis=1)
     )

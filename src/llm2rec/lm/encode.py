@@ -220,23 +220,6 @@ def _rows(shards: Path, texts: int, shard_texts: int, first: np.ndarray) -> Iter
         yield block
 
 
-def encode_titles(
-    lm: Backbone,
-    titles: list[str],
-    max_title_tokens: int,
-    batch_tokens: int,
-    description: str = "titles",
-    pooling: Pooling = MEAN,
-) -> tuple[np.ndarray, int]:
-    """Vectors (N, D) float32 of `titles`, in memory, and how many distinct texts there were.
-
-    Equal to `SentenceTransformer.encode` of the exported folder up to rounding.
-    """
-    texts, first = np.unique(np.array(item_texts(titles), dtype=object), return_inverse=True)
-    tokens = tokenise(lm.tokenizer, texts.tolist(), max_title_tokens, special_tokens=True)
-    return encode_tokens(lm, tokens, batch_tokens, description, pooling)[first], len(texts)
-
-
 def encode_tokens(
     lm: Backbone, texts: TokenisedTexts, batch_tokens: int, description: str, pooling: Pooling = MEAN
 ) -> np.ndarray:

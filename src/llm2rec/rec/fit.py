@@ -123,19 +123,7 @@ def fit(
         ArtifactError: vectors that do not fit the catalogue or are not finite; a non-finite loss.
         DataError: categories that do not fit the items, or times that fall.
     """
-    recommender = models.build(
-        architecture,
-        n_items=sequences.n_items,
-        seed=stage_seed(seed, "recommender weights"),
-        vectors=vectors,
-        categories=categories,
-        neighbours=Neighbours.of(sequences) if vectors is not None and architecture.smoothing else None,
-        trainable=trainable,
-    )
-    if trainable is not None:
-        recommender.items.blank(torch.from_numpy(~trainable))
-    if recommender.needs_times:
-        _check_times(sequences)
+    recommender = _untrained(sequences, architecture, vectors, categories, trainable, seed)
     batches = WindowBatches(
         sequences,
         architecture.history_length,
@@ -163,6 +151,31 @@ def fit(
         best_metric=summary.best_metric,
         dtype=str(objective.dtype).removeprefix("torch."),
     )
+
+
+def _untrained(
+    sequences: Sequences,
+    architecture: Architecture,
+    vectors: np.ndarray | None,
+    categories: Categories | None,
+    trainable: np.ndarray | None,
+    seed: int,
+) -> models.Recommender:
+    """The recommender with its initial weights; arguments and errors as for `fit`."""
+    recommender = models.build(
+        architecture,
+        n_items=sequences.n_items,
+        seed=stage_seed(seed, "recommender weights"),
+        vectors=vectors,
+        categories=categories,
+        neighbours=Neighbours.of(sequences) if vectors is not None and architecture.smoothing else None,
+        trainable=trainable,
+    )
+    if trainable is not None:
+        recommender.items.blank(torch.from_numpy(~trainable))
+    if recommender.needs_times:
+        _check_times(sequences)
+    return recommender
 
 
 def _course(optimisation: Optimisation, epoch_steps: int, seed: int, loggers: Loggers) -> TrainSettings:

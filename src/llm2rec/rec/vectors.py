@@ -91,7 +91,8 @@ def freeze(
             raise ArtifactError(
                 f"neighbours of {len(neighbours.offsets) - 1:,} items do not fit {len(vectors):,} item vectors"
             )
-        mean, _ = column_statistics(vectors, np.diff(neighbours.offsets) > 0)
+        known = np.diff(neighbours.offsets) > 0
+        mean, _ = column_statistics(vectors, known if known.any() else None)
         vectors, added = smoothed(vectors, mean, neighbours, smoothing, added)
     statistics = statistics or measure(vectors, whitening, dimensions, trainable)
     values = _transformed(vectors, statistics)
@@ -231,7 +232,7 @@ def column_statistics(vectors: np.ndarray, counted: np.ndarray | None = None) ->
     Summed in float64: language models have dimensions with means of hundreds and a spread below one.
 
     Args:
-        counted: (N,) bool, the rows that are looked at; None, or none at all: all.
+        counted: (N,) bool, the rows that are looked at, one at least; None: all.
     """
     n, width = _number(vectors, counted), vectors.shape[1]
     mean, squares = np.zeros(width), np.zeros(width)
@@ -248,13 +249,13 @@ def column_statistics(vectors: np.ndarray, counted: np.ndarray | None = None) ->
 
 
 def _number(vectors: np.ndarray, counted: np.ndarray | None) -> int:
-    return len(vectors) if counted is None or not counted.any() else int(counted.sum())
+    return len(vectors) if counted is None else int(counted.sum())
 
 
 def _counted_chunks(vectors: np.ndarray, counted: np.ndarray | None) -> Iterator[np.ndarray]:
     """The rows of `vectors` that count, some at a time."""
     for rows in _chunks(vectors):
-        if counted is None or not counted.any():
+        if counted is None:
             yield vectors[rows]
         elif counted[rows].any():
             yield vectors[rows][counted[rows]]
