@@ -355,7 +355,7 @@ def scratch(run_folder: Path) -> Iterator[Path]:
     """
     folder = run_folder / SCRATCH
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         yield folder
     finally:
