@@ -2,39 +2,42 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Installed first: a bare `torch` takes the newest build, on Linux one with gigabytes of CUDA libraries.
+# What pip installs first, options of pip included: the build that the project is tested with.
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# One stamp a TORCH: another build is installed when it is asked for.
+INSTALLED = $(VENV)/.installed-$(shell printf '%s' '$(TORCH)' | cksum | cut -d ' ' -f 1)
 
 .PHONY: demo test slow check lint format types clean
 
-demo: $(VENV)/.installed
+demo: $(INSTALLED)
 	$(BIN)/llm2rec demo
 
-test: $(VENV)/.installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadscope
 
-slow: $(VENV)/.installed
+slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -n auto --dist loadscope
 
 check: lint types test
 
-lint: $(VENV)/.installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.installed
+types: $(INSTALLED)
 	$(BIN)/mypy
 
-$(VENV)/.installed: pyproject.toml
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	rm -f $(VENV)/.installed*
 	touch $@
 
 clean:

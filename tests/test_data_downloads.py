@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from llm2rec.data import downloads, sources
+from llm2rec.config import DataConfig
+from llm2rec.data import downloads, origins, sources
 from llm2rec.data.downloads import RemoteFile
 from llm2rec.data.layouts import LAYOUTS
 from llm2rec.data.mirrors import Url
@@ -237,6 +238,15 @@ def test_a_later_download_must_match_the_recorded_hash(source, site):
         sources.fetch_data("toy")
 
 
+def test_what_a_named_set_leaves_out_is_counted_then_and_later(source, site):
+    site.files["ratings.csv"] += b"9,777,4.0,5\r\n"
+    site.files["movies.csv"] += b"99,Unseen,Drama\r\n"
+    for _ in ("downloaded", "from the cache"):
+        log, _, left_out = origins.read(DataConfig(source="toy"))
+        assert len(log) == 2 and left_out == {"events_of_unknown_items": 1, "items_without_events": 1}
+        site.files.clear()
+
+
 def test_a_damaged_record_is_named(source):
     sources.fetch_data("toy")
     (source / "data" / "toy" / "content.json").write_text("[")
@@ -267,8 +277,8 @@ def test_items_that_no_event_names_are_not_in_the_canonical_tables(tmp_path):
     movies = ml_csv(tmp_path) / "movies.csv"
     movies.write_text(movies.read_text() + "99,Unseen,Drama\n")
     assert LAYOUTS["movielens-csv"](tmp_path).items.height == 3
-    _, catalogue = layout_reader("movielens-csv")(tmp_path / "ratings.csv", movies)
-    assert catalogue.item_ids == ["1", "11"]
+    _, catalogue, left_out = layout_reader("movielens-csv")(tmp_path / "ratings.csv", movies)
+    assert catalogue.item_ids == ["1", "11"] and left_out == {"items_without_events": 1}
 
 
 @pytest.mark.parametrize("name", sources.DATA)

@@ -108,3 +108,11 @@ def test_lists_are_written_over_lists_alone(run, tmp_path):  # noqa: F811
 def test_a_table_of_an_unknown_kind_is_refused_before_anything_is_computed(run, tmp_path):  # noqa: F811
     with pytest.raises(ConfigError, match=r"lists\.txt is none of .*\.parquet, \.csv"):
         lr.recommend_users(run, tmp_path / "lists.txt")
+
+
+def test_a_row_that_is_loaded_once_gives_the_lists_of_recommend(run):  # noqa: F811
+    served = lr.load_row(run, "sasrec-llm2rec")
+    for history in (["i03"], ["i05", "i01"]):
+        assert served.recommend(history, k=4) == lr.recommend(run, history, k=4)
+    with pytest.raises(DataError, match="no item 'nonsense'"):
+        served.recommend(["nonsense"])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llm2rec.probing import probe
     from llm2rec.runs import Run, open_run
     from llm2rec.serve.lists import recommend_users
-    from llm2rec.serve.recommender import ScoredItem, recommend, similar
+    from llm2rec.serve.recommender import ScoredItem, ServedRow, load_row, recommend, similar
     from llm2rec.studies import study
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     **dict.fromkeys(("csft", "demo", "encode", "evaluate", "fit", "iem", "prepare", "run"), "llm2rec.pipeline"),
     "probe": "llm2rec.probing",
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
-    **dict.fromkeys(("ScoredItem", "recommend", "similar"), "llm2rec.serve.recommender"),
+    **dict.fromkeys(("ScoredItem", "ServedRow", "load_row", "recommend", "similar"), "llm2rec.serve.recommender"),
     "recommend_users": "llm2rec.serve.lists",
     "study": "llm2rec.studies",
 }
@@ -56,6 +56,7 @@ __all__ = [
     "Run",
     "ScoredItem",
     "Sequences",
+    "ServedRow",
     "__version__",
     "add_items",
     "compare",
@@ -66,6 +67,7 @@ __all__ = [
     "evaluate",
     "fit",
     "iem",
+    "load_row",
     "models",
     "open_run",
     "prepare",

@@ -263,7 +263,7 @@ class MntpConfig(LanguageConfig):
 
 
 class ContrastiveConfig(LanguageConfig):
-    """Contrastive learning on two dropout views of each title (paper section 3.3)."""
+    """Contrastive learning on two dropout views (paper section 3.3), or on titles consumed one after the other."""
 
     learning_rate: Rate = 5e-5
     steps: Count = Field(..., description="most optimizer steps; 0 leaves the stage out")
@@ -273,7 +273,7 @@ class ContrastiveConfig(LanguageConfig):
     positives: Literal["dropout", "consumed-next"] = Field(
         "dropout", description="two dropout views of a title, or titles consumed one after the other"
     )
-    dropout: Share = Field(0.2, description="attention dropout that makes the two views (paper: 0.2)")
+    dropout: Share = Field(0.2, description="attention dropout: it makes the two views (paper: 0.2)")
     evaluations: Positive = Field(8, description="validations in the course of the stage")
     patience: Positive = Field(3, description="validations without a gain before the stage stops")
 
@@ -433,7 +433,10 @@ class EvaluationConfig(Section):
     k: tuple[Annotated[int, Field(gt=0, le=1000)], ...] = Field(
         (5, 10, 20), min_length=1, description="cut-offs of recall and NDCG"
     )
-    reference: str = Field("sasrec-backbone", description="row that every other row is tested against")
+    reference: str = Field(
+        "sasrec-backbone",
+        description="row that every other row is tested against; a run without the default: its first trained row",
+    )
     bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = Field(
         10_000, description="resamples of the users, and sign patterns of the second test"
     )
@@ -465,7 +468,9 @@ class Recipe(Section):
     encode: EncodeConfig = EncodeConfig()
     recommender: RecommenderConfig = RecommenderConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    loggers: tuple[LoggerName, ...] = Field((), description="told of every training, if installed: []: none")
+    loggers: tuple[LoggerName, ...] = Field(
+        (), description="told of every training, each to be installed; []: none"
+    )
 
     @property
     def by_domain(self) -> dict[str, DomainConfig]:

@@ -8,10 +8,9 @@ from llm2rec import artifacts
 from llm2rec.config import DataConfig
 from llm2rec.data import readers, sources
 from llm2rec.data.layouts import read_folder, validated
-from llm2rec.data.tables import PART, RATING, Catalogue, Interactions
+from llm2rec.data.registry import Read
+from llm2rec.data.tables import PART, RATING
 from llm2rec.errors import ConfigError, DataError
-
-Read = tuple[Interactions, Catalogue, dict[str, int]]
 
 
 def read(config: DataConfig) -> Read:
@@ -23,7 +22,7 @@ def read(config: DataConfig) -> Read:
     needed = [RATING] if config.filters.min_rating is not None else []
     needed += [PART] if config.split.by == "given" else []
     if config.source:
-        tables: Read = (*sources.fetch_data(config.source), {})
+        tables: Read = (*sources.fetch_data(config.source), sources.left_out(config.source))
     elif config.folder:
         tables = validated(read_folder(config.folder, config.layout), str(config.folder))
     else:

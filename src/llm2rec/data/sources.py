@@ -16,17 +16,18 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from llm2rec import artifacts
 from llm2rec.data.mirrors import CONNECT_TIMEOUT_SECONDS, Mirror, Url
-from llm2rec.data.registry import DATA, MODELS, TEXT_ENCODERS, Source, Tables
+from llm2rec.data.registry import DATA, MODELS, TEXT_ENCODERS, Read, Source
 from llm2rec.data.tables import ITEM, TIME, USER, Catalogue, Interactions
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.progress import say
 
 CACHE_DIR = "LLM2REC_CACHE"
 RECORD = "content.json"
+Tables: TypeAlias = tuple[Interactions, Catalogue]
 HASHED_ROWS = 1_000_000
 T = TypeVar("T")
 
@@ -55,6 +56,15 @@ def fetch_data(name: str) -> Tables:
         if tables and tables_hash(*tables) == wanted:
             return tables
     return _from_mirrors(source, lambda files, read: _keep_tables(source, files, read, folder))
+
+
+def left_out(name: str) -> dict[str, int]:
+    """Reason -> rows of a fetched data set's files that its tables have not; none where its hash is registered.
+
+    Raises:
+        DataError: no such name, or its record in the cache is damaged.
+    """
+    return dict(_recorded(_known(name, DATA, "data set")).get("left_out", {}))
 
 
 def fetch_model(name: str) -> Path:
@@ -198,17 +208,24 @@ def _record_of(source: Source) -> Path:
 
 def _expected_hash(source: Source) -> str | None:
     """The registered hash, else the one that the first download recorded, else None."""
-    if source.content_hash or not _record_of(source).is_file():
-        return source.content_hash
+    return source.content_hash or _recorded(source).get("content_hash")
+
+
+def _recorded(source: Source) -> dict[str, Any]:
+    """What the first download of a data set without a registered hash recorded; empty before it."""
+    record = _record_of(source)
+    if source.content_hash or not record.is_file():
+        return {}
     try:
-        return str(artifacts.read_json(_record_of(source))["content_hash"])
-    except (ArtifactError, KeyError, TypeError) as error:
+        content = artifacts.read_json(record)
+        return {"content_hash": str(content["content_hash"]), "left_out": dict(content.get("left_out", {}))}
+    except (ArtifactError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{_record_of(source)} is damaged ({error}); delete it, and the next download records its hash anew"
+            f"{record} is damaged ({error}); delete it, and the next download records its hash anew"
         ) from error
 
 
-def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Tables] | None], T]) -> T:
+def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Read] | None], T]) -> T:
     failures = []
     for number, (mirror, read) in enumerate(source.mirrors):
         try:
@@ -247,9 +264,9 @@ def _workplace(source: Source, number: int, mirror: Mirror) -> Iterator[Path]:
     shutil.rmtree(downloads, ignore_errors=True)
 
 
-def _keep_tables(source: Source, files: list[Path], read: Callable[..., Tables] | None, folder: Path) -> Tables:
+def _keep_tables(source: Source, files: list[Path], read: Callable[..., Read] | None, folder: Path) -> Tables:
     assert read is not None
-    interactions, catalogue = read(*files)
+    interactions, catalogue, left = read(*files)
     found = tables_hash(interactions, catalogue)
     wanted = _expected_hash(source)
     _require_hash(source, found, wanted or found)
@@ -258,7 +275,7 @@ def _keep_tables(source: Source, files: list[Path], read: Callable[..., Tables] 
         table.write(folder / f".{name}.tmp")
         os.replace(folder / f".{name}.tmp", folder / f"{name}.parquet")
     if wanted is None:
-        artifacts.write_json(_record_of(source), {"content_hash": found})
+        artifacts.write_json(_record_of(source), {"content_hash": found, "left_out": left})
         say(
             f"{source.name}: no content hash is registered for it, so what came cannot be checked. Its hash "
             f"{found[:16]}... is recorded in {_record_of(source)}; later downloads must match it"

@@ -19,16 +19,7 @@ from llm2rec.data.tables import ITEM, RATING, TITLE, Catalogue
 from llm2rec.data.texts import clean
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.runs import Domain, Run
-from llm2rec.serve import added
-from llm2rec.serve.recommender import (
-    Lists,
-    checked_request,
-    lists_of,
-    load_scorer,
-    opened,
-    require_readable,
-    window_of,
-)
+from llm2rec.serve.recommender import Lists, ServedRow, load_row, opened
 
 USERS_AT_ONCE = 256
 COLUMNS = ("user_id", "place", "item_id", "title", "score", "new")
@@ -67,18 +58,13 @@ def recommend_users(
         ArtifactError: the row is not trained; the table cannot be written there.
     """
     run, out = opened(run), Path(out)
-    place = run.domain(domain)
-    checked_request(run, row, k, new_items)
-    catalogue = added.load_catalogue(place)
-    sequences = Sequences.load(place.data) if log is None else _read(place, Path(log), catalogue)
+    served = load_row(run, row, domain)
+    lists = served.lists(k, new_items)
     _check_out(out, run)
-    scorer = load_scorer(place, row, 0, with_added=True)
-    require_readable(scorer, row, catalogue, int(np.asarray(sequences.items).max()))
-    lists, window = lists_of(place, scorer, k, new_items), window_of(scorer, place)
-    tables = [
-        _table(sequences, users, catalogue, lists, window, exclude_history)
-        for users in _batches(sequences.n_users)
-    ]
+    place = served.domain
+    sequences = Sequences.load(place.data) if log is None else _read(place, Path(log), served.catalogue)
+    served.require_readable(int(np.asarray(sequences.items).max()))
+    tables = [_table(sequences, users, served, lists, exclude_history) for users in _batches(sequences.n_users)]
     table = pl.concat(tables)
     _write(table, out)
     return table["user_id"].n_unique()
@@ -152,21 +138,20 @@ def _batches(n_users: int) -> Iterator[np.ndarray]:
 def _table(
     sequences: Sequences,
     users: np.ndarray,
-    catalogue: Catalogue,
+    served: ServedRow,
     lists: Lists,
-    window: int,
     exclude_history: bool,
 ) -> pl.DataFrame:
     """The lists of some users, one row an item."""
     events = np.diff(np.asarray(sequences.offsets))[users]
     known = torch.from_numpy(sequences.latest(users, int(events.max())).astype(np.int64))
-    seen = [torch.from_numpy(sequences.latest(users, window).astype(np.int64))]
+    seen = [torch.from_numpy(sequences.latest(users, served.window).astype(np.int64))]
     if lists.needs_times:
-        seen.append(torch.from_numpy(sequences.latest_times(users, window)))
+        seen.append(torch.from_numpy(sequences.latest_times(users, served.window)))
     items, scores = lists.of(seen, known if exclude_history else known[:, :0])
     rows, places = (items > 0).nonzero(as_tuple=True)
     index = items[rows, places]
-    chosen = catalogue.frame[(index - 1).numpy()]
+    chosen = served.catalogue.frame[(index - 1).numpy()]
     columns = (
         sequences.user_ids.cast(pl.String).gather(users[rows.numpy()]),
         (places + 1).numpy(),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from llm2rec import artifacts, progress
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import Sequences
-from llm2rec.data.tables import Catalogue
+from llm2rec.data.tables import ITEM, TITLE, Catalogue
 from llm2rec.data.texts import clean
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.evaluation.protocol import Scorer
@@ -73,48 +73,96 @@ def recommend(
             text.
         ArtifactError: the row is not trained.
     """
-    run = opened(run)
-    place = run.domain(domain)
-    checked_request(run, row, k, new_items)
-    if isinstance(history, str):
-        raise ConfigError(f"history is the text {history!r}; give a list of item ids")
-    if not history:
-        raise ConfigError("the history is empty; give at least one item id")
-    catalogue = added.load_catalogue(place)
-    indices = [index_of(catalogue, item_id) for item_id in history]
-    seen = torch.tensor([indices])
-    scorer = load_scorer(place, row, 0, with_added=True)
-    require_readable(scorer, row, catalogue, max(indices))
-    if getattr(scorer, "needs_times", False):
-        raise ConfigError(f"row {row!r} looks at the times of events, which a list of items does not give")
-    lists = lists_of(place, scorer, k, new_items)
-    recent = [seen[:, -window_of(scorer, place) :]]
-    items, scores = lists.of(recent, seen if exclude_history else seen[:, :0])
-    return listed(catalogue, items[0], scores[0], lists.new)
+    return load_row(run, row, domain).recommend(history, k, exclude_history, new_items)
 
 
-def checked_request(run: Run, row: str, k: int, new_items: int | None) -> None:
-    """What can be wrong with the numbers of a request, or with its row.
+def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | None = None) -> ServedRow:
+    """A row of a run, loaded once for any number of lists: what a service holds. Arguments as in `recommend`.
+
+    Items added to the run later are known to it once it is loaded again.
 
     Raises:
-        ConfigError: see `recommend`.
+        ConfigError: no such row.
+        ArtifactError: the row is not trained.
     """
+    run = opened(run)
     require_row(run, row)
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}")
-    if new_items is not None and not 0 <= new_items <= k:
-        raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
-    if new_items and (row in FLOORS or Row.parse(row).vectors is None):
-        raise ConfigError(f"row {row!r} knows nothing of items without training events; ask a row over text")
+    place = run.domain(domain)
+    catalogue = added.load_catalogue(place)
+    index = {item_id: number for number, item_id in enumerate(catalogue.item_ids, start=1)}
+    return ServedRow(place, row, load_scorer(place, row, 0, with_added=True), catalogue, index)
 
 
-def require_readable(scorer: Scorer, row: str, catalogue: Catalogue, highest: int) -> None:
-    """Raises DataError where the highest item_index of some histories is of an item that a row cannot know."""
-    if highest > scorer.n_items:
-        raise DataError(
-            f"item {catalogue.item_ids[highest - 1]!r} was added after the training, which row {row!r} cannot "
-            "know; ask a row over text"
-        )
+@dataclass(frozen=True)
+class ServedRow:
+    """A recommender of a run in memory, with the items that it lists; made by `load_row`.
+
+    catalogue: the items trained on, then those added since. index: outside id -> item_index (1..N).
+    """
+
+    domain: Domain
+    row: str
+    scorer: Scorer
+    catalogue: Catalogue
+    index: dict[str, int]
+
+    def recommend(
+        self,
+        history: SequenceOf[str],
+        k: int = 10,
+        exclude_history: bool = True,
+        new_items: int | None = None,
+    ) -> list[ScoredItem]:
+        """The `k` best next items after a history, best first; arguments and errors as in `recommend`."""
+        lists = self.lists(k, new_items)
+        if isinstance(history, str):
+            raise ConfigError(f"history is the text {history!r}; give a list of item ids")
+        if not history:
+            raise ConfigError("the history is empty; give at least one item id")
+        indices = [self.index.get(str(item_id)) or index_of(self.catalogue, item_id) for item_id in history]
+        self.require_readable(max(indices))
+        if lists.needs_times:
+            raise ConfigError(
+                f"row {self.row!r} looks at the times of events, which a list of items does not give"
+            )
+        seen = torch.tensor([indices])
+        items, scores = lists.of([seen[:, -self.window :]], seen if exclude_history else seen[:, :0])
+        return listed(self.catalogue, items[0], scores[0], lists.new)
+
+    def lists(self, k: int, new_items: int | None) -> Lists:
+        """What makes lists of `k` items; says where fewer new items than asked for can be had.
+
+        Raises:
+            ConfigError: k < 1, or `new_items` outside 0..k, or above 0 of a row without text.
+        """
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        if new_items is not None and not 0 <= new_items <= k:
+            raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
+        if new_items and (self.row in FLOORS or Row.parse(self.row).vectors is None):
+            raise ConfigError(
+                f"row {self.row!r} knows nothing of items without training events; ask a row over text"
+            )
+        new = is_new(self.domain, self.scorer.n_items)
+        if new_items and int(new.sum()) < new_items:
+            progress.say(
+                f"note: {int(new.sum())} of the {len(new):,} items have no training event, so no list has "
+                f"{new_items} new ones; `add-items` makes items known"
+            )
+        return Lists(self.scorer, new, k, new_items)
+
+    @property
+    def window(self) -> int:
+        """How many events of a history are looked at: as many as in training, whatever the recipe says since."""
+        return int(getattr(self.scorer, "history_length", self.domain.config.history_length))
+
+    def require_readable(self, highest: int) -> None:
+        """Raises DataError where the highest item_index of histories is of an item that the row cannot know."""
+        if highest > self.scorer.n_items:
+            raise DataError(
+                f"item {self.catalogue.item_ids[highest - 1]!r} was added after the training, which row "
+                f"{self.row!r} cannot know; ask a row over text"
+            )
 
 
 @dataclass(frozen=True)
@@ -147,22 +195,6 @@ class Lists:
         else:
             items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
         return items, scores.gather(1, (items - 1).clamp(min=0))
-
-
-def lists_of(domain: Domain, scorer: Scorer, k: int, new_items: int | None) -> Lists:
-    """What makes a domain's lists; says where fewer new items than asked for can be had."""
-    new = is_new(domain, scorer.n_items)
-    if new_items and int(new.sum()) < new_items:
-        progress.say(
-            f"note: {int(new.sum())} of the {len(new):,} items have no training event, so no list has {new_items} "
-            "new ones; `add-items` makes items known"
-        )
-    return Lists(scorer, new, k, new_items)
-
-
-def window_of(scorer: Scorer, domain: Domain) -> int:
-    """How many events of a history are looked at: as many as in training, whatever the recipe has become since."""
-    return int(getattr(scorer, "history_length", domain.config.history_length))
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
@@ -330,9 +362,11 @@ def trained_catalogue(domain: Domain) -> Catalogue:
 
 def listed(catalogue: Catalogue, items: torch.Tensor, scores: torch.Tensor, new: torch.Tensor) -> list[ScoredItem]:
     """Items by item_index (K,) with their scores (K,) and whether they are new (N,); index 0 is left out."""
-    titles, ids = catalogue.titles, catalogue.item_ids
+    chosen, known = items[items > 0], scores[items > 0]
+    rows = catalogue.frame[(chosen - 1).numpy()]
     return [
-        ScoredItem(ids[item - 1], clean(titles[item - 1]), score, bool(new[item - 1]))
-        for item, score in zip(items.tolist(), scores.tolist(), strict=True)
-        if item > 0
+        ScoredItem(item_id, clean(title), score, is_new_one)
+        for item_id, title, score, is_new_one in zip(
+            rows[ITEM], rows[TITLE], known.tolist(), new[chosen - 1].tolist(), strict=True
+        )
     ]

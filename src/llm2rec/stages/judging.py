@@ -103,10 +103,10 @@ def vectors_in_words(smoothing: float) -> str | None:
 
 
 def reference_row(run: Run) -> str:
-    """The row that the others are tested against: the recipe's, or the first where the run lacks the default."""
+    """The row that the others are tested against: the recipe's; without the default the first trained one."""
     rows = run.recipe.recommender.rows
     wanted = run.recipe.evaluation.reference
-    return wanted if wanted in rows else rows[0]
+    return wanted if wanted in rows else next((row for row in rows if row not in FLOORS), rows[0])
 
 
 def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFrame, dict[str, dict[str, float]]]:
