@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,8 +244,9 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
     Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
-    resume from; anything else in the folder is moved to `run_folder/superseded`. A block that fails before it
-    has written anything (its checks) leaves what was there: the finished stage, or a stage that never ran.
+    resume from; anything else in the folder is moved to `run_folder/superseded`, an interrupted stage with its
+    checkpoints, which are deleted once the stage is finished. A block that fails before it has written anything
+    (its checks) leaves what was there: the finished stage, the interrupted one, or a stage that never ran.
     """
     started = folder / STARTED
     aside = None
@@ -257,19 +258,26 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     try:
         yield summary
     except BaseException:
+        with suppress(OSError):
+            (folder / CHECKPOINTS).rmdir()  # the engine makes an empty one before it checks
         if list(folder.iterdir()) == [started]:
             started.unlink()
-            if aside is not None and (aside / MANIFEST).exists():
+            if aside is not None:
                 os.replace(aside, folder)  # over the empty folder
                 progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
         raise
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
-    tidy(folder)  # last: a stage killed while its checkpoints are deleted is finished all the same
+    tidy(folder, run_folder)  # last: a stage killed while checkpoints are deleted is finished all the same
 
 
-def tidy(folder: Path) -> None:
-    """Removes what a finished stage no longer needs; it may have been killed before it came to that."""
+def tidy(folder: Path, run_folder: Path) -> None:
+    """Removes what a finished stage no longer needs; it may have been killed before it came to that.
+
+    Those are its checkpoints, and those of the unfinished stages that were moved aside for it.
+    """
+    for aside in (run_folder / SUPERSEDED).glob("*"):
+        _drop_checkpoints(aside / folder.relative_to(run_folder))
     _drop_checkpoints(folder)
     (folder / STARTED).unlink(missing_ok=True)
 
@@ -311,7 +319,6 @@ def move_aside(folder: Path, run_folder: Path) -> Path | None:
     Returns:
         Where it lies now; None where there was nothing to move.
     """
-    _drop_checkpoints(folder)  # optimizer states: large, useless elsewhere
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")
@@ -345,6 +352,7 @@ def take_over(source: Path, folder: Path, run_folder: Path) -> None:
         move_aside(folder, run_folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(taken, folder)  # the manifest appears with everything else, or not at all
+        tidy(folder, run_folder)
 
 
 @contextmanager

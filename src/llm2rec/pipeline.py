@@ -244,7 +244,7 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     inputs = stage.inputs()
     decision = artifacts.decide(stage.folder, inputs)
     if decision.keep:
-        artifacts.tidy(stage.folder)
+        artifacts.tidy(stage.folder, run.folder)
         progress.say(f"keep   {name}")
         run.log(stage=name, event="keep")
         return
