@@ -572,8 +572,28 @@ def test_a_recipe_edited_while_it_ran_is_heeded_by_the_next_verb(tmp_path):
     run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 7"))
+    assert lr.open_run(run.folder).recipe.seed == 7  # as by a verb that looks while the run goes on
     write_resolved(run)  # as at the end of every verb
     assert lr.open_run(run.folder).recipe.seed == 7
+
+
+def test_opening_a_run_writes_nothing(tmp_path):
+    run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    (run.folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text() + "# a remark\n")
+    before = (run.folder / "resolved.json").read_bytes()
+    assert lr.open_run(run.folder) == run
+    assert (run.folder / "resolved.json").read_bytes() == before
+    (run.folder / "resolved.json").unlink()
+    lr.open_run(run.folder)  # of a recipe alone
+    assert [path.name for path in run.folder.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_verb_that_is_refused_records_nothing_of_an_edited_recipe(tmp_path):
+    run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    (run.folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text().replace("seed: 0", "seed: 7"))
+    with artifacts.run_lock(run.folder), pytest.raises(ArtifactError, match="another llm2rec process"):
+        lr.prepare(run.folder)
+    assert artifacts.read_json(run.folder / "resolved.json")["recipe"]["seed"] == 0
 
 
 def test_a_run_that_is_refused_stays_what_it_was(copied, world):

@@ -119,6 +119,7 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
     with artifacts.run_lock(path):
         _require_current(opened, VERBS[: VERBS.index(verb)])
         _check(opened, (verb,))
+        write_resolved(opened)
         _carry_out(opened, (verb,))
         if not _stages_of(opened, verb):
             progress.say(f"skip   {verb}  ({_why_left_out(opened, verb)})")
