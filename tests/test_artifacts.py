@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -174,6 +175,20 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path):
     with (
         artifacts.run_lock(tmp_path),
         pytest.raises(ArtifactError, match="another llm2rec process"),
+        artifacts.run_lock(tmp_path),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks_is_named_as_the_reason(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", unsupported)
+    with (
+        pytest.raises(
+            ArtifactError, match=r"no locks \(Operation not supported\); choose an --out on a local disk"
+        ),
         artifacts.run_lock(tmp_path),
     ):
         pass

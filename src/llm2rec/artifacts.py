@@ -392,14 +392,19 @@ def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds the operating system's lock on a run folder; a killed process leaves none behind.
 
     Raises:
-        ArtifactError: another live process holds it.
+        ArtifactError: another live process holds it, or the file system knows no locks.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ArtifactError(
                 f"another llm2rec process is working in {run_folder}; wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise ArtifactError(
+                f"{run_folder} cannot be locked: its file system has no locks ({error.strerror}); choose an --out "
+                "on a local disk"
             ) from error
         yield
