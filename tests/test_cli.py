@@ -290,14 +290,18 @@ def test_a_log_is_described_with_changes_to_its_recipe(llm2rec, tmp_path):
     assert "events a user" in page.read_text()
 
 
-def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [((), "the same command goes on"), (("--fresh",), "the same command without --fresh goes on")],
+)
+def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch, option, words):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llm2rec.pipeline.run", interrupted)
-    status, _, err = llm2rec("run", "demo")
+    status, _, err = llm2rec("run", "demo", *option)
     assert status == 130
-    assert "same command goes on" in err
+    assert words in err
 
 
 @pytest.mark.parametrize("verb", ["data", "models"])

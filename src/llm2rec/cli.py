@@ -37,7 +37,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one key; repeatable")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="rerun every stage, each time it is given; old results are moved aside")
+]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
 RowName = Annotated[str, typer.Option("--row", help="which recommender of the run")]
 NewItems = Annotated[
@@ -301,14 +303,20 @@ def main() -> None:
         _fail(str(error))
     except SystemExit as stop:  # typer turns an interrupt into this exit status and says nothing
         if stop.code == INTERRUPTED:
-            _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+            _fail(f"interrupted; {_how_to_go_on()}", INTERRUPTED)
         raise
     except Exception as error:
         if _is_of_a_full_disk(error):
-            _fail(f"the disk is full ({error}); free some space, the same command goes on where it stopped")
+            _fail(f"the disk is full ({error}); free some space, {_how_to_go_on()}")
         if isinstance(error, OSError) and error.filename:
             _fail(f"{error.filename}: {error.strerror}; choose another folder or file")
         raise
+
+
+def _how_to_go_on() -> str:
+    """What to give next; `--fresh` once more would begin anew."""
+    same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+    return f"{same} goes on where it stopped"
 
 
 def _is_of_a_full_disk(error: BaseException | None) -> bool:

@@ -39,7 +39,7 @@ def run(
         recipe: a shipped name or a path.
         out: the run folder; by default `runs/<name of the recipe>`.
         overrides: `KEY=VALUE`, as with `--set`.
-        fresh: rerun every stage.
+        fresh: rerun every stage; to go on with a fresh run that was interrupted, leave it out.
         siblings: run folders whose finished stages are taken over where their inputs are the same; what the first
             of them measured `dtype: auto` to be holds here as well.
 

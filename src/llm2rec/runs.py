@@ -142,7 +142,7 @@ class Run:
         stage = begun[0].relative_to(self.folder)
         return (
             f"{self.folder}: {stage} was begun and not finished, so the results are not of its present recipe; "
-            "if no process works on it, give the command that was interrupted again"
+            "if no process works on it, give the command that was interrupted again (without --fresh)"
         )
 
     def begun(self) -> list[Path]:
