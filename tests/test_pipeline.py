@@ -568,6 +568,21 @@ def test_paths_given_by_set_mean_the_same_wherever_a_run_is_opened(tmp_path, mon
         assert lr.open_run(tmp_path / "run").recipe.data.interactions == tmp_path / "a.csv"
 
 
+def test_paths_of_a_recipe_that_is_a_link_stay_those_beside_the_link(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "recipe.yaml").write_text(
+        "data: {interactions: log.csv, items: items.csv}\nmodel: {source: tiny-random}\n"
+        "csft: {max_tokens: 5000}\niem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n"
+    )
+    (tmp_path / "b" / "recipe.yaml").symlink_to(tmp_path / "a" / "recipe.yaml")
+    run = create_run(tmp_path / "b" / "recipe.yaml", tmp_path / "run")
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "# a remark\n")
+    expected = tmp_path / "b" / "log.csv"
+    assert run.recipe.data.interactions == lr.open_run(run.folder).recipe.data.interactions == expected
+
+
 def test_a_recipe_edited_while_it_ran_is_heeded_by_the_next_verb(tmp_path):
     run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
     recipe = tmp_path / "run" / "recipe.yaml"

@@ -205,7 +205,7 @@ def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()
         ConfigError: the recipe is not valid.
     """
     source = recipe_path(recipe)
-    run = _read_run(folder, source, overrides, source.resolve().parent, Path.cwd())
+    run = _read_run(folder, source, overrides, source.parent.resolve(), Path.cwd())
     refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if source.resolve() != (folder / RECIPE).resolve():
