@@ -171,6 +171,27 @@ def test_equal_outputs_have_equal_fingerprints_whatever_the_inputs(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_the_logged_course_of_a_training_is_no_result(tmp_path):
+    for name in ("whole", "resumed"):
+        with artifacts.stage(tmp_path / name, "csft", {}, tmp_path):
+            (tmp_path / name / "weights").write_text("equal")
+            (tmp_path / name / artifacts.METRICS).write_text(name)
+    whole, resumed = (artifacts.require(tmp_path / name, "csft") for name in ("whole", "resumed"))
+    assert whole.outputs != resumed.outputs and whole.fingerprint == resumed.fingerprint
+
+
+def test_a_stage_finished_when_its_course_still_counted_keeps_its_fingerprint(tmp_path):
+    with artifacts.stage(tmp_path / "csft", "csft", {}, tmp_path):
+        for name in ("weights", artifacts.METRICS, artifacts.PROVENANCE):
+            (tmp_path / "csft" / name).write_text(name)
+    outputs = artifacts.require(tmp_path / "csft", "csft").outputs
+    manifest = artifacts.read_json(tmp_path / "csft" / artifacts.MANIFEST)
+    del manifest["uncounted"]
+    artifacts.write_json(tmp_path / "csft" / artifacts.MANIFEST, manifest)
+    counted = {name: outputs[name]["sha256"] for name in ("weights", artifacts.METRICS)}
+    assert artifacts.require(tmp_path / "csft", "csft").fingerprint == artifacts.hash_json(counted)
+
+
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     with (
         artifacts.run_lock(tmp_path),

@@ -767,6 +767,8 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, world, tmp_path, mome
     for stage in ("csft", "mntp", "iem"):
         weights = [load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        manifests = [artifacts.require(run.folder / stage, "csft") for run in (finished, resumed)]
+        assert manifests[0].fingerprint == manifests[1].fingerprint
     assert fitted_weights(resumed) == fitted_weights(finished)
     assert resumed.metrics()["rows"] == finished.metrics()["rows"]
 

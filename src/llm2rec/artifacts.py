@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
 SCRATCH = ".unfinished"  # what is to appear all at once, while it is made
 PROVENANCE = "provenance.json"
-UNCOUNTED = (STABLE, PROVENANCE)  # no results: what a longer training goes on from, and where vectors come from
+METRICS = "metrics.jsonl"
+# No results: what a longer training goes on from, where vectors come from, and the course of a training, which
+# is logged otherwise after a resume.
+UNCOUNTED = (STABLE, PROVENANCE, METRICS)
+UNCOUNTED_BEFORE = (STABLE, PROVENANCE)  # of manifests that do not say it: what was made from them is kept
 FORMAT = 1
 HASHED_UP_TO_BYTES = 16 * 2**20
 SHOWN_REASONS = 3
@@ -43,17 +47,21 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage recorded: its name, inputs, outputs (path -> size and hash) and a summary."""
+    """What a finished stage recorded: its name, inputs, outputs (path -> size and hash) and a summary.
+
+    uncounted: outputs, or folders of them, that are no results.
+    """
 
     stage: str
     inputs: Inputs
     outputs: dict[str, dict[str, Any]]
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]
+    uncounted: tuple[str, ...]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the outputs: equal for equal results, whatever led to them."""
-        counted = (path for path in sorted(self.outputs) if path.split("/")[0] not in UNCOUNTED)
+        """Hash of the outputs that count: equal for equal results, whatever led to them."""
+        counted = (path for path in sorted(self.outputs) if path.split("/")[0] not in self.uncounted)
         return hash_json({path: self.outputs[path]["sha256"] for path in counted})
 
 
@@ -138,7 +146,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             path: {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])}
             for path, one in content["outputs"].items()
         }
-        return Manifest(content["stage"], dict(content["inputs"]), outputs, dict(content["summary"]))
+        uncounted = tuple(content.get("uncounted", UNCOUNTED_BEFORE))
+        return Manifest(content["stage"], dict(content["inputs"]), outputs, dict(content["summary"]), uncounted)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); move its folder away and run again") from error
 
@@ -308,6 +317,7 @@ def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, A
         if path.is_file() and path.relative_to(folder).parts[0] not in passing
     }
     content = {"format": FORMAT, "stage": name, "inputs": inputs, "outputs": outputs, "summary": summary}
+    content["uncounted"] = UNCOUNTED
     write_json(folder / MANIFEST, content)
 
 
