@@ -663,6 +663,17 @@ def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
     assert set(run.metrics()["rows"]) == {"popularity", "sasrec-id"}
 
 
+def test_the_data_are_checked_once_for_all_trainings(world, tmp_path, monkeypatch):
+    changes = "recommender.rows=[popularity, sasrec-id]", "recommender.seeds=2", "recommender.max_epochs=1"
+    run = lr.prepare(create_run("demo", tmp_path / "run", (*overrides(world), *changes)))
+    checked = []
+    monkeypatch.setattr("llm2rec.data.sequences.check_leakage", lambda *data, **options: checked.append(data))
+    lr.fit(run)
+    assert not checked
+    lr.evaluate(run)
+    assert len(checked) == 1
+
+
 def over_text_encoder(finished):
     """Overrides for a run over a ready text encoder, for which the trained encoder of another run will do."""
     return "recommender.rows=[popularity, sasrec-other]", f"encode.text_encoders.other={finished.iem}"
