@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -40,7 +41,7 @@ def test_superseded_results_are_moved_aside(tmp_path):
 def test_a_stage_that_fails_leaves_no_manifest_and_keeps_its_checkpoints(tmp_path):
     folder = tmp_path / "csft"
     with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
-        (folder / artifacts.CHECKPOINTS).mkdir()
+        (folder / artifacts.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)
         raise RuntimeError
     assert artifacts.decide(folder, {"a": 1}).reasons == ("interrupted",)
     with artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
@@ -50,7 +51,7 @@ def test_a_stage_that_fails_leaves_no_manifest_and_keeps_its_checkpoints(tmp_pat
 
 def test_of_an_interrupted_stage_a_changed_input_is_named_as_well(tmp_path):
     with pytest.raises(RuntimeError), artifacts.stage(tmp_path / "csft", "csft", {"a": 1, "b": 1}, tmp_path):
-        (tmp_path / "csft" / artifacts.CHECKPOINTS).mkdir()
+        (tmp_path / "csft" / artifacts.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)
         raise RuntimeError
     assert artifacts.decide(tmp_path / "csft", {"a": 2, "b": 1}).reasons == ("interrupted", "a")
     (tmp_path / "csft" / artifacts.STARTED).write_text("{")
@@ -86,6 +87,50 @@ def test_a_stage_that_fails_after_it_has_written_does_not_bring_the_old_one_back
     assert old.read_text() == "old"
 
 
+def interrupt(folder, run, inputs):
+    """A stage that ends with a checkpoint of its own."""
+    with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", inputs, run):
+        checkpoint = folder / artifacts.CHECKPOINTS / f"checkpoint-{inputs['lr']}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "weights").write_text("hours")
+        raise RuntimeError
+
+
+def kept_checkpoints(run):
+    return sorted(path.parent.name for path in run.rglob("weights"))
+
+
+def test_a_stage_that_fails_before_it_writes_leaves_the_interrupted_one(tmp_path):
+    folder = tmp_path / "csft"
+    interrupt(folder, tmp_path, {"lr": 1})
+    with pytest.raises(KeyError), artifacts.stage(folder, "csft", {"lr": 2}, tmp_path):
+        (folder / artifacts.CHECKPOINTS).mkdir()  # as the engine does
+        raise KeyError
+    assert artifacts.decide(folder, {"lr": 1}).reasons == ("interrupted",)
+    with artifacts.stage(folder, "csft", {"lr": 1}, tmp_path):
+        assert (folder / artifacts.CHECKPOINTS / "checkpoint-1" / "weights").read_text() == "hours"
+
+
+def test_checkpoints_moved_aside_are_deleted_once_the_stage_is_finished(tmp_path):
+    folder, other = tmp_path / "csft", tmp_path / "iem"
+    interrupt(other, tmp_path, {"lr": 7})
+    interrupt(other, tmp_path, {"lr": 8})
+    for rate in (1, 2, 3):
+        interrupt(folder, tmp_path, {"lr": rate})
+    assert kept_checkpoints(tmp_path) == [f"checkpoint-{rate}" for rate in (1, 2, 3, 7, 8)]
+    finish(folder, tmp_path, {"lr": 4})
+    assert kept_checkpoints(tmp_path) == ["checkpoint-7", "checkpoint-8"]
+    assert len(list((tmp_path / artifacts.SUPERSEDED).glob(f"*/csft/{artifacts.STARTED}"))) == 3
+
+
+def test_a_stage_that_is_taken_over_needs_no_checkpoints_either(tmp_path):
+    finish(tmp_path / "one" / "csft", tmp_path / "one", {"lr": 1})
+    interrupt(tmp_path / "two" / "csft", tmp_path / "two", {"lr": 1})
+    artifacts.take_over(tmp_path / "one" / "csft", tmp_path / "two" / "csft", tmp_path / "two")
+    assert artifacts.decide(tmp_path / "two" / "csft", {"lr": 1}).keep
+    assert kept_checkpoints(tmp_path) == []
+
+
 def test_a_stage_killed_while_its_checkpoints_are_deleted_is_finished(tmp_path, monkeypatch):
     folder = tmp_path / "csft"
 
@@ -105,14 +150,14 @@ def test_a_stage_killed_while_its_checkpoints_are_deleted_is_finished(tmp_path, 
         patched.setattr(artifacts.os, "replace", killed)
     assert artifacts.decide(folder, {"a": 1}).keep
     assert list(artifacts.require(folder, "csft").outputs) == ["weights"]
-    artifacts.tidy(folder)
+    artifacts.tidy(folder, tmp_path)
     assert {path.name for path in folder.iterdir()} == {"weights", artifacts.MANIFEST}
 
 
 def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
     folder = tmp_path / "csft"
     with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
-        (folder / artifacts.CHECKPOINTS).mkdir()
+        (folder / artifacts.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)
         raise RuntimeError
     with artifacts.stage(folder, "csft", {"a": 2}, tmp_path):
         assert not (folder / artifacts.CHECKPOINTS).exists()
@@ -126,10 +171,45 @@ def test_equal_outputs_have_equal_fingerprints_whatever_the_inputs(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_the_logged_course_of_a_training_is_no_result(tmp_path):
+    for name in ("whole", "resumed"):
+        with artifacts.stage(tmp_path / name, "csft", {}, tmp_path):
+            (tmp_path / name / "weights").write_text("equal")
+            (tmp_path / name / artifacts.METRICS).write_text(name)
+    whole, resumed = (artifacts.require(tmp_path / name, "csft") for name in ("whole", "resumed"))
+    assert whole.outputs != resumed.outputs and whole.fingerprint == resumed.fingerprint
+
+
+def test_a_stage_finished_when_its_course_still_counted_keeps_its_fingerprint(tmp_path):
+    with artifacts.stage(tmp_path / "csft", "csft", {}, tmp_path):
+        for name in ("weights", artifacts.METRICS, artifacts.PROVENANCE):
+            (tmp_path / "csft" / name).write_text(name)
+    outputs = artifacts.require(tmp_path / "csft", "csft").outputs
+    manifest = artifacts.read_json(tmp_path / "csft" / artifacts.MANIFEST)
+    del manifest["uncounted"]
+    artifacts.write_json(tmp_path / "csft" / artifacts.MANIFEST, manifest)
+    counted = {name: outputs[name]["sha256"] for name in ("weights", artifacts.METRICS)}
+    assert artifacts.require(tmp_path / "csft", "csft").fingerprint == artifacts.hash_json(counted)
+
+
 def test_a_second_process_in_the_folder_is_refused(tmp_path):
     with (
         artifacts.run_lock(tmp_path),
         pytest.raises(ArtifactError, match="another llm2rec process"),
+        artifacts.run_lock(tmp_path),
+    ):
+        pass
+
+
+def test_a_file_system_without_locks_is_named_as_the_reason(tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(artifacts.fcntl, "flock", unsupported)
+    with (
+        pytest.raises(
+            ArtifactError, match=r"no locks \(Operation not supported\); choose an --out on a local disk"
+        ),
         artifacts.run_lock(tmp_path),
     ):
         pass

@@ -9,6 +9,7 @@ import urllib.request
 
 import polars as pl
 import pytest
+from safetensors import SafetensorError
 
 import llm2rec as lr
 from conftest import cyclic_log
@@ -175,14 +176,46 @@ def test_titles_without_text_are_refused_before_csft(run_on, title, words):
     assert words in err and "done   csft" not in err
 
 
-def test_a_full_disk_is_said_in_words(run_on, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+FULL_DISK = {
+    "pathlib": OSError(errno.ENOSPC, "No space left on device"),
+    "numpy": OSError("2000000 requested and 262128 written"),
+    "torch": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    "torch's stream": RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "polars": pl.exceptions.ComputeError("No space left on device (os error 28)"),
+}
 
-    monkeypatch.setattr("llm2rec.data.sequences.np.save", full)
-    status, err = run_on()
+
+@pytest.mark.parametrize("writer", FULL_DISK)
+def test_a_full_disk_is_said_in_words(llm2rec, monkeypatch, writer):
+    def full(*args, **kwargs):
+        raise FULL_DISK[writer]
+
+    monkeypatch.setattr("llm2rec.pipeline.run", full)
+    status, _, err = llm2rec("run", "demo")
     assert status == 1
     assert "disk is full" in err and "Traceback" not in err
+
+
+def test_a_full_disk_is_said_in_words_whatever_it_led_to(llm2rec, monkeypatch):
+    def full(*args, **kwargs):
+        try:
+            raise FULL_DISK["pathlib"]
+        finally:
+            raise ValueError("a file is cut short")
+
+    monkeypatch.setattr("llm2rec.pipeline.run", full)
+    status, _, err = llm2rec("run", "demo")
+    assert status == 1 and "disk is full" in err
+
+
+def test_a_fault_of_the_program_is_not_taken_for_a_full_disk(llm2rec, monkeypatch):
+    def faulty(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("llm2rec.pipeline.run", faulty)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        llm2rec("run", "demo")
 
 
 def test_the_verbs_print_titles(llm2rec, tmp_path):
@@ -257,14 +290,18 @@ def test_a_log_is_described_with_changes_to_its_recipe(llm2rec, tmp_path):
     assert "events a user" in page.read_text()
 
 
-def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [((), "the same command goes on"), (("--fresh",), "the same command without --fresh goes on")],
+)
+def test_an_interrupt_says_how_to_go_on(llm2rec, monkeypatch, option, words):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llm2rec.pipeline.run", interrupted)
-    status, _, err = llm2rec("run", "demo")
+    status, _, err = llm2rec("run", "demo", *option)
     assert status == 130
-    assert "same command goes on" in err
+    assert words in err
 
 
 @pytest.mark.parametrize("verb", ["data", "models"])

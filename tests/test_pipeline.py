@@ -568,12 +568,47 @@ def test_paths_given_by_set_mean_the_same_wherever_a_run_is_opened(tmp_path, mon
         assert lr.open_run(tmp_path / "run").recipe.data.interactions == tmp_path / "a.csv"
 
 
+def test_paths_of_a_recipe_that_is_a_link_stay_those_beside_the_link(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "recipe.yaml").write_text(
+        "data: {interactions: log.csv, items: items.csv}\nmodel: {source: tiny-random}\n"
+        "csft: {max_tokens: 5000}\niem: {mntp: {steps: 2}, contrastive: {steps: 2}}\n"
+    )
+    (tmp_path / "b" / "recipe.yaml").symlink_to(tmp_path / "a" / "recipe.yaml")
+    run = create_run(tmp_path / "b" / "recipe.yaml", tmp_path / "run")
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "# a remark\n")
+    expected = tmp_path / "b" / "log.csv"
+    assert run.recipe.data.interactions == lr.open_run(run.folder).recipe.data.interactions == expected
+
+
 def test_a_recipe_edited_while_it_ran_is_heeded_by_the_next_verb(tmp_path):
     run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
     recipe = tmp_path / "run" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seed: 0", "seed: 7"))
+    assert lr.open_run(run.folder).recipe.seed == 7  # as by a verb that looks while the run goes on
     write_resolved(run)  # as at the end of every verb
     assert lr.open_run(run.folder).recipe.seed == 7
+
+
+def test_opening_a_run_writes_nothing(tmp_path):
+    run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    (run.folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text() + "# a remark\n")
+    before = (run.folder / "resolved.json").read_bytes()
+    assert lr.open_run(run.folder) == run
+    assert (run.folder / "resolved.json").read_bytes() == before
+    (run.folder / "resolved.json").unlink()
+    lr.open_run(run.folder)  # of a recipe alone
+    assert [path.name for path in run.folder.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_verb_that_is_refused_records_nothing_of_an_edited_recipe(tmp_path):
+    run = create_run("demo", tmp_path / "run", ("data.interactions=a.csv", "data.items=b.csv"))
+    (run.folder / "recipe.yaml").write_text((run.folder / "recipe.yaml").read_text().replace("seed: 0", "seed: 7"))
+    with artifacts.run_lock(run.folder), pytest.raises(ArtifactError, match="another llm2rec process"):
+        lr.prepare(run.folder)
+    assert artifacts.read_json(run.folder / "resolved.json")["recipe"]["seed"] == 0
 
 
 def test_a_run_that_is_refused_stays_what_it_was(copied, world):
@@ -626,6 +661,17 @@ def test_a_run_without_text_rows_needs_no_language_model(world, tmp_path):
     run = lr.run("demo", tmp_path / "ids", (*overrides(world), "recommender.rows=[popularity, sasrec-id]"))
     assert not run.csft.exists()
     assert set(run.metrics()["rows"]) == {"popularity", "sasrec-id"}
+
+
+def test_the_data_are_checked_once_for_all_trainings(world, tmp_path, monkeypatch):
+    changes = "recommender.rows=[popularity, sasrec-id]", "recommender.seeds=2", "recommender.max_epochs=1"
+    run = lr.prepare(create_run("demo", tmp_path / "run", (*overrides(world), *changes)))
+    checked = []
+    monkeypatch.setattr("llm2rec.data.sequences.check_leakage", lambda *data, **options: checked.append(data))
+    lr.fit(run)
+    assert not checked
+    lr.evaluate(run)
+    assert len(checked) == 1
 
 
 def over_text_encoder(finished):
@@ -732,6 +778,8 @@ def test_a_killed_run_goes_on_to_the_same_result(finished, world, tmp_path, mome
     for stage in ("csft", "mntp", "iem"):
         weights = [load_file(run.folder / stage / "model.safetensors") for run in (finished, resumed)]
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        manifests = [artifacts.require(run.folder / stage, "csft") for run in (finished, resumed)]
+        assert manifests[0].fingerprint == manifests[1].fingerprint
     assert fitted_weights(resumed) == fitted_weights(finished)
     assert resumed.metrics()["rows"] == finished.metrics()["rows"]
 

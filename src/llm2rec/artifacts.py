@@ -17,8 +17,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,11 @@ DROPPED = "checkpoints.dropped"  # on their way to deletion
 SUPERSEDED = "superseded"
 SCRATCH = ".unfinished"  # what is to appear all at once, while it is made
 PROVENANCE = "provenance.json"
-UNCOUNTED = (STABLE, PROVENANCE)  # no results: what a longer training goes on from, and where vectors come from
+METRICS = "metrics.jsonl"
+# No results: what a longer training goes on from, where vectors come from, and the course of a training, which
+# is logged otherwise after a resume.
+UNCOUNTED = (STABLE, PROVENANCE, METRICS)
+UNCOUNTED_BEFORE = (STABLE, PROVENANCE)  # of manifests that do not say it: what was made from them is kept
 FORMAT = 1
 HASHED_UP_TO_BYTES = 16 * 2**20
 SHOWN_REASONS = 3
@@ -43,17 +47,21 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished stage recorded: its name, inputs, outputs (path -> size and hash) and a summary."""
+    """What a finished stage recorded: its name, inputs, outputs (path -> size and hash) and a summary.
+
+    uncounted: outputs, or folders of them, that are no results.
+    """
 
     stage: str
     inputs: Inputs
     outputs: dict[str, dict[str, Any]]
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]
+    uncounted: tuple[str, ...]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the outputs: equal for equal results, whatever led to them."""
-        counted = (path for path in sorted(self.outputs) if path.split("/")[0] not in UNCOUNTED)
+        """Hash of the outputs that count: equal for equal results, whatever led to them."""
+        counted = (path for path in sorted(self.outputs) if path.split("/")[0] not in self.uncounted)
         return hash_json({path: self.outputs[path]["sha256"] for path in counted})
 
 
@@ -138,7 +146,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             path: {"bytes": int(one["bytes"]), "sha256": str(one["sha256"])}
             for path, one in content["outputs"].items()
         }
-        return Manifest(content["stage"], dict(content["inputs"]), outputs, dict(content["summary"]))
+        uncounted = tuple(content.get("uncounted", UNCOUNTED_BEFORE))
+        return Manifest(content["stage"], dict(content["inputs"]), outputs, dict(content["summary"]), uncounted)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error!r}); move its folder away and run again") from error
 
@@ -244,8 +253,9 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
     Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
-    resume from; anything else in the folder is moved to `run_folder/superseded`. A block that fails before it
-    has written anything (its checks) leaves what was there: the finished stage, or a stage that never ran.
+    resume from; anything else in the folder is moved to `run_folder/superseded`, an interrupted stage with its
+    checkpoints, which are deleted once the stage is finished. A block that fails before it has written anything
+    (its checks) leaves what was there: the finished stage, the interrupted one, or a stage that never ran.
     """
     started = folder / STARTED
     aside = None
@@ -257,19 +267,26 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     try:
         yield summary
     except BaseException:
+        with suppress(OSError):
+            (folder / CHECKPOINTS).rmdir()  # the engine makes an empty one before it checks
         if list(folder.iterdir()) == [started]:
             started.unlink()
-            if aside is not None and (aside / MANIFEST).exists():
+            if aside is not None:
                 os.replace(aside, folder)  # over the empty folder
                 progress.say(f"kept   {folder.relative_to(run_folder)}  as it was: what should replace it failed")
         raise
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
-    tidy(folder)  # last: a stage killed while its checkpoints are deleted is finished all the same
+    tidy(folder, run_folder)  # last: a stage killed while checkpoints are deleted is finished all the same
 
 
-def tidy(folder: Path) -> None:
-    """Removes what a finished stage no longer needs; it may have been killed before it came to that."""
+def tidy(folder: Path, run_folder: Path) -> None:
+    """Removes what a finished stage no longer needs; it may have been killed before it came to that.
+
+    Those are its checkpoints, and those of the unfinished stages that were moved aside for it.
+    """
+    for aside in (run_folder / SUPERSEDED).glob("*"):
+        _drop_checkpoints(aside / folder.relative_to(run_folder))
     _drop_checkpoints(folder)
     (folder / STARTED).unlink(missing_ok=True)
 
@@ -300,6 +317,7 @@ def write_manifest(folder: Path, name: str, inputs: Inputs, summary: dict[str, A
         if path.is_file() and path.relative_to(folder).parts[0] not in passing
     }
     content = {"format": FORMAT, "stage": name, "inputs": inputs, "outputs": outputs, "summary": summary}
+    content["uncounted"] = UNCOUNTED
     write_json(folder / MANIFEST, content)
 
 
@@ -311,7 +329,6 @@ def move_aside(folder: Path, run_folder: Path) -> Path | None:
     Returns:
         Where it lies now; None where there was nothing to move.
     """
-    _drop_checkpoints(folder)  # optimizer states: large, useless elsewhere
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     base = run_folder / SUPERSEDED / time.strftime("%Y%m%d-%H%M%S")
@@ -345,6 +362,7 @@ def take_over(source: Path, folder: Path, run_folder: Path) -> None:
         move_aside(folder, run_folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(taken, folder)  # the manifest appears with everything else, or not at all
+        tidy(folder, run_folder)
 
 
 @contextmanager
@@ -384,14 +402,19 @@ def run_lock(run_folder: Path) -> Iterator[None]:
     """Holds the operating system's lock on a run folder; a killed process leaves none behind.
 
     Raises:
-        ArtifactError: another live process holds it.
+        ArtifactError: another live process holds it, or the file system knows no locks.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ArtifactError(
                 f"another llm2rec process is working in {run_folder}; wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise ArtifactError(
+                f"{run_folder} cannot be locked: its file system has no locks ({error.strerror}); choose an --out "
+                "on a local disk"
             ) from error
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ from llm2rec import processes
 from llm2rec.errors import Llm2RecError
 
 INTERRUPTED = 130
+# What the writers say of a full disk: the system and Rust's libraries, numpy, and torch (twice).
+FULL_DISK = re.compile(r"No space left|\d+ requested and \d+ written|unexpected pos \d+ vs \d+|file write failed")
 app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +37,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, or
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one key; repeatable")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="rerun every stage; old results are moved aside")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="rerun every stage, each time it is given; old results are moved aside")
+]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
 RowName = Annotated[str, typer.Option("--row", help="which recommender of the run")]
 NewItems = Annotated[
@@ -298,14 +303,29 @@ def main() -> None:
         _fail(str(error))
     except SystemExit as stop:  # typer turns an interrupt into this exit status and says nothing
         if stop.code == INTERRUPTED:
-            _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+            _fail(f"interrupted; {_how_to_go_on()}", INTERRUPTED)
         raise
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            _fail(f"the disk is full ({error}); free some space, the same command goes on where it stopped")
+    except Exception as error:
+        if _is_of_a_full_disk(error):
+            _fail(f"the disk is full ({error}); free some space, {_how_to_go_on()}")
         if isinstance(error, OSError) and error.filename:
             _fail(f"{error.filename}: {error.strerror}; choose another folder or file")
         raise
+
+
+def _how_to_go_on() -> str:
+    """What to give next; `--fresh` once more would begin anew."""
+    same = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+    return f"{same} goes on where it stopped"
+
+
+def _is_of_a_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that a file could not be written whole."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or FULL_DISK.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(message: str, status: int = 1) -> None:

@@ -39,7 +39,7 @@ def run(
         recipe: a shipped name or a path.
         out: the run folder; by default `runs/<name of the recipe>`.
         overrides: `KEY=VALUE`, as with `--set`.
-        fresh: rerun every stage.
+        fresh: rerun every stage; to go on with a fresh run that was interrupted, leave it out.
         siblings: run folders whose finished stages are taken over where their inputs are the same; what the first
             of them measured `dtype: auto` to be holds here as well.
 
@@ -119,6 +119,7 @@ def _verb(folder: str | Path | Run, verb: str) -> Run:
     with artifacts.run_lock(path):
         _require_current(opened, VERBS[: VERBS.index(verb)])
         _check(opened, (verb,))
+        write_resolved(opened)
         _carry_out(opened, (verb,))
         if not _stages_of(opened, verb):
             progress.say(f"skip   {verb}  ({_why_left_out(opened, verb)})")
@@ -244,7 +245,7 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     inputs = stage.inputs()
     decision = artifacts.decide(stage.folder, inputs)
     if decision.keep:
-        artifacts.tidy(stage.folder)
+        artifacts.tidy(stage.folder, run.folder)
         progress.say(f"keep   {name}")
         run.log(stage=name, event="keep")
         return

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from platform import platform, python_version
@@ -60,10 +60,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe in a folder. The paths are where stages write and everything else reads."""
+    """A recipe in a folder. The paths are where stages write and everything else reads.
+
+    origin: where the recipe was read from, which `resolved.json` records beside its values.
+    """
 
     folder: Path
     recipe: Recipe
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def domains(self) -> list[Domain]:
@@ -138,7 +142,7 @@ class Run:
         stage = begun[0].relative_to(self.folder)
         return (
             f"{self.folder}: {stage} was begun and not finished, so the results are not of its present recipe; "
-            "if no process works on it, give the command that was interrupted again"
+            "if no process works on it, give the command that was interrupted again (without --fresh)"
         )
 
     def begun(self) -> list[Path]:
@@ -164,7 +168,9 @@ class Run:
 
 
 def open_run(folder: str | Path) -> Run:
-    """The run in `folder`: from `resolved.json`, or from a `recipe.yaml` that lies there alone.
+    """The run in `folder`: from `resolved.json`, or from a `recipe.yaml` that was edited or lies there alone.
+
+    Nothing is written: another process may be working there.
 
     Raises:
         ArtifactError: there is no run.
@@ -174,19 +180,17 @@ def open_run(folder: str | Path) -> Run:
     if (folder / RESOLVED).exists():
         resolved = _read_resolved(folder)
         if (folder / RECIPE).exists() and artifacts.hash_file(folder / RECIPE) != resolved.get("recipe_sha256"):
-            # The recipe was edited in the run folder.
             base, here = (Path(resolved.get(name, folder)) for name in ("recipe_folder", "overrides_folder"))
-            run = Run(folder, load_recipe(folder / RECIPE, resolved["overrides"], base, here))
-            write_resolved(run, _origin(run, resolved["overrides"], base, here))
-            return run
-        return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)))
+            return _read_run(folder, folder / RECIPE, resolved["overrides"], base, here)
+        origin = {name: resolved[name] for name in ORIGIN if name in resolved}
+        return Run(folder, parse_recipe(resolved["recipe"], str(folder / RESOLVED)), origin)
     if (folder / RECIPE).exists():
         if (folder / LOG).exists():  # a run: its recipe alone does not say what --set changed
             raise ArtifactError(
                 f"{folder / RESOLVED} is missing, so what --set changed is not known; give `llm2rec run RECIPE "
                 f"--out {folder}` again with the same --set: finished stages are kept"
             )
-        return create_run(folder / RECIPE, folder)
+        return _read_run(folder, folder / RECIPE, (), folder.resolve(), Path.cwd())
     raise ArtifactError(
         f"{folder} is not a run folder (no {RESOLVED}, no {RECIPE}); start one with "
         f"`llm2rec run RECIPE --out {folder}`, or put a {RECIPE} there"
@@ -200,14 +204,13 @@ def create_run(recipe: str | Path, folder: Path, overrides: tuple[str, ...] = ()
         ArtifactError: the folder holds something that is not a run.
         ConfigError: the recipe is not valid.
     """
-    loaded = load_recipe(recipe, overrides)
     source = recipe_path(recipe)
+    run = _read_run(folder, source, overrides, source.parent.resolve(), Path.cwd())
     refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if source.resolve() != (folder / RECIPE).resolve():
         shutil.copyfile(source, folder / RECIPE)
-    run = Run(folder, loaded)
-    write_resolved(run, _origin(run, overrides, source.resolve().parent, Path.cwd()))
+    write_resolved(run)
     return run
 
 
@@ -224,29 +227,25 @@ def refuse_foreign(folder: Path) -> None:
         )
 
 
-def _origin(run: Run, overrides: Sequence[str], base: Path, here: Path) -> dict[str, Any]:
-    """Where a run's recipe comes from; its paths start from `base`, those of the overrides from `here`."""
-    return {
+def _read_run(folder: Path, recipe: Path, overrides: Sequence[str], base: Path, here: Path) -> Run:
+    """The run in `folder` of a recipe file; its paths start from `base`, those of the overrides from `here`."""
+    origin = {
         "overrides": list(overrides),
         "recipe_folder": str(base),
         "overrides_folder": str(here),
-        "recipe_sha256": artifacts.hash_file(run.folder / RECIPE),
+        "recipe_sha256": artifacts.hash_file(recipe),
     }
+    return Run(folder, load_recipe(recipe, list(overrides), base, here), origin)
 
 
-def write_resolved(run: Run, origin: dict[str, Any] | None = None) -> None:
-    """Writes every value of the recipe, the versions, and the fingerprints of the finished stages.
+def write_resolved(run: Run) -> None:
+    """Writes every value of the recipe, its origin, the versions, and the fingerprints of the finished stages.
 
-    Args:
-        origin: where the recipe comes from. None keeps what is recorded of that: also of a recipe that was edited
-            while it ran.
+    A recipe that was edited since it was read does not match its origin, so that the next `open_run` heeds it.
     """
-    if origin is None:
-        recorded = _read_resolved(run.folder)
-        origin = {name: recorded[name] for name in ORIGIN if name in recorded}
     content = {
         "recipe": run.recipe.model_dump(mode="json"),
-        **origin,
+        **run.origin,
         "seed": run.recipe.seed,
         "versions": {"llm2rec": __version__, "python": python_version(), "platform": platform()}
         | {name: metadata.version(name) for name in VERSIONED},

@@ -214,7 +214,7 @@ def train(
             state, seconds = trainer.state, clock.seconds
     model.eval()
     if processes().is_main:
-        _write_metrics(out / "metrics.jsonl", state.log_history)
+        _write_metrics(out / artifacts.METRICS, state.log_history)
     validations = [log for log in state.log_history if f"eval_{settings.metric}" in log]
     winner = validations[_best(state, settings)] if validations else None
     return TrainSummary(
@@ -457,7 +457,11 @@ def _is_over(state: TrainerState, settings: TrainSettings, evaluates: bool) -> b
 
 
 def _write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    """One line a log, without the timing that ends a training: equal trainings leave equal files."""
+    """One line a log, without the timing that ends a training.
+
+    Equal trainings that were not interrupted leave equal files; after a resume keys stand in another order, and
+    the first loss is the mean over the steps since then.
+    """
     lines = [json.dumps(log) + "\n" for log in history if "train_runtime" not in log]
     path.write_text("".join(lines), encoding="utf-8")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from llm2rec import artifacts, processes
 from llm2rec.artifacts import Inputs
 from llm2rec.config import TINY_RANDOM, DataConfig
@@ -17,8 +19,6 @@ from llm2rec.rows import Row
 from llm2rec.runs import Domain, Run
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from llm2rec.data.mixture import Mixture
     from llm2rec.data.sequences import Sequences
     from llm2rec.data.splits import Split
@@ -170,22 +170,29 @@ def load_domain(run: Run, domain: Domain) -> Loaded:
         DataError: a training event is later than a held-out one, or another leak.
         ConfigError: the text template names a column that the items lack.
     """
-    from llm2rec.data.sequences import Sequences, check_leakage, cold_items
+    from llm2rec.data.sequences import check_leakage, cold_items
     from llm2rec.data.tables import Catalogue, Interactions
     from llm2rec.data.texts import item_texts
 
-    artifacts.require(domain.data, "prepare")
-    sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
+    sequences, trainable = load_sequences(domain)
     check_leakage(
         sequences,
         Interactions.read(domain.data / "interactions.parquet"),
         split=split_of(domain.config, run.recipe.seed),
-        cold=cold,
+        cold=cold_items(domain.data),
         history_length=domain.config.history_length,
     )
-    catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    trainable = ~catalogue.frame["item_id"].is_in(cold.implode()).to_numpy()
-    return Loaded(sequences, catalogue.item_ids, item_texts(catalogue, domain.config.text), trainable)
+    texts = item_texts(Catalogue.read(domain.data / "catalogue.parquet"), domain.config.text)
+    return Loaded(sequences, sequences.item_ids, texts, trainable)
+
+
+def load_sequences(domain: Domain) -> tuple[Sequences, np.ndarray]:
+    """The sequences of a prepared domain as `prepare` checked them, and which of its items (N,) are trainable."""
+    from llm2rec.data.sequences import Sequences, cold_items
+
+    artifacts.require(domain.data, "prepare")
+    sequences, cold = Sequences.load(domain.data), set(cold_items(domain.data))
+    return sequences, np.array([item not in cold for item in sequences.item_ids])
 
 
 def load_mixture(run: Run) -> Mixture:

@@ -252,10 +252,10 @@ def training_curves(run: Run, domain: Domain) -> dict[str, list[tuple[float, flo
     curves = {}
     for stage in language_stages(run):
         name = "contrastive" if stage.folder == run.iem else stage.folder.name
-        curves[f"{name} loss"] = _logged(stage.folder / "metrics.jsonl", "loss")
-        curves[f"{name} validation AUC"] = _logged(stage.folder / "metrics.jsonl", "eval_auc")
+        curves[f"{name} loss"] = _logged(stage.folder / artifacts.METRICS, "loss")
+        curves[f"{name} validation AUC"] = _logged(stage.folder / artifacts.METRICS, "eval_auc")
     for row in trained_rows(run):
-        file = domain.recommender(row.name, 0) / "metrics.jsonl"
+        file = domain.recommender(row.name, 0) / artifacts.METRICS
         curves[f"{row.name} validation NDCG@10"] = _logged(file, "eval_ndcg@10")
     return {name: points for name, points in curves.items() if points}
 

@@ -17,7 +17,7 @@ from llm2rec.stages.base import (
     averaged_rows,
     catalogue_hash,
     dtype_of,
-    load_domain,
+    load_sequences,
     loggers_of,
     parent_hash,
     row_variants,
@@ -79,10 +79,10 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
         from llm2rec.rec.architecture import Architecture
         from llm2rec.rec.fit import Optimisation, fit
 
-        loaded = load_domain(run, domain)
-        table = ItemEmbeddings.load(domain.embeddings(vectors)).aligned_to(loaded.item_ids) if vectors else None
+        sequences, trainable = load_sequences(domain)
+        table = ItemEmbeddings.load(domain.embeddings(vectors)).aligned_to(sequences.item_ids) if vectors else None
         result = fit(
-            loaded.sequences,
+            sequences,
             Architecture(
                 name=str(row.architecture),
                 items=row.fusion or ("text" if vectors else "id"),
@@ -92,7 +92,7 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
             Optimisation(**_values_of(Optimisation, config) | {"dtype": dtype_of(run, config.dtype)}),
             vectors=table,
             categories=_categories(domain) if row.name == CONTEXT else None,
-            trainable=loaded.trainable,
+            trainable=trainable,
             seed=seed,
             out=folder,
             mask_history=run.recipe.evaluation.mask_history,
