@@ -25,6 +25,7 @@ from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol
+from llm2rec.loading import load_recipe
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer
@@ -421,12 +422,47 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
         lr.compare([finished.folder, copied])
 
 
-def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
-    recipe = copied / "recipe.yaml"
-    assert "mask_history: true" in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace("mask_history: true", "mask_history: false"))
-    assert not lr.open_run(copied).recipe.evaluation.mask_history
-    assert "without the items of the user's" in lr.compare([copied], against="markov")["ranking"]
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.filters.k_core=2", "data/main was made with data.filters.k_core 1, the recipe now says 2"),
+        ("csft.learning_rate=0.5", "csft was made with csft.learning_rate "),
+        ("iem.mntp.steps=0", "mntp was made with iem.mntp.steps "),
+        ("model.source=smollm2-135m-instruct-q4", "was made with model.source another model, the recipe now"),
+        ("encode.pooling=last", "was made with encode.pooling 'mean', the recipe now says 'last'"),
+        ("recommender.layers=7", "sasrec-.*/seed-0 was made with recommender.layers 2, the recipe now says 7"),
+        ("recommender.smoothing=0.5", "was made with recommender.smoothing 0.0, the recipe now says 0.5"),
+        ("recommender.per_row={sasrec-id: {dropout: 0.9}}", "sasrec-id/seed-0 was made with recommender.dropout "),
+        ("recommender.seeds=3", "evaluation was made with recommender.seeds 1, the recipe now says 3"),
+        ("evaluation.mask_history=false", "evaluation.mask_history True, the recipe now says False"),
+    ],
+)
+def test_compare_refuses_settings_that_no_result_was_made_with(finished, world, change, said):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), change))
+    with pytest.raises(ArtifactError, match=said):
+        lr.compare([Run(finished.folder, recipe)], against="markov")
+
+
+def test_compare_refuses_a_budget_of_a_stage_that_was_left_out(world, finished, tmp_path):
+    rows = "recommender.rows=[popularity, sasrec-llm2rec]"
+    without = (*overrides(world), rows, "recommender.max_epochs=1", "csft.max_tokens=0", "iem.mntp.steps=0")
+    run = lr.run("demo", tmp_path / "run", without)
+    assert lr.compare([run], against="popularity")["comparisons"]
+    for change in ("iem.mntp.steps=2", "csft.max_tokens=4096"):
+        recipe = load_recipe(run.folder / "recipe.yaml", (*without, change))
+        with pytest.raises(
+            ArtifactError, match=rf"iem was made with {change.partition('=')[0]} 0, the recipe now"
+        ):
+            lr.compare([Run(run.folder, recipe)], against="popularity")
+
+
+def test_compare_needs_neither_the_raw_data_nor_the_weights(copied, tmp_path):
+    resolved = json.loads((copied / "resolved.json").read_text())
+    resolved["recipe"]["data"]["interactions"] = str(tmp_path / "gone.csv")
+    (copied / "resolved.json").write_text(json.dumps(resolved))
+    for stage in ("backbone", "csft", "mntp", "iem"):
+        shutil.rmtree(copied / stage)
+    assert lr.compare([copied], against="markov")["comparisons"]
 
 
 def test_a_list_looks_at_as_many_events_as_the_training_did(copied, world):

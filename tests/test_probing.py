@@ -142,6 +142,16 @@ def test_an_evaluation_of_another_recipe_is_not_probed(copied, nothing_computed)
         lr.probe(copied.folder)
 
 
+def test_models_of_another_recipe_are_not_probed(copied, nothing_computed):
+    resolved = artifacts.read_json(copied.folder / RESOLVED)
+    resolved["recipe"]["csft"]["weight_decay"] = 0.5
+    artifacts.write_json(copied.folder / RESOLVED, resolved)
+    with pytest.raises(
+        ArtifactError, match=r"csft was made with csft\.weight_decay 0\.0, the recipe now says 0\.5"
+    ):
+        lr.probe(copied.folder)
+
+
 def test_a_run_that_cannot_be_written_to_is_said_first(copied, nothing_computed, monkeypatch):
     def denied(dir):
         raise PermissionError(13, "Permission denied", str(dir))

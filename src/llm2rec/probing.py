@@ -43,6 +43,7 @@ from llm2rec.stages.base import (
     trained_rows,
     vector_sets,
 )
+from llm2rec.stages.settings import require_settings
 
 PROBES = "probes.json"
 
@@ -61,8 +62,8 @@ def probe(run: str | Path | Run, domain: str | None = None) -> dict[str, Any]:
         `left_out` (what had nothing to measure -> why), `diagnosis` (a Diagnosis); and `page`, where that lies.
 
     Raises:
-        ArtifactError: the run is not evaluated as its recipe now says, a model of it is missing or was changed,
-            its folder cannot be written to, or another process works in it.
+        ArtifactError: the run is not made and evaluated as its recipe now says, a model of it is missing or was
+            changed, its folder cannot be written to, or another process works in it.
     """
     run = run if isinstance(run, Run) else open_run(run)
     place = run.domain(domain)
@@ -81,6 +82,7 @@ def _require_current(run: Run, domain: Domain) -> None:
     for stage in evaluate_stages(run):
         if stage.folder == domain.evaluation:
             require_current(run, stage)
+    require_settings(run, domain)
     for stage in language_stages(run):
         artifacts.require(stage.folder, stage.verb)
     if language_sets(run) and run.recipe.model.source != TINY_RANDOM:
