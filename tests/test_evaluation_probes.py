@@ -38,6 +38,22 @@ def test_vectors_that_know_what_is_consumed_together_are_found():
     assert probes.pair_separation(coupled_vectors(), couples(), ALIKE)["value"] > 2
 
 
+def test_a_gain_is_measured_pair_by_pair():
+    before, after = (
+        probes.co_consumption(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)
+    )
+    gain = probes.co_consumption_gain(before, after)
+    aucs = [probes.co_consumption_auc(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)]
+    assert gain["value"] == pytest.approx(aucs[1]["value"] - aucs[0]["value"]) and gain["n"] == aucs[0]["n"]
+    assert gain["error"] == pytest.approx(np.std(after - before, ddof=1) / np.sqrt(len(before)))
+    assert probes.co_consumption_gain(before, before) | {"n": 0} == {
+        **gain,
+        "value": 0.0,
+        "error": 0.0,
+        "n": 0,
+    }
+
+
 def test_random_vectors_read_chance():
     pairs = np.stack([np.arange(1, 400), np.arange(2, 401)], axis=1)
     vectors, popularity = random_vectors(n=400), np.ones(400)

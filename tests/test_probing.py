@@ -68,6 +68,11 @@ def test_probes_see_what_the_toy_world_teaches(finished):
     gain = {name: models[name]["random"] / models[name]["true"] for name in ("backbone", "csft")}
     assert gain["csft"] > gain["backbone"]  # the next title is certain here
     assert found["vectors"].keys() == {"data", "csft-causal", "llm2rec", "backbone-causal"}
+    aucs = {
+        name: found["vectors"][name]["co_consumption_auc"]["value"] for name in ("backbone-causal", "csft-causal")
+    }
+    gained = found["vectors"]["csft-causal"]["co_consumption_gain"]["value"]
+    assert gained == pytest.approx(aucs["csft-causal"] - aucs["backbone-causal"])
     assert {result["verdict"] for result in found["order"]["comparisons"].values()} == {"worse"}
 
 

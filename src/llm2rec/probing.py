@@ -17,6 +17,7 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.evaluation import probes
 from llm2rec.evaluation.diagnosis import (
     BACKBONE,
+    BEFORE_CSFT,
     CSFT,
     DATA,
     FINAL,
@@ -129,10 +130,15 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, 
     if domain.config.categories:
         categories = [labels[0] if labels else None for labels in catalogue.labels(domain.config.categories)]
     pairs = probes.consumed_together(sequences, TEST)
+    shares = {}
     for name in progress.track(sets, "probe vectors", len(sets)):
-        found[name], left_out = probes.vector_probes(
-            load_vectors(domain, name, catalogue), pairs, counts, categories
-        )
+        vectors = load_vectors(domain, name, catalogue)
+        found[name], left_out = probes.vector_probes(vectors, pairs, counts, categories)
+        if name in (*BEFORE_CSFT, *BEFORE_CSFT.values()) and "co_consumption_auc" in found[name]:
+            shares[name] = probes.co_consumption(vectors, pairs, counts)
+    for after, before in BEFORE_CSFT.items():
+        if {after, before} <= shares.keys():
+            found[after]["co_consumption_gain"] = probes.co_consumption_gain(shares[before], shares[after])
     return found, left_out
 
 

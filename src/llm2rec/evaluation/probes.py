@@ -136,11 +136,43 @@ def co_consumption_auc(
         NothingToMeasure: no pairs, or none with an item to compare with.
         ValueError: vectors, pairs or popularity do not fit.
     """
+    shares = co_consumption(vectors, pairs, popularity, draws, seed)
+    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
+
+
+def co_consumption(
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+) -> np.ndarray:
+    """What `co_consumption_auc` averages: the share of each pair, (P,) float64 in [0, 1].
+
+    Equal pairs, popularity and seed give the same drawn items whatever the vectors, so that two vector sets can be
+    compared pair by pair. Pairs without an item to compare with are left out.
+
+    Raises:
+        NothingToMeasure, ValueError: as `co_consumption_auc`.
+    """
     true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
     wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
-    by_pair = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
-    error = float(by_pair.std(ddof=1) / np.sqrt(len(by_pair))) if len(by_pair) > 1 else None
-    return reading(by_pair.mean(), 0.5, 0.0, 1.0, len(by_pair), HIGHER, error)
+    shares: np.ndarray = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
+    return shares
+
+
+def co_consumption_gain(before: np.ndarray, after: np.ndarray) -> Probe:
+    """How much higher the co-consumption AUC of one vector set is than that of another; chance 0, in [-1, 1].
+
+    The error is that of the difference pair by pair: two sets agree on most pairs, so it is smaller than what the
+    errors of both AUCs let expect.
+
+    Args:
+        before, after: (P,) `co_consumption` of both sets over the same pairs and drawn items.
+    """
+    gains = after - before
+    return reading(gains.mean(), 0.0, -1.0, 1.0, len(gains), HIGHER, _error(gains))
+
+
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of the mean, None of a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def pair_separation(
