@@ -156,7 +156,15 @@ def test_text_encoders_are_named_beside_the_ready_one():
         load_recipe("demo", [*named[:1], "recommender.rows=[sasrec-yours]"])
 
 
-@pytest.mark.parametrize(("name", "words"), [("llm2rec", "another name"), ("my-own", "pattern")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llm2rec", "another name"),
+        ("data", "'data' means something else .*another name"),
+        ("context", "'context' means something else .*another name"),
+        ("my-own", "pattern"),
+    ],
+)
 def test_a_text_encoder_has_a_name_of_its_own(name, words):
     with pytest.raises(ConfigError, match=f"text_encoders.*{words}"):
         load_recipe("demo", [f"encode.text_encoders.{name}=some/encoder"])
@@ -205,6 +213,12 @@ NO_ATTENTION = ("llm2rec-causal", "minilm-causal", "id-causal", "csft-", "csft-b
 
 @pytest.mark.parametrize("row", [f"sasrec-{vectors}" for vectors in NO_ATTENTION])
 def test_no_other_row_names_an_attention(row):
+    with pytest.raises(ConfigError, match="unknown row"):
+        rows.Row.parse(row)
+
+
+@pytest.mark.parametrize("row", ["sasrec-context+sum", "sasrec-context+average", "gru4rec-context", "sasrec-data"])
+def test_a_row_over_what_no_text_encoder_may_be_called_is_unknown(row):
     with pytest.raises(ConfigError, match="unknown row"):
         rows.Row.parse(row)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
-from llm2rec.rows import ATTENTIONS, ENCODER_NAME, ROW_NAMES, VECTORS, Row
+from llm2rec.rows import ATTENTIONS, CONTEXT, ENCODER_NAME, RESERVED, ROW_NAMES, VECTORS, Row
 
 TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
@@ -322,6 +322,11 @@ class EncodeConfig(Section):
         taken = sorted(set(value) & set(VECTORS))
         if taken:
             raise ValueError(f"{taken[0]!r} is what our own vectors are called; take another name")
+        reserved = sorted(set(value) & set(RESERVED))
+        if reserved:
+            raise ValueError(
+                f"{reserved[0]!r} means something else (the log, the row {CONTEXT}); take another name"
+            )
         return value
 
 
