@@ -249,13 +249,6 @@ def test_numbers_that_no_evaluation_can_serve_are_refused(override):
         load_recipe("demo", [override])
 
 
-def test_samples_too_few_for_any_verdict_are_refused():
-    rows = "recommender.rows=[popularity, markov, sasrec-id, sasrec-backbone]"
-    with pytest.raises(ConfigError, match=r"119 can tell none of 3 rows.*set 120 or more"):
-        load_recipe("demo", [rows, "evaluation.bootstrap_samples=119"])
-    assert load_recipe("demo", [rows, "evaluation.bootstrap_samples=120"])
-
-
 def test_a_model_beside_its_recipe_is_found_by_its_bare_name(write, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"")
     (tmp_path / "encoder").mkdir()

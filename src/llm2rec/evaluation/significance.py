@@ -58,11 +58,12 @@ def compare_paired(
     Args:
         rows: key -> (U,) value of each user.
         bases: the same keys -> (U,) of the same users.
-        samples: resamples of the bootstrap, and sign patterns of the randomisation test.
+        samples: resamples of the bootstrap, and sign patterns of the randomisation test; see `enough_samples`.
         seed: of both.
     """
     if not rows:
         return {}
+    samples = enough_samples(samples, len(rows))
     differences = np.stack([values - bases[key] for key, values in rows.items()], axis=1)  # (U, R)
     means = bootstrap_means(differences, samples, seed)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
@@ -89,6 +90,14 @@ def compare_paired(
             "users_needed": None if deviation is None else users_needed(deviation, difference),
         }
     return results
+
+
+def enough_samples(samples: int, comparisons: int) -> int:
+    """`samples`, or as many as leave a verdict possible, where these are more.
+
+    The smallest p-value of a bootstrap is 2 / (samples + 1), and Holm multiplies it by the comparisons.
+    """
+    return max(samples, comparisons * round(2 / SIGNIFICANCE))
 
 
 def verdict(difference: float, p: float, n_users: int) -> str:
