@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy
 import polars as pl
@@ -24,11 +25,11 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
-from llm2rec.evaluation import protocol
+from llm2rec.evaluation import maps, protocol
 from llm2rec.loading import load_recipe
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Run, create_run, write_resolved
-from llm2rec.serve.recommender import load_scorer
+from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
@@ -638,6 +639,33 @@ def test_maps_are_coloured_by_counts_of_training_events(finished):
     chart = embedding_maps(finished, domain, Sequences.load(domain.data))[0]
     assert chart.colour_name == "training events" and set(map(type, chart.colours)) == {int}
     assert sum(chart.colours) == 40 * 6  # of 40 users, all but the last two events
+
+
+def test_a_map_holds_the_items_that_a_page_shows(finished, monkeypatch):
+    domain, sequences = finished.domain(), Sequences.load(finished.data)
+    whole = embedding_maps(finished, domain, sequences)[0]
+    monkeypatch.setattr(maps, "MAX_POINTS", 5)
+    chart = embedding_maps(finished, domain, sequences)[0]
+    assert chart == maps.shown(chart) and len(chart.x) == 5
+    assert list(chart.x) == pytest.approx(list(maps.shown(whole).x))
+    assert (chart.titles, chart.colours) == (maps.shown(whole).titles, maps.shown(whole).colours)
+
+
+def test_vector_sets_are_shown_one_at_a_time(finished, monkeypatch):
+    loaded = []
+
+    def load(*place):
+        assert all(vectors() is None for vectors in loaded)
+        found = load_vectors(*place).copy()
+        loaded.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(judging, "load_vectors", load)
+    domain, sequences = finished.domain(), Sequences.load(finished.data)
+    shown = judging.showcase(finished, domain, sequences)
+    assert shown == artifacts.read_json(finished.evaluation / "showcase.json")
+    charts = embedding_maps(finished, domain, sequences)
+    assert len(loaded) == 2 * len(charts) > 4
 
 
 def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):

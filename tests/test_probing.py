@@ -1,7 +1,9 @@
 """Verb `probe` on whole runs: what it finds, what it leaves out, what it refuses and what it writes."""
 
+import copy
 import json
 import shutil
+import weakref
 
 import polars as pl
 import pytest
@@ -11,6 +13,7 @@ from conftest import printed
 from llm2rec import artifacts, probing
 from llm2rec.errors import ArtifactError
 from llm2rec.evaluation.findings import show_findings
+from llm2rec.lm import backbone
 from llm2rec.runs import RESOLVED
 from test_pipeline import overrides, write_world
 
@@ -95,6 +98,24 @@ def test_the_history_as_it_was_is_what_the_evaluation_measured(finished):
 def test_csft_is_diagnosed_by_causal_vectors_where_the_untrained_ones_are_causal(finished):
     diagnosis = finished[1]["diagnosis"]
     assert diagnosis["not_looked_for"] == {}
+
+
+def test_language_models_and_vector_sets_are_probed_one_at_a_time(copied, monkeypatch):
+    alive = []
+
+    def alone(load):
+        def loaded(*given, **named):
+            assert all(other() is None for other in alive)
+            found = copy.copy(load(*given, **named))
+            alive.append(weakref.ref(found))
+            return found
+
+        return loaded
+
+    monkeypatch.setattr(backbone, "load", alone(backbone.load))
+    monkeypatch.setattr(probing, "load_vectors", alone(probing.load_vectors))
+    lr.probe(copied)
+    assert len(alive) == 4 + 3
 
 
 def test_what_was_found_lies_beside_the_evaluation_and_leaves_it_as_it_is(finished):

@@ -136,6 +136,7 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, 
         found[name], left_out = probes.vector_probes(vectors, pairs, counts, categories)
         if name in (*BEFORE_CSFT, *BEFORE_CSFT.values()) and "co_consumption_auc" in found[name]:
             shares[name] = probes.co_consumption(vectors, pairs, counts)
+        del vectors  # before the next set is loaded
     for after, before in BEFORE_CSFT.items():
         if {after, before} <= shares.keys():
             found[after]["co_consumption_gain"] = probes.co_consumption_gain(shares[before], shares[after])
@@ -157,23 +158,24 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     left_out: Reasons = {}
     for name, path in models.items():
         progress.say(f"probe  language model {name}")
-        lm = backbones.load(path, dtype, head=name in (BACKBONE, CSFT))
-        if name not in (BACKBONE, CSFT):
-            found[name] = {"future_sensitivity": future_sensitivity(lm)}
-            continue
-        lm.set_causal(True)
+        writes = name in (BACKBONE, CSFT)
+        lm = backbones.load(path, dtype, head=writes)
+        if writes:
+            lm.set_causal(True)
         found[name] = {"future_sensitivity": future_sensitivity(lm)}
         try:
-            found[name] |= next_title_perplexity(
-                lm,
-                loaded.sequences,
-                loaded.texts,
-                history_length=domain.config.history_length,
-                max_title_tokens=run.recipe.model.max_title_tokens,
-                seed=run.recipe.seed,
-            )
+            if writes:
+                found[name] |= next_title_perplexity(
+                    lm,
+                    loaded.sequences,
+                    loaded.texts,
+                    history_length=domain.config.history_length,
+                    max_title_tokens=run.recipe.model.max_title_tokens,
+                    seed=run.recipe.seed,
+                )
         except NothingToMeasure as reason:
             left_out[PERPLEXITY] = str(reason)
+        del lm  # before the next one is loaded
     return found, left_out
 
 
