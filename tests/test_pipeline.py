@@ -856,6 +856,16 @@ def test_of_a_domain_with_role_out_no_title_is_trained_on(three_domains):
     assert not [key for key in artifacts.require(three_domains.csft, "csft").inputs if key.startswith("songs")]
 
 
+def test_the_settings_of_each_domain_are_those_that_its_results_were_made_with(three_domains):
+    for name in ("films", "books", "songs"):
+        assert lr.compare([three_domains], domain=name, against="markov")["comparisons"]
+    domains = three_domains.recipe.domains
+    books = domains["books"].model_copy(update={"weight": 7.0})
+    recipe = three_domains.recipe.model_copy(update={"domains": {**domains, "books": books}})
+    with pytest.raises(ArtifactError, match=r"was made with books\.weight .*, the recipe now says 7\.0"):
+        lr.compare([Run(three_domains.folder, recipe)], domain="songs", against="markov")
+
+
 def test_several_domains_must_be_named(three_domains):
     with pytest.raises(ConfigError, match="name one: films, books, songs"):
         lr.recommend(three_domains, ["i03"], row="markov")
