@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from llm2rec.evaluation.diagnosis import Probed, data_probes, diagnose
-from llm2rec.evaluation.probes import vector_probes
+from llm2rec.evaluation.diagnosis import BEFORE_CSFT, Probed, data_probes, diagnose
+from llm2rec.evaluation.probes import co_consumption, co_consumption_gain, vector_probes
 from llm2rec.evaluation.verdicts import WITHIN_NOISE, WORSE
 
 N_ITEMS, SIZE = 200, 16
@@ -37,6 +37,10 @@ def probed(data=None, labels=LABELS, models=None, order=None, **sets):
     vectors, left_out = {"data": data_probes(COUNTS, NAMES, np.array([1, 2, 3])) if data is None else data}, {}
     for name, matrix in sets.items():
         vectors[name.replace("_", "-")], left_out = vector_probes(matrix, PAIRS, COUNTS, labels)
+    shares = {name.replace("_", "-"): co_consumption(matrix, PAIRS, COUNTS) for name, matrix in sets.items()}
+    for after, before in BEFORE_CSFT.items():
+        if {after, before} <= shares.keys():
+            vectors[after]["co_consumption_gain"] = co_consumption_gain(shares[before], shares[after])
     return Probed(vectors, models or {}, order or {}, left_out)
 
 
@@ -118,6 +122,15 @@ def test_few_events_are_no_failure_where_csft_gained():
 def test_no_gain_in_spite_of_enough_events_is_said_so():
     (said,) = found(backbone=BACKBONE, csft=vectors_of() + 0.01 * normal(4))
     assert said.startswith("CSFT taught nothing measurable")
+
+
+def test_a_small_gain_on_nearly_every_pair_is_none_of_chance():
+    small = vectors_of(consumption=0.2)
+    vectors = probed(backbone=BACKBONE, csft=small).vectors
+    before, after = (vectors[name]["co_consumption_auc"] for name in ("backbone", "csft"))
+    assert 0 < after["value"] - before["value"] < 2 * np.hypot(before["error"], after["error"])
+    assert vectors["csft"]["co_consumption_gain"]["value"] == pytest.approx(after["value"] - before["value"])
+    assert found(backbone=BACKBONE, csft=small) == []
 
 
 def test_a_csft_that_leaves_the_perplexity_as_it_was_did_not_learn():

@@ -31,11 +31,28 @@ def coupled_vectors(noise=0.1, n=N_ITEMS):
 
 
 ALIKE = np.ones(N_ITEMS, dtype=np.int64)
+LABELS = [str(place % 3) for place in range(600)]
 
 
 def test_vectors_that_know_what_is_consumed_together_are_found():
     assert probes.co_consumption_auc(coupled_vectors(), couples(), ALIKE)["value"] > 0.98
     assert probes.pair_separation(coupled_vectors(), couples(), ALIKE)["value"] > 2
+
+
+def test_a_gain_is_measured_pair_by_pair():
+    before, after = (
+        probes.co_consumption(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)
+    )
+    gain = probes.co_consumption_gain(before, after)
+    aucs = [probes.co_consumption_auc(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)]
+    assert gain["value"] == pytest.approx(aucs[1]["value"] - aucs[0]["value"]) and gain["n"] == aucs[0]["n"]
+    assert gain["error"] == pytest.approx(np.std(after - before, ddof=1) / np.sqrt(len(before)))
+    assert probes.co_consumption_gain(before, before) | {"n": 0} == {
+        **gain,
+        "value": 0.0,
+        "error": 0.0,
+        "n": 0,
+    }
 
 
 def test_random_vectors_read_chance():
@@ -282,6 +299,42 @@ def test_pairs_are_a_held_out_event_and_the_one_before_it():
     sequences = Sequences(items, np.array([0, 4, 6, 8, 9]), parts, [str(item) for item in range(9)], list("abcd"))
     # 5 after 5 is no pair, 3 after 2 counts once, and the last user has nothing before the held-out event.
     assert probes.consumed_together(sequences, TEST).tolist() == [[2, 3], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "probe", [probes.uniformity, lambda *given: probes.same_category_share(given[0], LABELS, 5)]
+)
+def test_of_many_items_a_sample_is_compared_with_all(monkeypatch, probe):
+    vectors = random_vectors(n=600)
+    exact = probe(vectors)
+    monkeypatch.setattr(probes, "ALL_PAIRS_UP_TO", 599)
+    monkeypatch.setattr(probes, "SAMPLED_ITEMS", 200)
+    sampled = probe(vectors)
+    assert (exact["error"], exact["n"], sampled["n"]) == (None, 600, 200)
+    assert 0 < abs(sampled["value"] - exact["value"]) < 4 * sampled["error"] < 0.5
+    assert sampled["chance"] == exact["chance"] and probe(vectors) == sampled
+
+
+def test_chunks_of_items_change_nothing_but_rounding(monkeypatch):
+    vectors = random_vectors(n=101) + 3
+    whole = (
+        probes.vector_probes(vectors, couples(100), np.ones(101), LABELS[:101])[0],
+        probes.principal_plane(vectors),
+    )
+    monkeypatch.setattr(probes, "_CHUNK_BYTES", 2**10)
+    found, plane = (
+        probes.vector_probes(vectors, couples(100), np.ones(101), LABELS[:101])[0],
+        probes.principal_plane(vectors),
+    )
+    assert {name: one["value"] for name, one in found.items()} == pytest.approx(
+        {name: one["value"] for name, one in whole[0].items()}, rel=1e-6
+    )
+    assert plane == pytest.approx(whole[1])
+
+
+def test_a_map_of_some_items_has_the_axes_of_all():
+    vectors = random_vectors()
+    assert np.allclose(probes.principal_plane(vectors, [3, 50]), probes.principal_plane(vectors)[[3, 50]])
 
 
 def test_equal_vectors_read_the_worst_of_every_probe():

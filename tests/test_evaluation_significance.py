@@ -105,6 +105,18 @@ def test_the_sign_flip_p_values_of_a_table_are_corrected_together():
     assert [one["p_sign_flip_holm"] for one in result.values()] == significance.holm(flipped) != flipped
 
 
+@pytest.mark.parametrize("rows", [1, 12, 300])
+def test_a_verdict_is_possible_whatever_the_number_of_comparisons(rows):
+    base = np.random.default_rng(0).random(60)
+    better = {row: base + 1.0 for row in range(rows)}
+    results = significance.compare_paired(better, dict.fromkeys(better, base), samples=100, seed=0)
+    assert {result["verdict"] for result in results.values()} == {"better"}
+
+
+def test_no_more_samples_are_drawn_than_asked_for_where_they_are_enough():
+    assert significance.enough_samples(10_000, 250) == 10_000 < significance.enough_samples(10_000, 251)
+
+
 def test_users_needed_by_hand():
     # (1.959964 + 0.841621) ** 2 = 7.848880 for a difference of one standard deviation; of a tenth: 100 times.
     assert significance.users_needed(1.0, 0.1) == 785

@@ -142,6 +142,22 @@ def test_the_slices_of_a_slicing_are_one_holm_family():
     )
 
 
+def test_a_verdict_is_possible_in_a_slicing_however_many_slices_and_rows_there_are():
+    words, rows = ["repeat", "novel", "new"], "abcdef"
+    users = [f"u{user:03d}" for user in range(120)]
+    per_user = pl.concat(
+        pl.DataFrame(
+            {"row": row, "seed": 0, "user_id": users, "item_id": "i", "rank": [99 if row == "a" else 1] * 120}
+        )
+        for row in rows
+    )
+    kind = pl.Series(words * 40).cast(pl.Enum(words))
+    slices = pl.DataFrame({"user_id": users, "item_id": "i", "target": kind})
+    found = summarise_slices(per_user, slices, "a", samples=200)["target"]["slices"]
+    verdicts = {result["verdict"] for one in found.values() for result in one["comparisons"].values()}
+    assert verdicts == {"better"}
+
+
 def test_a_whole_slicing_holds_every_event_once():
     per_user, slices = ranked_users(a=(3, 7))
     found = summarise_slices(per_user, slices, "a", samples=50)["target"]["slices"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy
 import polars as pl
@@ -24,10 +25,11 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.display import show
 from llm2rec.errors import ArtifactError, ConfigError, DataError
-from llm2rec.evaluation import protocol
+from llm2rec.evaluation import maps, protocol
+from llm2rec.loading import load_recipe
 from llm2rec.rec.average import ScoreAverage
 from llm2rec.runs import Run, create_run, write_resolved
-from llm2rec.serve.recommender import load_scorer
+from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
@@ -421,12 +423,47 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
         lr.compare([finished.folder, copied])
 
 
-def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
-    recipe = copied / "recipe.yaml"
-    assert "mask_history: true" in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace("mask_history: true", "mask_history: false"))
-    assert not lr.open_run(copied).recipe.evaluation.mask_history
-    assert "without the items of the user's" in lr.compare([copied], against="markov")["ranking"]
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.filters.k_core=2", "data/main was made with data.filters.k_core 1, the recipe now says 2"),
+        ("csft.learning_rate=0.5", "csft was made with csft.learning_rate "),
+        ("iem.mntp.steps=0", "mntp was made with iem.mntp.steps "),
+        ("model.source=smollm2-135m-instruct-q4", "was made with model.source another model, the recipe now"),
+        ("encode.pooling=last", "was made with encode.pooling 'mean', the recipe now says 'last'"),
+        ("recommender.layers=7", "sasrec-.*/seed-0 was made with recommender.layers 2, the recipe now says 7"),
+        ("recommender.smoothing=0.5", "was made with recommender.smoothing 0.0, the recipe now says 0.5"),
+        ("recommender.per_row={sasrec-id: {dropout: 0.9}}", "sasrec-id/seed-0 was made with recommender.dropout "),
+        ("recommender.seeds=3", "evaluation was made with recommender.seeds 1, the recipe now says 3"),
+        ("evaluation.mask_history=false", "evaluation.mask_history True, the recipe now says False"),
+    ],
+)
+def test_compare_refuses_settings_that_no_result_was_made_with(finished, world, change, said):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), change))
+    with pytest.raises(ArtifactError, match=said):
+        lr.compare([Run(finished.folder, recipe)], against="markov")
+
+
+def test_compare_refuses_a_budget_of_a_stage_that_was_left_out(world, finished, tmp_path):
+    rows = "recommender.rows=[popularity, sasrec-llm2rec]"
+    without = (*overrides(world), rows, "recommender.max_epochs=1", "csft.max_tokens=0", "iem.mntp.steps=0")
+    run = lr.run("demo", tmp_path / "run", without)
+    assert lr.compare([run], against="popularity")["comparisons"]
+    for change in ("iem.mntp.steps=2", "csft.max_tokens=4096"):
+        recipe = load_recipe(run.folder / "recipe.yaml", (*without, change))
+        with pytest.raises(
+            ArtifactError, match=rf"iem was made with {change.partition('=')[0]} 0, the recipe now"
+        ):
+            lr.compare([Run(run.folder, recipe)], against="popularity")
+
+
+def test_compare_needs_neither_the_raw_data_nor_the_weights(copied, tmp_path):
+    resolved = json.loads((copied / "resolved.json").read_text())
+    resolved["recipe"]["data"]["interactions"] = str(tmp_path / "gone.csv")
+    (copied / "resolved.json").write_text(json.dumps(resolved))
+    for stage in ("backbone", "csft", "mntp", "iem"):
+        shutil.rmtree(copied / stage)
+    assert lr.compare([copied], against="markov")["comparisons"]
 
 
 def test_a_list_looks_at_as_many_events_as_the_training_did(copied, world):
@@ -639,6 +676,33 @@ def test_maps_are_coloured_by_counts_of_training_events(finished):
     assert sum(chart.colours) == 40 * 6  # of 40 users, all but the last two events
 
 
+def test_a_map_holds_the_items_that_a_page_shows(finished, monkeypatch):
+    domain, sequences = finished.domain(), Sequences.load(finished.data)
+    whole = embedding_maps(finished, domain, sequences)[0]
+    monkeypatch.setattr(maps, "MAX_POINTS", 5)
+    chart = embedding_maps(finished, domain, sequences)[0]
+    assert chart == maps.shown(chart) and len(chart.x) == 5
+    assert list(chart.x) == pytest.approx(list(maps.shown(whole).x))
+    assert (chart.titles, chart.colours) == (maps.shown(whole).titles, maps.shown(whole).colours)
+
+
+def test_vector_sets_are_shown_one_at_a_time(finished, monkeypatch):
+    loaded = []
+
+    def load(*place):
+        assert all(vectors() is None for vectors in loaded)
+        found = load_vectors(*place).copy()
+        loaded.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(judging, "load_vectors", load)
+    domain, sequences = finished.domain(), Sequences.load(finished.data)
+    shown = judging.showcase(finished, domain, sequences)
+    assert shown == artifacts.read_json(finished.evaluation / "showcase.json")
+    charts = embedding_maps(finished, domain, sequences)
+    assert len(loaded) == 2 * len(charts) > 4
+
+
 def test_a_folder_that_is_not_a_run_is_refused(world, tmp_path):
     (tmp_path / "holiday.jpg").write_text("")
     with pytest.raises(ArtifactError, match=r"holiday\.jpg"):
@@ -838,6 +902,16 @@ def test_of_a_domain_with_role_out_no_title_is_trained_on(three_domains):
     assert len(mixture.training_texts) == 16
     assert set(artifacts.require(three_domains.csft, "csft").inputs) >= {"films.catalogue", "books.weight"}
     assert not [key for key in artifacts.require(three_domains.csft, "csft").inputs if key.startswith("songs")]
+
+
+def test_the_settings_of_each_domain_are_those_that_its_results_were_made_with(three_domains):
+    for name in ("films", "books", "songs"):
+        assert lr.compare([three_domains], domain=name, against="markov")["comparisons"]
+    domains = three_domains.recipe.domains
+    books = domains["books"].model_copy(update={"weight": 7.0})
+    recipe = three_domains.recipe.model_copy(update={"domains": {**domains, "books": books}})
+    with pytest.raises(ArtifactError, match=r"was made with books\.weight .*, the recipe now says 7\.0"):
+        lr.compare([Run(three_domains.folder, recipe)], domain="songs", against="markov")
 
 
 def test_several_domains_must_be_named(three_domains):

@@ -1,7 +1,9 @@
 """Verb `probe` on whole runs: what it finds, what it leaves out, what it refuses and what it writes."""
 
+import copy
 import json
 import shutil
+import weakref
 
 import polars as pl
 import pytest
@@ -11,6 +13,7 @@ from conftest import printed
 from llm2rec import artifacts, probing
 from llm2rec.errors import ArtifactError
 from llm2rec.evaluation.findings import show_findings
+from llm2rec.lm import backbone
 from llm2rec.runs import RESOLVED
 from test_pipeline import overrides, write_world
 
@@ -68,6 +71,11 @@ def test_probes_see_what_the_toy_world_teaches(finished):
     gain = {name: models[name]["random"] / models[name]["true"] for name in ("backbone", "csft")}
     assert gain["csft"] > gain["backbone"]  # the next title is certain here
     assert found["vectors"].keys() == {"data", "csft-causal", "llm2rec", "backbone-causal"}
+    aucs = {
+        name: found["vectors"][name]["co_consumption_auc"]["value"] for name in ("backbone-causal", "csft-causal")
+    }
+    gained = found["vectors"]["csft-causal"]["co_consumption_gain"]["value"]
+    assert gained == pytest.approx(aucs["csft-causal"] - aucs["backbone-causal"])
     assert {result["verdict"] for result in found["order"]["comparisons"].values()} == {"worse"}
 
 
@@ -90,6 +98,24 @@ def test_the_history_as_it_was_is_what_the_evaluation_measured(finished):
 def test_csft_is_diagnosed_by_causal_vectors_where_the_untrained_ones_are_causal(finished):
     diagnosis = finished[1]["diagnosis"]
     assert diagnosis["not_looked_for"] == {}
+
+
+def test_language_models_and_vector_sets_are_probed_one_at_a_time(copied, monkeypatch):
+    alive = []
+
+    def alone(load):
+        def loaded(*given, **named):
+            assert all(other() is None for other in alive)
+            found = copy.copy(load(*given, **named))
+            alive.append(weakref.ref(found))
+            return found
+
+        return loaded
+
+    monkeypatch.setattr(backbone, "load", alone(backbone.load))
+    monkeypatch.setattr(probing, "load_vectors", alone(probing.load_vectors))
+    lr.probe(copied)
+    assert len(alive) == 4 + 3
 
 
 def test_what_was_found_lies_beside_the_evaluation_and_leaves_it_as_it_is(finished):
@@ -139,6 +165,16 @@ def test_an_evaluation_of_another_recipe_is_not_probed(copied, nothing_computed)
     resolved["recipe"]["evaluation"]["mask_history"] = False
     artifacts.write_json(copied.folder / RESOLVED, resolved)
     with pytest.raises(ArtifactError, match=r"not up to date \(evaluation\.mask_history\); run `llm2rec evaluate"):
+        lr.probe(copied.folder)
+
+
+def test_models_of_another_recipe_are_not_probed(copied, nothing_computed):
+    resolved = artifacts.read_json(copied.folder / RESOLVED)
+    resolved["recipe"]["csft"]["weight_decay"] = 0.5
+    artifacts.write_json(copied.folder / RESOLVED, resolved)
+    with pytest.raises(
+        ArtifactError, match=r"csft was made with csft\.weight_decay 0\.0, the recipe now says 0\.5"
+    ):
         lr.probe(copied.folder)
 
 

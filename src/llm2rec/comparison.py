@@ -15,6 +15,7 @@ from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.verdicts import TOO_FEW
 from llm2rec.runs import Run, open_run
+from llm2rec.stages.settings import require_settings
 
 METRIC = protocol.COMPARED_METRIC
 CONTENT = "content of the data"
@@ -40,8 +41,8 @@ def compare(
         differ, each run's value, and the data where their content does; ranking says what competes with a target.
 
     Raises:
-        ArtifactError: a run is not evaluated or half rerun, or catalogues, test events or what competes with a
-            target differ (the difference is named).
+        ArtifactError: a run is not evaluated, half rerun or made with other settings than its recipe now has, or
+            catalogues, test events or what competes with a target differ (the difference is named).
         ConfigError: fewer than two runs and no `against`, or the first run has no such row.
     """
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
@@ -54,6 +55,7 @@ def compare(
     for run in opened:
         if problem := run.unfinished():
             raise ArtifactError(problem)
+        require_settings(run, run.domain(domain))
     require_same_catalogue(by_name, domain)
     ranking = _shared_ranking(by_name, domain)
     metrics = {name: run.metrics(domain)["rows"] for name, run in by_name.items()}

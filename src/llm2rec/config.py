@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 
 from llm2rec.errors import ConfigError
 from llm2rec.loggers import LoggerName
-from llm2rec.rows import ATTENTIONS, ENCODER_NAME, ROW_NAMES, VECTORS, Row
+from llm2rec.rows import ATTENTIONS, CONTEXT, ENCODER_NAME, RESERVED, ROW_NAMES, VECTORS, Row
 
 TINY_RANDOM = "tiny-random"  # a decoder and a tokenizer made from the texts of the run
 CSFT_BUDGETS = {"max_tokens", "epochs"}
@@ -322,6 +322,11 @@ class EncodeConfig(Section):
         taken = sorted(set(value) & set(VECTORS))
         if taken:
             raise ValueError(f"{taken[0]!r} is what our own vectors are called; take another name")
+        reserved = sorted(set(value) & set(RESERVED))
+        if reserved:
+            raise ValueError(
+                f"{reserved[0]!r} means something else (the log, the row {CONTEXT}); take another name"
+            )
         return value
 
 
@@ -438,7 +443,8 @@ class EvaluationConfig(Section):
         description="row that every other row is tested against; a run without the default: its first trained row",
     )
     bootstrap_samples: Annotated[int, Field(ge=100, le=1_000_000)] = Field(
-        10_000, description="resamples of the users, and sign patterns of the second test"
+        10_000,
+        description="resamples of the users, and sign patterns of the second test; at least 40 a comparison",
     )
     mask_history: bool = Field(False, description="hide what the user consumed before from the ranking")
     direct_users: Positive = Field(
@@ -523,18 +529,6 @@ class Recipe(Section):
             raise ValueError(
                 f"row {over_mntp[0]!r} needs the vectors of MNTP, which iem.mntp.steps 0 leaves out; "
                 "leave the row out as well, or give MNTP steps"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _samples_for_every_row(self) -> Recipe:
-        # The smallest p-value of a bootstrap is 2 / (samples + 1); Holm multiplies it by the rows compared, and at
-        # 5 % that leaves a row to be told apart from this number of samples on.
-        compared = len(self.recommender.rows) - 1
-        if self.evaluation.bootstrap_samples < 40 * compared:
-            raise ValueError(
-                f"evaluation.bootstrap_samples {self.evaluation.bootstrap_samples} can tell none of {compared} "
-                f"rows apart from the reference; set {40 * compared} or more"
             )
         return self
 

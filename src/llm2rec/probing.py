@@ -17,6 +17,7 @@ from llm2rec.data.tables import Catalogue
 from llm2rec.evaluation import probes
 from llm2rec.evaluation.diagnosis import (
     BACKBONE,
+    BEFORE_CSFT,
     CSFT,
     DATA,
     FINAL,
@@ -43,6 +44,7 @@ from llm2rec.stages.base import (
     trained_rows,
     vector_sets,
 )
+from llm2rec.stages.settings import require_settings
 
 PROBES = "probes.json"
 
@@ -61,8 +63,8 @@ def probe(run: str | Path | Run, domain: str | None = None) -> dict[str, Any]:
         `left_out` (what had nothing to measure -> why), `diagnosis` (a Diagnosis); and `page`, where that lies.
 
     Raises:
-        ArtifactError: the run is not evaluated as its recipe now says, a model of it is missing or was changed,
-            its folder cannot be written to, or another process works in it.
+        ArtifactError: the run is not made and evaluated as its recipe now says, a model of it is missing or was
+            changed, its folder cannot be written to, or another process works in it.
     """
     run = run if isinstance(run, Run) else open_run(run)
     place = run.domain(domain)
@@ -81,6 +83,7 @@ def _require_current(run: Run, domain: Domain) -> None:
     for stage in evaluate_stages(run):
         if stage.folder == domain.evaluation:
             require_current(run, stage)
+    require_settings(run, domain)
     for stage in language_stages(run):
         artifacts.require(stage.folder, stage.verb)
     if language_sets(run) and run.recipe.model.source != TINY_RANDOM:
@@ -127,10 +130,16 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, 
     if domain.config.categories:
         categories = [labels[0] if labels else None for labels in catalogue.labels(domain.config.categories)]
     pairs = probes.consumed_together(sequences, TEST)
+    shares = {}
     for name in progress.track(sets, "probe vectors", len(sets)):
-        found[name], left_out = probes.vector_probes(
-            load_vectors(domain, name, catalogue), pairs, counts, categories
-        )
+        vectors = load_vectors(domain, name, catalogue)
+        found[name], left_out = probes.vector_probes(vectors, pairs, counts, categories)
+        if name in (*BEFORE_CSFT, *BEFORE_CSFT.values()) and "co_consumption_auc" in found[name]:
+            shares[name] = probes.co_consumption(vectors, pairs, counts)
+        del vectors  # before the next set is loaded
+    for after, before in BEFORE_CSFT.items():
+        if {after, before} <= shares.keys():
+            found[after]["co_consumption_gain"] = probes.co_consumption_gain(shares[before], shares[after])
     return found, left_out
 
 
@@ -149,23 +158,24 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     left_out: Reasons = {}
     for name, path in models.items():
         progress.say(f"probe  language model {name}")
-        lm = backbones.load(path, dtype, head=name in (BACKBONE, CSFT))
-        if name not in (BACKBONE, CSFT):
-            found[name] = {"future_sensitivity": future_sensitivity(lm)}
-            continue
-        lm.set_causal(True)
+        writes = name in (BACKBONE, CSFT)
+        lm = backbones.load(path, dtype, head=writes)
+        if writes:
+            lm.set_causal(True)
         found[name] = {"future_sensitivity": future_sensitivity(lm)}
         try:
-            found[name] |= next_title_perplexity(
-                lm,
-                loaded.sequences,
-                loaded.texts,
-                history_length=domain.config.history_length,
-                max_title_tokens=run.recipe.model.max_title_tokens,
-                seed=run.recipe.seed,
-            )
+            if writes:
+                found[name] |= next_title_perplexity(
+                    lm,
+                    loaded.sequences,
+                    loaded.texts,
+                    history_length=domain.config.history_length,
+                    max_title_tokens=run.recipe.model.max_title_tokens,
+                    seed=run.recipe.seed,
+                )
         except NothingToMeasure as reason:
             left_out[PERPLEXITY] = str(reason)
+        del lm  # before the next one is loaded
     return found, left_out
 
 

@@ -12,6 +12,8 @@ LARGEST_EASE = 30_000  # items; the row holds N^2 numbers
 ARCHITECTURES = ("sasrec", "gru4rec", "esasrec")
 CONTEXT = "sasrec-context"
 VECTORS = ("id", "backbone", "csft", "mntp", "llm2rec")  # besides, text encoders by the names that a recipe gives
+# What no text encoder may be called: the probes of the data stand beside those of vector sets, CONTEXT is a row.
+RESERVED = ("data", "context")
 FUSIONS = ("sum", "concatenation", "delta", "average")
 ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
 LOOKING_BACK = ("backbone", "csft")
@@ -56,7 +58,7 @@ class Row:
         stem, plus, fusion = name.partition("+")
         architecture, _, encoded = stem.partition("-")
         vectors, dash, attention = encoded.partition("-")
-        known = architecture in ARCHITECTURES and _NAME.fullmatch(vectors) is not None
+        known = architecture in ARCHITECTURES and _NAME.fullmatch(vectors) is not None and vectors not in RESERVED
         known = known and (not dash or (vectors in LOOKING_BACK and attention in ATTENTIONS))
         if not known or (plus and (fusion not in FUSIONS or vectors == "id")):
             raise ConfigError(f"unknown row {name!r}; rows are {ROW_NAMES}")

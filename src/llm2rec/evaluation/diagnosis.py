@@ -27,6 +27,7 @@ PERPLEXITY, ORDER = "perplexity", "order"  # what the parts of a probing are cal
 # Vector sets of the untrained and the CSFT model; those that attend as the item encoder does are preferred.
 CAUSAL = "-causal"
 _BACKBONES, _CSFTS = (BACKBONE, "backbone-causal"), (CSFT, "csft-causal")
+BEFORE_CSFT = dict(zip(_CSFTS, _BACKBONES, strict=True))
 _BEFORE_CONTRASTIVE = ("mntp", CSFT, BACKBONE, "csft-causal", "backbone-causal")
 
 
@@ -198,8 +199,8 @@ def _csft_without_gain(probed: Probed) -> list[str]:
     if names is None:
         raise NothingToMeasure("no vectors of both the untrained and the CSFT model with the same attention")
     before, after = (probed.probe(name, "co_consumption_auc") for name in names)
-    noise = 2 * float(np.hypot(before["error"] or 0.0, after["error"] or 0.0))
-    if after["value"] > before["value"] + noise:
+    gain = probed.probe(names[1], "co_consumption_gain")
+    if gain["value"] > 2 * (gain["error"] or 0.0):
         return []
     change = f"the co-consumption AUC is {after['value']:.3f} after CSFT and {before['value']:.3f} before"
     events = probed.vectors.get(DATA, {}).get("events_per_item")

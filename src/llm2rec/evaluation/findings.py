@@ -19,6 +19,7 @@ MEANINGS = {
     "distinct_text_share": "items whose text no other has",
     "cold_test_share": "test events of an item never trained on",
     "co_consumption_auc": "next item nearer than a random one",
+    "co_consumption_gain": "that above the untrained model's",
     "pair_separation": "how much nearer next items lie",
     "alignment": "squared distance to the next item",
     "uniformity": "spread over directions, 0 = all one way",

@@ -54,7 +54,7 @@ def shown(chart: EmbeddingMap) -> EmbeddingMap:
     count = len(chart.x)
     if count <= MAX_POINTS:
         return chart
-    kept = [place * count // MAX_POINTS for place in range(MAX_POINTS)]
+    kept = shown_places(count)
     return EmbeddingMap(
         name=chart.name,
         x=[chart.x[place] for place in kept],
@@ -63,6 +63,13 @@ def shown(chart: EmbeddingMap) -> EmbeddingMap:
         colours=[chart.colours[place] for place in kept],  # type: ignore[arg-type]
         colour_name=chart.colour_name,
     )
+
+
+def shown_places(count: int) -> list[int]:
+    """Which of `count` items a map shows: all, or MAX_POINTS evenly spaced ones."""
+    if count <= MAX_POINTS:
+        return list(range(count))
+    return [place * count // MAX_POINTS for place in range(MAX_POINTS)]
 
 
 def map_legend(chart: EmbeddingMap) -> list[tuple[str, str]]:

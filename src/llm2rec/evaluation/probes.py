@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 HIGHER, LOWER, NEITHER = "higher", "lower", "neither"
 
 _CHUNK_BYTES = 64 * 2**20
+# Up to so many items every pair of them counts; of more, those of a sample of items with all others.
+ALL_PAIRS_UP_TO, SAMPLED_ITEMS = 20_000, 5_000
 _REDRAWS = 20
 _COSINE_RESOLUTION = 1e-6
 
@@ -82,7 +84,7 @@ def vector_probes(
         popularity: (N,) training events of each item.
         categories: one label an item, None where unknown; None where the items have none at all.
         neighbours: k of `same_category_share`.
-        seed: of the random pairs.
+        seed: of the random pairs, and of the sample of items where there are many.
 
     Raises:
         ValueError: as the single probes, where the arguments do not fit.
@@ -92,11 +94,11 @@ def vector_probes(
         "co_consumption_auc": lambda: co_consumption_auc(vectors, pairs, popularity, seed=seed),
         "pair_separation": lambda: pair_separation(vectors, pairs, popularity, seed=seed),
         "alignment": lambda: alignment(vectors, pairs),
-        "uniformity": lambda: uniformity(vectors),
+        "uniformity": lambda: uniformity(vectors, seed),
         "mean_cosine": lambda: mean_cosine(vectors),
         "effective_rank": lambda: effective_rank(vectors),
         "first_direction_share": lambda: first_direction_share(vectors),
-        "same_category_share": lambda: same_category_share(vectors, labels, neighbours),
+        "same_category_share": lambda: same_category_share(vectors, labels, neighbours, seed),
     }
     found, left_out = {}, {}
     for name, probe in probes.items():
@@ -136,11 +138,43 @@ def co_consumption_auc(
         NothingToMeasure: no pairs, or none with an item to compare with.
         ValueError: vectors, pairs or popularity do not fit.
     """
+    shares = co_consumption(vectors, pairs, popularity, draws, seed)
+    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
+
+
+def co_consumption(
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+) -> np.ndarray:
+    """What `co_consumption_auc` averages: the share of each pair, (P,) float64 in [0, 1].
+
+    Equal pairs, popularity and seed give the same drawn items whatever the vectors, so that two vector sets can be
+    compared pair by pair. Pairs without an item to compare with are left out.
+
+    Raises:
+        NothingToMeasure, ValueError: as `co_consumption_auc`.
+    """
     true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
     wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
-    by_pair = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
-    error = float(by_pair.std(ddof=1) / np.sqrt(len(by_pair))) if len(by_pair) > 1 else None
-    return reading(by_pair.mean(), 0.5, 0.0, 1.0, len(by_pair), HIGHER, error)
+    shares: np.ndarray = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
+    return shares
+
+
+def co_consumption_gain(before: np.ndarray, after: np.ndarray) -> Probe:
+    """How much higher the co-consumption AUC of one vector set is than that of another; chance 0, in [-1, 1].
+
+    The error is that of the difference pair by pair: two sets agree on most pairs, so it is smaller than what the
+    errors of both AUCs let expect.
+
+    Args:
+        before, after: (P,) `co_consumption` of both sets over the same pairs and drawn items.
+    """
+    gains = after - before
+    return reading(gains.mean(), 0.0, -1.0, 1.0, len(gains), HIGHER, _error(gains))
+
+
+def _error(values: np.ndarray) -> float | None:
+    """Standard error of the mean, None of a single value."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def pair_separation(
@@ -162,16 +196,20 @@ def pair_separation(
     )
 
 
-def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k: int = 10) -> Probe:
+def same_category_share(
+    vectors: np.ndarray, categories: Sequence[str | None], k: int = 10, seed: int = 0
+) -> Probe:
     """Share of an item's k nearest (cosine) that are of its category, mean over items; in [0, 1].
 
-    Items without a category are left out altogether. Chance is the same share among random neighbours:
+    Items without a category are left out altogether. Above ALL_PAIRS_UP_TO items the mean is over a sample of
+    them, whose nearest are among all, and has an error. Chance is the same share among random neighbours:
     `sum_c n_c (n_c - 1) / (n (n - 1))`.
 
     Args:
         vectors: (N, D) float, finite, no zero row.
         categories: one label an item, None where unknown.
         k: neighbours of each item; fewer where there are fewer items.
+        seed: of the sample.
 
     Raises:
         NothingToMeasure: fewer than two items have a category.
@@ -187,15 +225,17 @@ def same_category_share(vectors: np.ndarray, categories: Sequence[str | None], k
     _, labels = np.unique([category for category in categories if category is not None], return_inverse=True)
     unit = _unit(vectors)[known]
     k = min(k, len(unit) - 1)
-    same = 0
-    for start, cosines in _cosine_chunks(unit):
-        cosines[np.arange(len(cosines)), start + np.arange(len(cosines))] = -np.inf  # no item is its own neighbour
+    shares = []
+    for items, cosines in _cosine_chunks(unit, seed):
+        cosines[np.arange(len(items)), items] = -np.inf  # no item is its own neighbour
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
-        same += int((labels[nearest] == labels[start : start + len(cosines), None]).sum())
+        shares.append((labels[nearest] == labels[items, None]).mean(axis=1))
+    of_items = np.concatenate(shares)
     sizes = np.bincount(labels).astype(np.float64)
     n = len(unit)
     chance = float((sizes * (sizes - 1)).sum() / (n * (n - 1)))
-    return reading(same / (n * k), chance, 0.0, 1.0, n, HIGHER)
+    error = _error(of_items) if len(of_items) < n else None
+    return reading(of_items.mean(), chance, 0.0, 1.0, len(of_items), HIGHER, error)
 
 
 def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
@@ -214,10 +254,11 @@ def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
     return reading(distances.mean(), 2 - 2 * _mean_cosine(unit), 0.0, 4.0, len(first), LOWER)
 
 
-def uniformity(vectors: np.ndarray) -> Probe:
+def uniformity(vectors: np.ndarray, seed: int = 0) -> Probe:
     """Log of the mean of exp(-2 squared distance) over all pairs of items, in [-8, 0]; lower = more spread out.
 
-    0: all vectors point the same way. Chance is that of directions drawn uniformly from the D-sphere.
+    0: all vectors point the same way. Chance is that of directions drawn uniformly from the D-sphere. Above
+    ALL_PAIRS_UP_TO items the pairs are those of a sample of items, drawn by `seed`, and there is an error.
     Source: Wang and Isola (ICML 2020), t = 2.
 
     Raises:
@@ -225,12 +266,18 @@ def uniformity(vectors: np.ndarray) -> Probe:
         ValueError: they do not fit.
     """
     unit = _unit(vectors)
-    total = -float(len(unit))  # each item's exp(0) with itself
-    for _, cosines in _cosine_chunks(unit):
-        total += float(np.exp(4 * (np.minimum(cosines, 1) - 1), dtype=np.float64).sum())
-    value = np.log(total / (len(unit) * (len(unit) - 1)))
+    sums = [
+        np.exp(4 * (np.minimum(cosines, 1) - 1), dtype=np.float64).sum(axis=1)
+        for _, cosines in _cosine_chunks(unit, seed)
+    ]
+    of_items = (np.concatenate(sums) - 1) / (len(unit) - 1)  # without each item's exp(0) with itself
+    error = _error(of_items) if len(of_items) < len(unit) else None
     # E[exp(4 cos)] of uniform directions is 0F1(; D / 2; 4).
-    return reading(value, float(np.log(hyp0f1(unit.shape[1] / 2, 4.0)) - 4), -8.0, 0.0, len(unit), LOWER)
+    chance = float(np.log(hyp0f1(unit.shape[1] / 2, 4.0)) - 4)
+    mean = of_items.mean()
+    return reading(
+        np.log(mean), chance, -8.0, 0.0, len(of_items), LOWER, None if error is None else float(error / mean)
+    )
 
 
 def mean_cosine(vectors: np.ndarray) -> Probe:
@@ -278,14 +325,15 @@ def first_direction_share(vectors: np.ndarray) -> Probe:
     return reading(share, chance, chance, 1.0, len(vectors), LOWER)
 
 
-def principal_plane(vectors: np.ndarray) -> np.ndarray:
-    """The two directions of most variance of the centred vectors, (N, 2) float64, for a map of the items.
+def principal_plane(vectors: np.ndarray, places: Sequence[int] | None = None) -> np.ndarray:
+    """Items on the two directions of most variance of all centred vectors, (P, 2) float64, for a map of them.
 
     PCA. Each direction is turned so that its component of largest size is positive (the first such one):
     the same vectors give the same map. With D = 1 the second coordinate is 0.
 
     Args:
         vectors: (N, D) float, finite, N >= 2; not scaled to unit length.
+        places: rows of the P items that are wanted, all N by default.
 
     Raises:
         NothingToMeasure: fewer than two vectors.
@@ -295,7 +343,8 @@ def principal_plane(vectors: np.ndarray) -> np.ndarray:
     plane = directions[:, :2]  # (D, 2)
     largest = np.abs(plane).argmax(axis=0)
     plane = plane * np.sign(plane[largest, np.arange(plane.shape[1])])
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    wanted = vectors if places is None else vectors[np.asarray(places)]
+    centred = wanted.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     return np.pad(centred @ plane, ((0, 0), (0, 2 - plane.shape[1])))
 
 
@@ -312,10 +361,21 @@ def _checked(vectors: np.ndarray) -> np.ndarray:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """The vectors at length 1, float32."""
-    lengths = np.linalg.norm(_checked(vectors).astype(np.float64), axis=1, keepdims=True)
-    if not lengths.all():
-        raise ValueError(f"the vector of item_index {int(np.flatnonzero(lengths == 0)[0]) + 1} is zero")
-    return (vectors / lengths).astype(np.float32)
+    unit = np.empty(_checked(vectors).shape, dtype=np.float32)
+    for start, rows in _row_chunks(vectors):
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not lengths.all():
+            zero = start + int(np.flatnonzero(lengths == 0)[0])
+            raise ValueError(f"the vector of item_index {zero + 1} is zero")
+        unit[start : start + len(rows)] = rows / lengths
+    return unit
+
+
+def _row_chunks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (B, D) float64 of the rows from there), so many at a time that they take 64 MB."""
+    rows = max(1, _CHUNK_BYTES // (8 * vectors.shape[1]))
+    for start in range(0, len(vectors), rows):
+        yield start, vectors[start : start + rows].astype(np.float64)
 
 
 def _mean_cosine(unit: np.ndarray) -> float:
@@ -324,11 +384,18 @@ def _mean_cosine(unit: np.ndarray) -> float:
     return float((total @ total - len(unit)) / (len(unit) * (len(unit) - 1)))
 
 
-def _cosine_chunks(unit: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, (B, N) cosines of the rows from there), so many rows at a time that a chunk takes 64 MB."""
+def _cosine_chunks(unit: np.ndarray, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows (B,), their (B, N) cosines), so many rows at a time that a chunk takes 64 MB.
+
+    The rows are all N in order, or a sample of them where N is above ALL_PAIRS_UP_TO.
+    """
+    places = np.arange(len(unit))
+    if len(unit) > ALL_PAIRS_UP_TO:
+        places = np.sort(np.random.default_rng(seed).choice(len(unit), SAMPLED_ITEMS, replace=False))
     rows = max(1, _CHUNK_BYTES // (4 * len(unit)))
-    for start in range(0, len(unit), rows):
-        yield start, unit[start : start + rows] @ unit.T
+    for start in range(0, len(places), rows):
+        chunk = places[start : start + rows]
+        yield chunk, unit[chunk] @ unit.T
 
 
 def _principal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -336,11 +403,16 @@ def _principal(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     All values are 0 where the vectors are equal.
     """
-    centred = _checked(vectors).astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    variances, directions = np.linalg.eigh(centred.T @ centred)
+    mean = _checked(vectors).mean(axis=0, dtype=np.float64)
+    scatter, squares = np.zeros((vectors.shape[1], vectors.shape[1])), 0.0
+    for _, rows in _row_chunks(vectors):
+        squares += float(np.square(rows).sum())
+        rows -= mean
+        scatter += rows.T @ rows
+    variances, directions = np.linalg.eigh(scatter)
     variances = np.maximum(variances[::-1], 0)
     # Rounding leaves noise of this size where a direction holds nothing.
-    variances[variances < 1e-14 * max(variances[0], np.square(vectors, dtype=np.float64).sum())] = 0
+    variances[variances < 1e-14 * max(variances[0], squares)] = 0
     return variances, directions[:, ::-1]
 
 

@@ -14,7 +14,7 @@ import polars as pl
 
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.protocol import MetricSummary, compare_rows, summarise
-from llm2rec.evaluation.significance import Comparison, holm, verdict
+from llm2rec.evaluation.significance import Comparison, enough_samples, holm, verdict
 from llm2rec.evaluation.verdicts import COLD_TARGET, COMPARED_METRIC, too_few_users
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def summarise_slices(
         slices: of the same events, from `slice_events`. Events of the same user and item are told apart by
             their order, which both tables keep.
         reference: row that the others are compared with.
-        samples: resamples of each slice's bootstrap.
+        samples: resamples of each slice's bootstrap; more where a verdict takes more (`enough_samples`).
         seed: of the bootstrap.
 
     Raises:
@@ -141,13 +141,15 @@ def summarise_slices(
     """
     slicings = {name: dtype.categories for name, dtype in slices.schema.items() if isinstance(dtype, pl.Enum)}
     joined = _with_slices(per_user, slices)
+    others = per_user["row"].n_unique() - 1
     found: dict[str, SlicingSummary] = {}
     for slicing, words in slicings.items():
+        enough = enough_samples(samples, others * len(words))
         by_slice: dict[str, SliceSummary] = {}
         for word in words:
             events = joined.filter(pl.col(slicing) == word)
             if not events.is_empty():
-                by_slice[word] = _summary(events.select(per_user.columns), reference, samples, seed)
+                by_slice[word] = _summary(events.select(per_user.columns), reference, enough, seed)
         _correct(by_slice)
         found[slicing] = {"meaning": MEANINGS[slicing], "slices": by_slice}
     return found

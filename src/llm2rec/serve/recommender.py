@@ -254,7 +254,7 @@ def similar(
     matrix = load_vectors(place, vectors, trained_catalogue(place))
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
-    return nearest(catalogue, matrix, index, k, is_new(place, len(matrix)))
+    return nearest(catalogue, matrix, [index], k, is_new(place, len(matrix)))[0]
 
 
 def opened(run: str | Path | Run) -> Run:
@@ -265,16 +265,17 @@ def opened(run: str | Path | Run) -> Run:
     return run
 
 
-def nearest(catalogue: Catalogue, vectors: np.ndarray, index: int, k: int, new: torch.Tensor) -> list[ScoredItem]:
-    """The `k` items with the highest cosine to `index` (1..N) in `vectors` (N, D), without itself.
+def nearest(
+    catalogue: Catalogue, vectors: np.ndarray, indices: SequenceOf[int], k: int, new: torch.Tensor
+) -> list[list[ScoredItem]]:
+    """The `k` items with the highest cosine to each of `indices` (1..N) in `vectors` (N, D), without itself.
 
     Args:
         new: (N,) bool, as `is_new` says.
     """
-    unit = torch.nn.functional.normalize(torch.tensor(vectors), dim=-1)
-    cosine = unit[index - 1 : index] @ unit.T
-    items, values = top_k(cosine, k, exclude=torch.tensor([[index]]))
-    return listed(catalogue, items[0], values[0], new)
+    unit, queries = F.normalize(torch.tensor(vectors), dim=-1), torch.tensor(indices)
+    items, values = top_k(unit[queries - 1] @ unit.T, k, exclude=queries[:, None])
+    return [listed(catalogue, *best, new) for best in zip(items, values, strict=True)]
 
 
 def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -> Scorer:

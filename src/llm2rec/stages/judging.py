@@ -18,7 +18,7 @@ from llm2rec.data.sequences import TEST, Sequences
 from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import clean
 from llm2rec.evaluation import protocol, report
-from llm2rec.evaluation.maps import EmbeddingMap
+from llm2rec.evaluation.maps import EmbeddingMap, shown_places
 from llm2rec.evaluation.probes import principal_plane
 from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
@@ -159,16 +159,13 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     """Examples to look at: neighbours of the best-known items before and after, one user's next items."""
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
     events = sequences.training_counts()
-    known, new = np.argsort(-events, kind="stable")[:KNOWN_ITEMS] + 1, torch.from_numpy(events == 0)
-    vectors = shown_vectors(run, domain, catalogue)
-    names = distinct_names(catalogue)
-    neighbours = {
-        names[catalogue.item_ids[index - 1]]: {
-            name: [_entry(item, names) for item in nearest(catalogue, matrix, int(index), NEIGHBOURS, new)]
-            for name, matrix in vectors.items()
-        }
-        for index in known.tolist()
-    }
+    known = (np.argsort(-events, kind="stable")[:KNOWN_ITEMS] + 1).tolist()
+    new, names = torch.from_numpy(events == 0), distinct_names(catalogue)
+    neighbours: dict[str, dict[str, Any]] = {names[catalogue.item_ids[index - 1]]: {} for index in known}
+    for name in shown_sets(run):
+        lists = nearest(catalogue, load_vectors(domain, name, catalogue), known, NEIGHBOURS, new)
+        for of_item, items in zip(neighbours.values(), lists, strict=True):
+            of_item[name] = [_entry(item, names) for item in items]
     row = next(
         (name for name in PREFERRED_ROWS if name in run.recipe.recommender.rows),
         run.recipe.recommender.rows[0],
@@ -205,26 +202,29 @@ def _typical_user(sequences: Sequences) -> tuple[str, np.ndarray]:
     return str(sequences.user_ids[int(users[place])]), known
 
 
-def shown_vectors(run: Run, domain: Domain, catalogue: Catalogue) -> dict[str, np.ndarray]:
-    """The vector sets of a domain that neighbours and maps are shown of, each (N, D)."""
+def shown_sets(run: Run) -> list[str]:
+    """The vector sets that neighbours and maps are shown of; each is large, so they are loaded one at a time."""
     wanted = vector_sets(run)
-    names = *run.recipe.encode.text_encoders, *LANGUAGE_SETS
-    return {name: load_vectors(domain, name, catalogue) for name in names if name in wanted}
+    return [name for name in (*run.recipe.encode.text_encoders, *LANGUAGE_SETS) if name in wanted]
 
 
 def embedding_maps(run: Run, domain: Domain, sequences: Sequences) -> list[EmbeddingMap]:
-    """Each vector set on its first two principal axes, coloured by category, or by popularity without any."""
+    """Each vector set on its first two principal axes, coloured by category, or by popularity without any.
+
+    They hold the items that a page shows; the axes are of all items.
+    """
     catalogue = Catalogue.read(domain.data / "catalogue.parquet")
-    names = list(distinct_names(catalogue).values())
+    places, names = shown_places(len(catalogue)), list(distinct_names(catalogue).values())
     colours: list[Any] = sequences.training_counts().tolist()
     colour_name = "training events"
     if domain.config.categories:
         labels = catalogue.labels(domain.config.categories)
         colours, colour_name = [row[0] if row else "none" for row in labels], domain.config.categories
+    titles, colours = [names[place] for place in places], [colours[place] for place in places]
     maps = []
-    for name, vectors in shown_vectors(run, domain, catalogue).items():
-        plane = principal_plane(vectors)
-        maps.append(EmbeddingMap(name, plane[:, 0].tolist(), plane[:, 1].tolist(), names, colours, colour_name))
+    for name in shown_sets(run):
+        x, y = principal_plane(load_vectors(domain, name, catalogue), places).T.tolist()
+        maps.append(EmbeddingMap(name, x, y, titles, colours, colour_name))
     return maps
 
 
