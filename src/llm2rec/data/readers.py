@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows
+from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows, refuse_short_rows
 from llm2rec.data.tables import (
     FILE,
     ITEM,
@@ -99,9 +99,10 @@ def _header(file: Path, separator: str) -> list[str]:
 
 @contextmanager
 def _damage_named(path: Path, wanted: Collection[str]) -> Iterator[None]:
-    """Where polars cannot read a text file, the error names the line that is to blame."""
+    """Where polars cannot read a text file, or fills up its rows, the error names the line that is to blame."""
     try:
         yield
+        _refuse_short_rows(path, wanted)
     except DataError as error:
         if isinstance(error.__cause__, (OSError, pl.exceptions.PolarsError)):
             files, ending = _files_of(path)
@@ -110,6 +111,15 @@ def _damage_named(path: Path, wanted: Collection[str]) -> Iterator[None]:
             if ending in JSON_LINES:
                 refuse_damaged_records(files)
         raise
+
+
+def _refuse_short_rows(path: Path, wanted: Collection[str]) -> None:
+    files, ending = _files_of(path)
+    if ending in SEPARATORS:
+        separator = _separator(files[0], ending, wanted)
+        last = pl.scan_csv(files, separator=separator, infer_schema=False, glob=False).select(pl.last())
+        if collect(last.select(pl.all().is_null().any()), str(path)).item():
+            refuse_short_rows(files, separator)
 
 
 def _files_of(path: Path) -> tuple[list[Path], str]:
