@@ -65,6 +65,22 @@ def test_dates_become_moments_in_utc(time):
     assert (log.times() / log.ticks_per_second()).tolist() == [DAY_SECONDS] * 3
 
 
+@pytest.mark.parametrize(
+    ("time", "moment"),
+    [
+        ("2019-01-01 10:00:00+00", (2019, 1, 1, 10)),
+        ("2019-01-01 10:00:00.12-05", (2019, 1, 1, 15, 0, 0, 120_000)),
+        ("2019-01-01T10:00+02", (2019, 1, 1, 8)),
+        ("2019-01-01 10:00:00 -0730", (2019, 1, 1, 17, 30)),
+        ("2019-01-01 10:00:00-0730", (2019, 1, 1, 17, 30)),
+        ("2019-01-01 10:00Z", (2019, 1, 1, 10)),
+        ("2019-01-01", (2019, 1, 1)),
+    ],
+)
+def test_offsets_may_be_of_hours_alone(time, moment):
+    assert interactions(timestamp=[time] * 3).frame["timestamp"].to_list() == [datetime.datetime(*moment)] * 3
+
+
 @pytest.mark.parametrize("digits", [0, 3, 6, 9])
 def test_whole_number_times_tell_their_unit_by_their_size(digits):
     times = [(16_000 + day) * DAY_SECONDS * 10**digits for day in range(3)]

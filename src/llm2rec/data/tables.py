@@ -351,6 +351,7 @@ def _iso_moment(text: pl.Expr) -> pl.Expr:
     whole = whole.str.replace(r"^(\d{4}-\d\d?-\d\d?)$", "${1}T00:00")
     whole = whole.str.replace(r"T(\d\d:\d\d)($|[+-])", "T${1}:00${2}")
     whole = whole.str.replace(r"(T[\d:.]+)$", "${1}+00:00").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
+    whole = whole.str.replace(r"(:[\d:.]+\s*[+-]\d\d)$", "${1}:00")
     return whole.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False).cast(MOMENT)
 
 
