@@ -38,7 +38,10 @@ def test_exact_duplicate_events_are_kept():
     assert len(interactions(item_id=["x", "x", "y"], timestamp=[1, 1, 1])) == 3
 
 
-@pytest.mark.parametrize("ids", [[12, 13, 12], [12.0, 13.0, 12.0], ["12", "13", "12"]])
+DECIMALS = pl.Series([12, 13, 12]).cast(pl.Decimal(38, 10))  # what Spark makes of Oracle's NUMBER
+
+
+@pytest.mark.parametrize("ids", [[12, 13, 12], [12.0, 13.0, 12.0], ["12", "13", "12"], DECIMALS])
 def test_whole_number_ids_are_the_same_however_typed(ids):
     assert interactions(item_id=ids).frame["item_id"].to_list() == ["12", "13", "12"]
 
