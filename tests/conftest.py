@@ -2,6 +2,8 @@
 
 import io
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers of the suite must not wait for each other
 
@@ -11,6 +13,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from llm2rec import artifacts  # noqa: E402
 from llm2rec.data.sequences import Sequences, prepare  # noqa: E402
 from llm2rec.data.splits import Split  # noqa: E402
 from llm2rec.data.tables import Catalogue, Interactions  # noqa: E402
@@ -78,6 +81,24 @@ def printed(*parts, width=80):
     for part in parts:
         console.print(part)
     return console.file.getvalue()
+
+
+@pytest.fixture
+def by_two_at_once(monkeypatch):
+    """Calls a function twice at once: both look into the cache before either has its turn to fetch."""
+    both, turn = threading.Barrier(2, timeout=20), artifacts.turn
+
+    def together(lock):
+        both.wait()
+        return turn(lock)
+
+    def call(function, *args):
+        monkeypatch.setattr(artifacts, "turn", together)
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(function, *args) for _ in range(2)]
+        return [one.result() for one in calls]
+
+    return call
 
 
 @pytest.fixture

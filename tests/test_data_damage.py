@@ -45,6 +45,40 @@ def test_a_broken_row_is_named_by_its_line_also_behind_embedded_line_feeds(tmp_p
     assert f"{tmp_path / name}: {what}" in refusal(tmp_path / name, content)
 
 
+@pytest.mark.parametrize("name", ["items.csv", "items.csv.gz"])
+@pytest.mark.parametrize("feed", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (
+            b'1,"One\ntwo",\n3,Long\nname,B\n',
+            "line 4 has 2 cells instead of 3: '3,Long'; complete it; a cell with",
+        ),
+        (b"1,One,A\n2,Two", "line 3 has 2 cells instead of 3: '2,Two'"),
+    ],
+    ids=["line break without quotes", "cut off"],
+)
+def test_a_row_that_ends_early_is_named_by_its_line(tmp_path, name, feed, rows, what):
+    content = (b"item_id,title,brand\n" + rows).replace(b"\n", feed)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError) as caught:
+        readers.read_items(tmp_path / name)
+    assert f"{tmp_path / name}: {what}" in str(caught.value)
+
+
+def test_a_log_whose_row_ends_before_an_unused_column_is_refused(tmp_path):
+    content = b"user_id,item_id,timestamp,review\na,x,1,\na,y,2,good\nb,z,3,so\nand,so,4\n"
+    assert "log.csv: line 5 has 3 cells instead of 4: 'and,so,4'" in refusal(tmp_path / "log.csv", content)
+
+
+@pytest.mark.parametrize("feed", ["\n", "\r\n"])
+def test_an_empty_last_cell_is_no_row_that_ends_early(tmp_path, feed):
+    text = f'item_id;title;brand{feed}1;One;{feed}2;"Two{feed}lines";{feed}3;a\rb;C{feed}4;"5"" disk";'
+    (tmp_path / "items.csv").write_text(text, newline="")
+    brands = readers.read_items(tmp_path / "items.csv").frame["brand"].to_list()
+    assert brands == [None, None, "C", None]
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

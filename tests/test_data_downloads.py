@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import re
+import shutil
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -228,6 +229,22 @@ def test_a_recorded_data_set_is_read_from_the_cache(source, site):
     sources.fetch_data("toy")
     site.files.clear()
     assert len(sources.fetch_data("toy")[0]) == 2
+
+
+def test_of_two_that_start_on_an_empty_cache_one_downloads(source, site, by_two_at_once):
+    first, second = by_two_at_once(sources.fetch_data, "toy")
+    assert site.asked == [None, None]  # each of the two files once
+    assert sources.tables_hash(*first) == sources.tables_hash(*second)
+
+
+def test_a_cache_that_holds_the_set_need_not_be_writable(source, site):
+    sources.fetch_data("toy")
+    shutil.rmtree(source / "locks")
+    (source / "locks").touch()  # nothing can be made in it
+    assert len(sources.fetch_data("toy")[0]) == 2
+    (source / "data" / "toy" / "items.parquet").unlink()
+    with pytest.raises(DataError, match="toy cannot be stored .* set LLM2REC_CACHE"):
+        sources.fetch_data("toy")
 
 
 def test_a_later_download_must_match_the_recorded_hash(source, site):

@@ -15,6 +15,7 @@ import llm2rec as lr
 from llm2rec.config import ColumnsConfig, DataConfig
 from llm2rec.data import origins, readers
 from llm2rec.data.description import _histogram
+from llm2rec.data.tables import FILE
 from llm2rec.errors import ConfigError, DataError
 
 EVENTS = [("a", "x", 1), ("a", "y", 2), ("b", "x", 3)]
@@ -62,6 +63,71 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_kind_of_file_gives_the_same_log(tmp_path, kind):
     assert readers.read_interactions(WRITERS[kind](tmp_path)).frame.rows() == EVENTS
+
+
+def test_keys_in_the_names_of_folders_count_below_the_folder_given_alone(tmp_path):
+    above = tmp_path / "timestamp=2020" / "part=7"
+    above.mkdir(parents=True)
+    LOG.write_parquet(above / "log.parquet")
+    for path in (above / "log.parquet", above):
+        assert readers.read_interactions(path).frame.rows() == EVENTS
+    with pytest.raises(DataError, match="'timestamp' is a column and the name of a folder"):
+        readers.read_interactions(tmp_path)
+
+
+def test_keys_above_a_partitioned_folder_are_no_columns(tmp_path):
+    (tmp_path / "title=1").mkdir()
+    log = write_partitioned(tmp_path / "title=1")
+    assert readers.read_interactions(log).frame.rows() == EVENTS
+    assert readers.scan_table(log).collect_schema().names() == ["item_id", "timestamp", "user_id", FILE]
+
+
+NARROW = pl.col("timestamp").cast(pl.Int32)
+MOMENTS = [pl.from_epoch("timestamp").cast(pl.Datetime(unit)) for unit in ("ns", "us")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([], [pl.lit("new").alias("channel")]),
+        ([pl.lit("old").alias("channel")], []),
+        ([NARROW], []),
+        ([], [NARROW]),
+        ([pl.lit(None).alias("channel")], [pl.lit("new").alias("channel")]),
+    ],
+    ids=["a column more", "a column less", "wider", "narrower", "a column of nulls"],
+)
+def test_parts_whose_columns_have_grown_are_one_log(tmp_path, first, second):
+    LOG[:2].with_columns(first).write_parquet(tmp_path / "a.parquet")
+    LOG[2:].with_columns(second).write_parquet(tmp_path / "b.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_moments_of_two_units_are_one_time(tmp_path, order):
+    for name, part, moments in zip("ab", (LOG[:2], LOG[2:]), MOMENTS[::order], strict=True):
+        part.with_columns(moments).write_parquet(tmp_path / f"{name}.parquet")
+    assert readers.read_interactions(tmp_path).times().tolist() == [10**6, 2 * 10**6, 3 * 10**6]
+
+
+@pytest.mark.parametrize(
+    ("second", "what"),
+    [
+        (
+            [MOMENTS[1]],
+            r"b.parquet has 'timestamp' as Datetime.*, where a.parquet has it as Int64; write it alike",
+        ),
+        ([pl.lit(None).alias("timestamp")], r"timestamp is empty .* 1 of 3 rows \(b.parquet row 1: None\)"),
+        (pl.exclude("timestamp"), r"timestamp is empty .* 1 of 3 rows \(b.parquet row 1: None\)"),
+    ],
+    ids=["dates beside numbers", "nulls", "left out"],
+)
+def test_parts_that_cannot_be_one_log_are_refused_with_the_file(tmp_path, second, what):
+    LOG[:2].write_parquet(tmp_path / "a.parquet")
+    part = LOG[2:].with_columns(second) if isinstance(second, list) else LOG[2:].select(second)
+    part.write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=what):
+        readers.read_interactions(tmp_path)
 
 
 def test_a_folder_of_several_kinds_is_refused(tmp_path):

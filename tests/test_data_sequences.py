@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2rec.data.sequences import ARRAYS, TEST, TRAIN, VALIDATION, Sequences, check_leakage, prepare
+from llm2rec.data.sequences import ARRAYS, TEST, TRAIN, VALIDATION, Sequences, check_leakage, cold_items, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ArtifactError, DataError
@@ -187,6 +187,17 @@ def test_times_of_dates_are_seconds_whenever_they_lie(first, log, tmp_path):
 def test_sequences_are_memory_mapped(log, tmp_path):
     prepare(log, ITEMS, split=Split(), short_histories="error", out=tmp_path)
     assert isinstance(Sequences.load(tmp_path).items, np.memmap)
+
+
+def test_held_out_items_that_leave_the_catalogue_are_not_counted(log, tmp_path):
+    half = Split(cold_items=0.5)
+    every, left = (
+        prepare(log, ITEMS, split=half, short_histories="error", out=tmp_path / name, only_consumed=name == "left")
+        for name in ("every", "left")
+    )
+    assert every["items"] == N_ITEMS and left["items"] < N_ITEMS  # the premise: some are no test event's item
+    assert every["cold_items"] - left["cold_items"] == N_ITEMS - left["items"]
+    assert set(cold_items(tmp_path / "left")) < set(Sequences.load(tmp_path / "left").item_ids)
 
 
 def test_loading_an_unfinished_folder_is_refused(tmp_path):

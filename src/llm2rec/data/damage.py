@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,26 @@ def refuse_damaged_rows(files: list[Path], separator: str, quote: bool = True) -
                 f"{first_few(headers[files[0]], 12)}; files of one folder need the same columns in the same "
                 "order, separated alike"
             )
+
+
+def refuse_short_rows(files: list[Path], separator: str) -> None:
+    """Looks for rows that polars fills up with nulls; returns where there are none. Empty lines are passed over.
+
+    Raises:
+        DataError: a row with fewer cells than the header: cut off, or broken by a line break outside quotes.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    for path in files:
+        with opened(path) as stream:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="\n")
+            lines = (line.replace("\r", "") for line in text)  # polars breaks lines at \n alone, csv at both
+            rows = csv.reader(lines, delimiter=separator)
+            width = len(next(rows, []))
+            for row in rows:
+                if 0 < len(row) < width:
+                    what = f"has {len(row)} cells instead of {width}"
+                    mend = "complete it; a cell with a line break needs quotation marks around it"
+                    refuse_line(path, rows.line_num, separator.join(row), what, mend)
 
 
 def _check_rows(path: Path, separator: str, quote: bool) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 import polars as pl
 
-from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows
+from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows, refuse_short_rows
 from llm2rec.data.tables import (
     FILE,
     ITEM,
@@ -47,6 +48,7 @@ GENRES = (
         "Western",
     ),
 )
+Columns: TypeAlias = tuple[tuple[str, pl.DataType], ...]  # names and types
 _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 
 
@@ -67,7 +69,7 @@ def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     files, ending = _files_of(path)
     file = FILE if path.is_dir() else None
     if ending in PARQUET:
-        return _scan_parquet(files, file)
+        return _scan_parquet(files, path if path.is_dir() else None)
     if ending in JSON_LINES:  # all rows of all files: a field may come late
         tables = [pl.scan_ndjson(one, infer_schema_length=None, include_file_paths=file) for one in files]
         return pl.concat(tables, how="diagonal_relaxed")
@@ -99,9 +101,10 @@ def _header(file: Path, separator: str) -> list[str]:
 
 @contextmanager
 def _damage_named(path: Path, wanted: Collection[str]) -> Iterator[None]:
-    """Where polars cannot read a text file, the error names the line that is to blame."""
+    """Where polars cannot read a text file, or fills up its rows, the error names the line that is to blame."""
     try:
         yield
+        _refuse_short_rows(path, wanted)
     except DataError as error:
         if isinstance(error.__cause__, (OSError, pl.exceptions.PolarsError)):
             files, ending = _files_of(path)
@@ -110,6 +113,15 @@ def _damage_named(path: Path, wanted: Collection[str]) -> Iterator[None]:
             if ending in JSON_LINES:
                 refuse_damaged_records(files)
         raise
+
+
+def _refuse_short_rows(path: Path, wanted: Collection[str]) -> None:
+    files, ending = _files_of(path)
+    if ending in SEPARATORS:
+        separator = _separator(files[0], ending, wanted)
+        last = pl.scan_csv(files, separator=separator, infer_schema=False, glob=False).select(pl.last())
+        if collect(last.select(pl.all().is_null().any()), str(path)).item():
+            refuse_short_rows(files, separator)
 
 
 def _files_of(path: Path) -> tuple[list[Path], str]:
@@ -146,18 +158,61 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _scan_parquet(files: list[Path], file: str | None) -> pl.LazyFrame:
-    """Parquet files; keys in the names of their folders (`user_id=7`) become text columns."""
-    keys = {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
-    if not keys:
-        return pl.scan_parquet(files, glob=False, include_file_paths=file)
-    both = keys & set(schema_of(pl.scan_parquet(files[0], glob=False), str(files[0])).names())
+def _scan_parquet(files: list[Path], folder: Path | None) -> pl.LazyFrame:
+    """Parquet files; of a folder, keys in the names of the folders below it (`user_id=7`) become text columns.
+
+    A column that some files lack is null there; of integers, floats or times of several widths the widest counts.
+
+    Raises:
+        DataError: a file is damaged, a key is a column as well, or a column is of another kind in another file.
+    """
+    groups: dict[Columns, list[Path]] = {}
+    for one in files:
+        columns = schema_of(pl.scan_parquet(one, glob=False), str(one))
+        groups.setdefault(tuple(columns.items()), []).append(one)
+    _require_one_kind(groups)
+    below = _keys(one.relative_to(folder) for one in files) if folder else set()
+    above = _keys(files) - below if below else set()  # polars reads them too
+    both = (below | above) & {name for columns in groups for name, _ in columns}
     if both:
         raise DataError(
             f"{files[0]}: {sorted(both)[0]!r} is a column and the name of a folder; rename one of them"
         )
-    schema = dict.fromkeys(sorted(keys), pl.String())
-    return pl.scan_parquet(files, glob=False, hive_schema=schema, include_file_paths=file)
+    keys = dict.fromkeys(sorted(below | above), pl.String()) or None
+    file = FILE if folder else None
+    tables = [
+        pl.scan_parquet(group, glob=False, hive_schema=keys, include_file_paths=file) for group in groups.values()
+    ]
+    return pl.concat(tables, how="diagonal_relaxed").drop(above)
+
+
+def _keys(files: Iterable[Path]) -> set[str]:
+    """What stands before "=" in the names of the folders of files."""
+    return {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
+
+
+def _require_one_kind(groups: Mapping[Columns, list[Path]]) -> None:
+    """Raises DataError where a column holds numbers in one file and dates, say, or text in another."""
+    known: dict[str, tuple[pl.DataType, Path]] = {}
+    for columns, (file, *_) in groups.items():
+        for name, kind in columns:
+            if kind == pl.Null:
+                continue
+            other, place = known.setdefault(name, (kind, file))
+            if _kind(kind) != _kind(other):
+                raise DataError(
+                    f"{file} has {name!r} as {kind}, where {place.name} has it as {other}; "
+                    "write it alike in all files"
+                )
+
+
+def _kind(kind: pl.DataType) -> str:
+    """What columns must have in common to be read as one."""
+    if kind.is_numeric():
+        return "numbers"
+    if isinstance(kind, (pl.Date, pl.Datetime)):
+        return f"moments {getattr(kind, 'time_zone', None)}"
+    return "text" if isinstance(kind, (pl.String, pl.Categorical, pl.Enum)) else str(kind.base_type())
 
 
 def _ending(path: Path) -> str:

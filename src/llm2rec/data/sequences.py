@@ -173,6 +173,7 @@ def prepare(
     if only_consumed:
         present = kept.ids(ITEM).gather(np.flatnonzero(kept.counts(ITEM)))
         catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
+        cold = cold.filter(cold.is_in(present.implode()))
     sequences = _flat(kept, parts, catalogue)
     check_leakage(sequences, kept, split=split, cold=cold)
     _write(sequences, kept, catalogue, cold, out)

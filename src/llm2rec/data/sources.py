@@ -30,6 +30,7 @@ RECORD = "content.json"
 Tables: TypeAlias = tuple[Interactions, Catalogue]
 HASHED_ROWS = 1_000_000
 T = TypeVar("T")
+Keep: TypeAlias = Callable[[list[Path], Callable[..., Read] | None], T]
 
 
 def cache_folder() -> Path:
@@ -46,16 +47,11 @@ def fetch_data(name: str) -> Tables:
     """
     source = _known(name, DATA, "data set")
     folder = cache_folder() / "data" / source.name
-    paths = folder / "interactions.parquet", folder / "items.parquet"
-    wanted = _expected_hash(source)
-    if wanted and all(path.is_file() for path in paths):
-        try:
-            tables = Interactions.read(paths[0]), Catalogue.read(paths[1])
-        except ArtifactError:  # a damaged cache is fetched anew
-            tables = None
-        if tables and tables_hash(*tables) == wanted:
-            return tables
-    return _from_mirrors(source, lambda files, read: _keep_tables(source, files, read, folder))
+    return _fetched(
+        source,
+        lambda: _kept_tables(source, folder),
+        lambda files, read: _keep_tables(source, files, read, folder),
+    )
 
 
 def left_out(name: str) -> dict[str, int]:
@@ -75,10 +71,9 @@ def fetch_model(name: str) -> Path:
     """
     source = _known(name, MODELS, "language model")
     folder = cache_folder() / "models" / source.name
-    for path in sorted(folder.glob("*.gguf")):
-        if artifacts.hash_file(path) == source.content_hash:
-            return path
-    return _from_mirrors(source, lambda files, _: _keep_file(source, files[0], folder))
+    return _fetched(
+        source, lambda: _kept_file(source, folder), lambda files, _: _keep_file(source, files[0], folder)
+    )
 
 
 def fetch_text_encoder(name: str) -> Path:
@@ -89,9 +84,9 @@ def fetch_text_encoder(name: str) -> Path:
     """
     source = _known(name, TEXT_ENCODERS, "text encoder")
     folder = cache_folder() / "text-encoders" / source.name
-    if folder.is_dir() and folder_hash(folder) == source.content_hash:
-        return folder
-    return _from_mirrors(source, lambda files, _: _keep_folder(source, files, folder))
+    return _fetched(
+        source, lambda: _kept_folder(source, folder), lambda files, _: _keep_folder(source, files, folder)
+    )
 
 
 def is_of_a_run(source: str | Path) -> bool:
@@ -225,7 +220,23 @@ def _recorded(source: Source) -> dict[str, Any]:
         ) from error
 
 
-def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Read] | None], T]) -> T:
+def _fetched(source: Source, kept: Callable[[], T | None], keep: Keep[T]) -> T:
+    """What the cache holds, else what a mirror brings: one process asks the mirrors, others wait for it."""
+    found = kept()
+    if found is not None:
+        return found
+    try:
+        with artifacts.turn(cache_folder() / "locks" / f"{source.name}.lock"):
+            found = kept()  # another process may have fetched it meanwhile
+            return _from_mirrors(source, keep) if found is None else found
+    except OSError as error:  # the network is a DataError: this is the disk
+        raise DataError(
+            f"{source.name} cannot be stored ({error}); free space, or set {CACHE_DIR} (now "
+            f"{cache_folder()}) and TMPDIR (now {tempfile.gettempdir()}) to writable folders"
+        ) from error
+
+
+def _from_mirrors(source: Source, keep: Keep[T]) -> T:
     failures = []
     for number, (mirror, read) in enumerate(source.mirrors):
         try:
@@ -233,11 +244,6 @@ def _from_mirrors(source: Source, keep: Callable[[list[Path], Callable[..., Read
                 return keep(mirror.fetch(folder), read)
         except DataError as error:
             failures.append(f"{mirror}: {error}")
-        except OSError as error:  # the network is a DataError: this is the disk
-            raise DataError(
-                f"{source.name} cannot be stored ({error}); free space, or set {CACHE_DIR} (now "
-                f"{cache_folder()}) and TMPDIR (now {tempfile.gettempdir()}) to writable folders"
-            ) from error
     raise DataError(
         f"{source.name} cannot be had from any of its mirrors:\n  "
         + "\n  ".join(failures)
@@ -264,6 +270,19 @@ def _workplace(source: Source, number: int, mirror: Mirror) -> Iterator[Path]:
     shutil.rmtree(downloads, ignore_errors=True)
 
 
+def _kept_tables(source: Source, folder: Path) -> Tables | None:
+    """The tables of the cache; None where they are missing, damaged or of another content."""
+    paths = folder / "interactions.parquet", folder / "items.parquet"
+    wanted = _expected_hash(source)
+    if not wanted or not all(path.is_file() for path in paths):
+        return None
+    try:
+        tables = Interactions.read(paths[0]), Catalogue.read(paths[1])
+    except ArtifactError:
+        return None
+    return tables if tables_hash(*tables) == wanted else None
+
+
 def _keep_tables(source: Source, files: list[Path], read: Callable[..., Read] | None, folder: Path) -> Tables:
     assert read is not None
     interactions, catalogue, left = read(*files)
@@ -283,11 +302,20 @@ def _keep_tables(source: Source, files: list[Path], read: Callable[..., Read] | 
     return interactions, catalogue
 
 
+def _kept_file(source: Source, folder: Path) -> Path | None:
+    files = sorted(folder.glob("*.gguf"))
+    return next((path for path in files if artifacts.hash_file(path) == source.content_hash), None)
+
+
 def _keep_file(source: Source, file: Path, folder: Path) -> Path:
     _require_hash(source, artifacts.hash_file(file), source.content_hash)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / f".{file.name}.tmp")
     return (folder / f".{file.name}.tmp").replace(folder / file.name)
+
+
+def _kept_folder(source: Source, folder: Path) -> Path | None:
+    return folder if folder.is_dir() and folder_hash(folder) == source.content_hash else None
 
 
 def _keep_folder(source: Source, files: list[Path], folder: Path) -> Path:

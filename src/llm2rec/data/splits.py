@@ -233,4 +233,4 @@ def too_short(log: Interactions, split: Split) -> list[str]:
     shortest = 2 * split.holdout + 1 if split.by == "last" else split.holdout + 1 if split.by == "users" else 1
     counts = log.counts(USER)
     short = np.flatnonzero((counts > 0) & (counts < shortest))
-    return [log.ids(USER)[int(code)] for code in short]
+    return log.ids(USER).gather(short).to_list()

@@ -310,13 +310,15 @@ def _unreadable(origin: str, error: Exception) -> str:
 
 
 def _id_column(table: pl.LazyFrame, schema: pl.Schema, name: str, origin: str) -> pl.Expr:
-    """Ids as text, null where there is none: 12, 12.0, "12" and a column of "12.0", "13.0" are the same ids."""
+    """Ids as text, null where there is none: 12, 12.0 (or a decimal), "12" and a column of "12.0" are the same."""
     kind = schema[name]
     _require_scalar(kind, name, "text or whole numbers", origin)
     column = pl.col(name)
     if kind.is_float():
         return pl.when(_is_whole(column)).then(column.cast(pl.Int64, strict=False)).cast(pl.String).alias(name)
     text = column.cast(pl.String).str.strip_chars()
+    if kind.is_decimal():
+        text = text.str.replace(r"\.0+$", "")
     if kind == pl.String:
         written_as_float = text.str.contains(_WRITTEN_AS_FLOAT).all() & text.is_not_null().any()
         if collect(table.select(written_as_float), origin).item():
@@ -351,6 +353,7 @@ def _iso_moment(text: pl.Expr) -> pl.Expr:
     whole = whole.str.replace(r"^(\d{4}-\d\d?-\d\d?)$", "${1}T00:00")
     whole = whole.str.replace(r"T(\d\d:\d\d)($|[+-])", "T${1}:00${2}")
     whole = whole.str.replace(r"(T[\d:.]+)$", "${1}+00:00").str.replace(r"([+-]\d\d)(\d\d)$", "${1}:${2}")
+    whole = whole.str.replace(r"(:[\d:.]+\s*[+-]\d\d)$", "${1}:00")
     return whole.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False).cast(MOMENT)
 
 
