@@ -1,5 +1,7 @@
 """Lists for every user of a log are those that each user would be given alone."""
 
+from dataclasses import replace
+
 import polars as pl
 import pytest
 
@@ -78,6 +80,30 @@ def test_events_of_items_that_the_run_does_not_know_are_left_out_and_counted(run
     strange.write_csv(tmp_path / "log.csv")
     with pytest.raises(DataError, match="no event is left"):
         lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv")
+
+
+def by_rating(run):  # noqa: F811
+    """The run, as if its recipe left out events rated below 4."""
+    data = run.recipe.data
+    filters = data.filters.model_copy(update={"min_rating": 4.0})
+    recipe = run.recipe.model_copy(update={"data": data.model_copy(update={"filters": filters})})
+    return replace(run, recipe=recipe)
+
+
+@pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec"])
+def test_what_was_rated_low_is_neither_looked_at_nor_listed(run, tmp_path, row):  # noqa: F811
+    lr.add_items(run, run.folder.parent / "new.csv")
+    low = STRANGERS.with_columns(item_id=pl.Series(["i06", "i07", "i06", "new1"]), rating=pl.lit(1))
+    STRANGERS.with_columns(rating=pl.lit(5)).write_csv(tmp_path / "high.csv")
+    STRANGERS.with_columns(rating=pl.lit(5)).vstack(low).write_csv(tmp_path / "all.csv")
+    tables = {}
+    for log in ("high", "all"):
+        lr.recommend_users(by_rating(run), tmp_path / "out.parquet", tmp_path / f"{log}.csv", k=50, row=row)
+        tables[log] = pl.read_parquet(tmp_path / "out.parquet").drop("place")
+    rated_low = low.select("user_id", "item_id").unique()
+    assert tables["high"].join(rated_low, on=["user_id", "item_id"], how="semi").height > 1  # premise
+    left = tables["high"].join(rated_low, on=["user_id", "item_id"], how="anti", maintain_order="left")
+    assert tables["all"].equals(left)
 
 
 def test_items_that_a_row_cannot_know_are_refused(run, tmp_path):  # noqa: F811
