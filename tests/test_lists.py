@@ -106,6 +106,18 @@ def test_what_was_rated_low_is_neither_looked_at_nor_listed(run, tmp_path, row):
     assert tables["all"].equals(left)
 
 
+def test_users_without_an_event_left_are_counted_and_named(run, tmp_path, capsys):  # noqa: F811
+    liked = STRANGERS.with_columns(rating=pl.lit(5))
+    stranger = liked[:1].with_columns(user_id=pl.lit("x"), item_id=pl.lit("i99"))
+    critic = liked[:1].with_columns(user_id=pl.lit("w"), rating=pl.lit(1))
+    liked.vstack(stranger).vstack(critic).write_csv(tmp_path / "log.csv")
+    assert lr.recommend_users(by_rating(run), tmp_path / "out.csv", tmp_path / "log.csv", k=3) == 2
+    assert "users who have no event left and get no list: 2 ('w', 'x')" in capsys.readouterr().err
+    liked.write_csv(tmp_path / "log.csv")
+    lr.recommend_users(by_rating(run), tmp_path / "out.csv", tmp_path / "log.csv", k=3)
+    assert "get no list" not in capsys.readouterr().err
+
+
 def test_items_that_a_row_cannot_know_are_refused(run, tmp_path):  # noqa: F811
     lr.add_items(run, run.folder.parent / "new.csv")
     STRANGERS.with_columns(item_id=pl.lit("new1")).vstack(STRANGERS).write_csv(tmp_path / "log.csv")

@@ -17,7 +17,7 @@ from llm2rec.data import filters, readers
 from llm2rec.data.sequences import Sequences, whole
 from llm2rec.data.tables import ITEM, RATING, TITLE, USER, Catalogue, Interactions
 from llm2rec.data.texts import clean
-from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import Lists, ServedRow, load_row, opened
 
@@ -48,7 +48,8 @@ def recommend_users(
         out: the table, `.parquet` or `.csv`.
         log: a table of interactions with the columns of the run's (`data.columns`), whose users need not be known;
             what the recipe's filters say of ratings and repeats is heeded, and events of items that the run does
-            not know are left out and counted. None takes the run's own users, whom the filters left.
+            not know are left out and counted, as are users who then have none. None takes the run's own users,
+            whom the filters left.
         k, row, exclude_history, domain, new_items: as in `recommend`.
 
     Returns:
@@ -136,6 +137,8 @@ def _read(domain: Domain, path: Path, catalogue: Catalogue) -> tuple[Sequences, 
     if not len(kept):
         raise DataError(f"{path}: no event is left to recommend from; see what was left out above")
     with_history = kept.counts(USER) > 0
+    if gone := log.ids(USER).gather(np.flatnonzero((log.counts(USER) > 0) & ~with_history)).to_list():
+        progress.say(f"users who have no event left and get no list: {len(gone):,} ({first_few(gone)})")
     consumed = log.kept(with_history[log.codes(USER)] & _is_known(log, catalogue))
     return whole(kept, catalogue), whole(consumed, catalogue)
 
