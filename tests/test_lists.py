@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -31,6 +32,20 @@ def test_lists_are_those_that_each_user_is_given_alone(run, tmp_path, monkeypatc
         assert own["item_id"].to_list() == [item.item_id for item in alone]
         assert own["score"].to_list() == pytest.approx([item.score for item in alone], abs=1e-4)
         assert own["place"].to_list() == list(range(1, len(alone) + 1))
+
+
+def test_a_few_users_cost_the_same_however_many_there_are(run, monkeypatch):  # noqa: F811
+    cast, written = pl.Series.cast, []
+
+    def counting(series, *arguments, **options):
+        written.append(len(series))
+        return cast(series, *arguments, **options)
+
+    sequences, served = Sequences.load(run.data), lr.load_row(run, "markov")
+    monkeypatch.setattr(pl.Series, "cast", counting)
+    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None))
+    assert sequences.n_users > 3 * 2  # premise
+    assert set(written) == {3 * 2}
 
 
 def test_lists_hold_the_history_where_they_are_asked_to(run, tmp_path):  # noqa: F811

@@ -180,7 +180,7 @@ def _table(
     index = items[rows, places]
     chosen = served.catalogue.frame[(index - 1).numpy()]
     columns = (
-        histories.user_ids.cast(pl.String).gather(users[rows.numpy()]),
+        histories.user_ids.gather(users[rows.numpy()]).cast(pl.String),
         (places + 1).numpy(),
         chosen[ITEM],
         [clean(title) for title in chosen[TITLE]],
