@@ -173,6 +173,8 @@ class FrozenItems(ItemTable):
             values = getattr(frozen.statistics, name)
             if values is not None:
                 self.register_buffer(name, torch.from_numpy(values))
+        if frozen.statistics.longest is not None:
+            self.register_buffer("longest_trained", torch.tensor(frozen.statistics.longest))
         if frozen.neighbours is not None:
             for field in fields(frozen.neighbours):
                 values = getattr(frozen.neighbours, field.name)

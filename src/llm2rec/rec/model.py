@@ -233,11 +233,12 @@ def _neighbours(weights: dict[str, Tensor]) -> Neighbours | None:
 
 
 def _statistics(weights: dict[str, Tensor]) -> Statistics:
-    projection = weights.get("items.projection")
+    projection, longest = weights.get("items.projection"), weights.get("items.longest_trained")
     return Statistics(
         weights["items.mean"].numpy(),
         weights["items.scale"].numpy(),
         None if projection is None else projection.numpy(),
+        None if longest is None else float(longest),
     )
 
 
