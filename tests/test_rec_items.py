@@ -15,6 +15,7 @@ from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.context import BUCKETS, gap_buckets
 from llm2rec.rec.items import Categories, CategorisedItems, DeltaItems, FrozenItems, make_adapter
 from llm2rec.rec.smoothing import Neighbours
+from llm2rec.rec.table_linear import ROWS
 from llm2rec.rec.vectors import freeze, measure
 from test_rec_conformance import HISTORIES, LENGTH, N, built, random_sequences, score, times_of, vectors
 
@@ -173,6 +174,20 @@ class TestTables:
         one, two = torch.randn(2, 1, 6)
         zero = adapter(torch.zeros(1, 6))
         assert not torch.allclose(adapter(one + two) + zero, adapter(one) + adapter(two), atol=1e-5)
+
+    @pytest.mark.parametrize("adapter", ["linear", "mlp"])
+    @pytest.mark.parametrize("size", [ROWS + 1, 2 * ROWS + 1])
+    def test_without_gradients_a_catalogue_is_mapped_in_parts_and_equal_texts_stay_equal(self, adapter, size):
+        texts = np.random.default_rng(0).normal(size=(7, 64)).astype(np.float32)
+        table = FrozenItems(freeze(texts[np.arange(size) % 7]), 4, adapter, 16)
+        parts = []
+        table.adapter.register_forward_hook(lambda _, given, __: parts.append(len(given[0])))
+        whole = table.vectors().detach()
+        with torch.no_grad():
+            mapped = table.vectors()
+        assert parts[0] == sum(parts[1:]) == size and max(parts[1:]) <= ROWS and min(parts[1:]) > 1
+        assert torch.allclose(mapped, whole, atol=1e-6)
+        assert all(torch.equal(mapped[place], mapped[place % 7]) for place in (size - 1, size - 2, ROWS - 1))
 
     def test_a_sum_is_adapted_text_plus_learned_vector(self):
         items = make(items="sum").items
