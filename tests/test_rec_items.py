@@ -270,6 +270,20 @@ class TestTables:
         lengths = loaded.items.frozen.float().norm(dim=1)
         assert lengths[N] == pytest.approx(float(lengths[:N].max()), rel=1e-2)
 
+    def test_loading_checks_and_hashes_the_vectors_once(self, tmp_path, monkeypatch):
+        models.save(make(), tmp_path)
+        calls = []
+        for plain in (vectors_module.hash_vectors, vectors_module.checked_vectors):
+
+            def counting(matrix, plain=plain):
+                calls.append(plain.__name__)
+                return plain(matrix)
+
+            for module in (models, vectors_module):
+                monkeypatch.setattr(module, plain.__name__, counting)
+        models.load(tmp_path, vectors())
+        assert sorted(calls) == ["checked_vectors", "hash_vectors"]
+
     def test_the_vectors_are_not_written_with_the_model(self, tmp_path):
         from safetensors.torch import load_file
 

@@ -72,6 +72,7 @@ def freeze(
     statistics: Statistics | None = None,
     trainable: np.ndarray | None = None,
     added: np.ndarray | None = None,
+    sha256: str | None = None,
 ) -> FrozenVectors:
     """Checks, hashes and transforms vectors.
 
@@ -83,13 +84,15 @@ def freeze(
         trainable: (N,) bool, the rows that they are measured on; None: all. Held-out items have no say, as items
             that come later have none.
         added: (M, D) raw vectors of items that the training did not know.
+        sha256: of `vectors` that are checked and hashed already; None: they are not.
 
     Raises:
         ArtifactError: not (N, D), NaN or infinite values, `added` of another width, or neighbours of other items.
         ConfigError: more `dimensions` than the vectors have.
     """
-    vectors = checked_vectors(vectors)
-    sha256 = hash_vectors(vectors)
+    if sha256 is None:
+        vectors = checked_vectors(vectors)
+        sha256 = hash_vectors(vectors)
     added = np.empty_like(vectors[:0]) if added is None else _checked_added(added, vectors)
     if neighbours is not None:
         if len(neighbours.offsets) != len(vectors) + 1:
