@@ -1,5 +1,8 @@
 """Lists for every user of a log are those that each user would be given alone."""
 
+from dataclasses import replace
+
+import numpy as np
 import polars as pl
 import pytest
 
@@ -29,6 +32,20 @@ def test_lists_are_those_that_each_user_is_given_alone(run, tmp_path, monkeypatc
         assert own["item_id"].to_list() == [item.item_id for item in alone]
         assert own["score"].to_list() == pytest.approx([item.score for item in alone], abs=1e-4)
         assert own["place"].to_list() == list(range(1, len(alone) + 1))
+
+
+def test_a_few_users_cost_the_same_however_many_there_are(run, monkeypatch):  # noqa: F811
+    cast, written = pl.Series.cast, []
+
+    def counting(series, *arguments, **options):
+        written.append(len(series))
+        return cast(series, *arguments, **options)
+
+    sequences, served = Sequences.load(run.data), lr.load_row(run, "markov")
+    monkeypatch.setattr(pl.Series, "cast", counting)
+    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None))
+    assert sequences.n_users > 3 * 2  # premise
+    assert set(written) == {3 * 2}
 
 
 def test_lists_hold_the_history_where_they_are_asked_to(run, tmp_path):  # noqa: F811
@@ -78,6 +95,42 @@ def test_events_of_items_that_the_run_does_not_know_are_left_out_and_counted(run
     strange.write_csv(tmp_path / "log.csv")
     with pytest.raises(DataError, match="no event is left"):
         lr.recommend_users(run, tmp_path / "out.csv", tmp_path / "log.csv")
+
+
+def by_rating(run):  # noqa: F811
+    """The run, as if its recipe left out events rated below 4."""
+    data = run.recipe.data
+    filters = data.filters.model_copy(update={"min_rating": 4.0})
+    recipe = run.recipe.model_copy(update={"data": data.model_copy(update={"filters": filters})})
+    return replace(run, recipe=recipe)
+
+
+@pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec"])
+def test_what_was_rated_low_is_neither_looked_at_nor_listed(run, tmp_path, row):  # noqa: F811
+    lr.add_items(run, run.folder.parent / "new.csv")
+    low = STRANGERS.with_columns(item_id=pl.Series(["i06", "i07", "i06", "new1"]), rating=pl.lit(1))
+    STRANGERS.with_columns(rating=pl.lit(5)).write_csv(tmp_path / "high.csv")
+    STRANGERS.with_columns(rating=pl.lit(5)).vstack(low).write_csv(tmp_path / "all.csv")
+    tables = {}
+    for log in ("high", "all"):
+        lr.recommend_users(by_rating(run), tmp_path / "out.parquet", tmp_path / f"{log}.csv", k=50, row=row)
+        tables[log] = pl.read_parquet(tmp_path / "out.parquet").drop("place")
+    rated_low = low.select("user_id", "item_id").unique()
+    assert tables["high"].join(rated_low, on=["user_id", "item_id"], how="semi").height > 1  # premise
+    left = tables["high"].join(rated_low, on=["user_id", "item_id"], how="anti", maintain_order="left")
+    assert tables["all"].equals(left)
+
+
+def test_users_without_an_event_left_are_counted_and_named(run, tmp_path, capsys):  # noqa: F811
+    liked = STRANGERS.with_columns(rating=pl.lit(5))
+    stranger = liked[:1].with_columns(user_id=pl.lit("x"), item_id=pl.lit("i99"))
+    critic = liked[:1].with_columns(user_id=pl.lit("w"), rating=pl.lit(1))
+    liked.vstack(stranger).vstack(critic).write_csv(tmp_path / "log.csv")
+    assert lr.recommend_users(by_rating(run), tmp_path / "out.csv", tmp_path / "log.csv", k=3) == 2
+    assert "users who have no event left and get no list: 2 ('w', 'x')" in capsys.readouterr().err
+    liked.write_csv(tmp_path / "log.csv")
+    lr.recommend_users(by_rating(run), tmp_path / "out.csv", tmp_path / "log.csv", k=3)
+    assert "get no list" not in capsys.readouterr().err
 
 
 def test_items_that_a_row_cannot_know_are_refused(run, tmp_path):  # noqa: F811

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts, comparison, precision
-from llm2rec.config import SplitConfig
+from llm2rec.config import RecommenderConfig, SplitConfig
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
@@ -28,12 +28,14 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import maps, protocol
 from llm2rec.loading import load_recipe
 from llm2rec.rec.average import ScoreAverage
+from llm2rec.rows import Row
 from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
 from llm2rec.stages.language import encode_texts
+from llm2rec.stages.recommenders import unread_by
 
 SMALL = (
     "model.source=tiny-random",
@@ -233,6 +235,22 @@ def test_rows_over_ids_do_not_depend_on_what_is_made_of_vectors(change, copied, 
     stages = [stage for stage, _ in rerun(copied, world, change, "recommender.max_epochs=40")]
     assert "recommender/main/sasrec-llm2rec/seed-0" in stages
     assert not [stage for stage in stages if "sasrec-id" in stage]
+
+
+@pytest.mark.parametrize("change", ["delta_share=0.3", "negatives=17", "sampling=popularity", "calibration=0.5"])
+def test_a_key_that_no_row_reads_trains_nothing_again(change, copied, world):
+    assert rerun(copied, world, f"recommender.{change}") == []
+
+
+def test_what_a_training_reads_depends_on_row_and_settings():
+    def unread(row, **settings):
+        return {key.partition(".")[2] for key in unread_by(Row.parse(row), RecommenderConfig(**settings))}
+
+    sampling = {"negatives", "sampling", "calibration"}
+    assert unread("sasrec-llm2rec") == {"delta_share"} | sampling
+    assert unread("sasrec-llm2rec+delta", loss="gbce") == set()
+    assert unread("sasrec-llm2rec+delta", loss="sampled_softmax") == {"calibration"}
+    assert unread("gru4rec-llm2rec+delta", adapter="linear") == {"adapter_size", "heads"} | sampling
 
 
 def test_a_changed_evaluation_key_reruns_the_evaluation_only(copied, world):

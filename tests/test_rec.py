@@ -1,6 +1,7 @@
 """Recommenders: baselines counted by hand, dropout, windows, fit; test_rec_conformance has what all share."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import polars as pl
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from conftest import prepared_cycle
-from llm2rec.data.sequences import TEST, Sequences, prepare
+from llm2rec.data.sequences import TEST, TRAIN, Sequences, prepare
 from llm2rec.data.splits import Split
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError, DataError
@@ -74,6 +75,21 @@ def test_item_knn_equals_a_dense_count(sequences, neighbours):
         row[np.argsort(-row, kind="stable")[neighbours:]] = 0.0
     expected = np.stack([similarity[[0, 1, 2]].sum(0), similarity[[3, 4, 5, 6, 7]].sum(0), similarity[8]])
     assert np.allclose(ItemKNN(sequences, neighbours=neighbours).score(HISTORIES), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [ItemKNN, Ease])
+def test_pairs_of_items_are_counted_some_at_a_time_with_the_same_result(floor, monkeypatch):
+    items = np.concatenate([np.arange(400), np.arange(0, 400, 3), np.arange(0, 400, 7)]).astype(np.int32) + 1
+    offsets, parts = np.array([0, 400, 534, 592]), np.full(592, TRAIN, dtype=np.uint8)
+    devoted = Sequences(items, offsets, parts, [str(item) for item in range(400)], pl.Series(range(3)))
+    at_once = floor(devoted).score(HISTORIES)
+    monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", 4_000)
+    tracemalloc.start()
+    scorer = floor(devoted)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * 4 * 400**2  # bytes; all pairs at once take three dense matrices, sorted 15
+    assert torch.equal(scorer.score(HISTORIES), at_once)
 
 
 def test_an_item_twice_in_the_window_speaks_twice_for_its_neighbours(sequences):

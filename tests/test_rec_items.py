@@ -15,6 +15,7 @@ from llm2rec.rec.architecture import ITEM_TABLES, MODELS, Architecture
 from llm2rec.rec.context import BUCKETS, gap_buckets
 from llm2rec.rec.items import Categories, CategorisedItems, DeltaItems, FrozenItems, make_adapter
 from llm2rec.rec.smoothing import Neighbours
+from llm2rec.rec.table_linear import ROWS
 from llm2rec.rec.vectors import freeze, measure
 from test_rec_conformance import HISTORIES, LENGTH, N, built, random_sequences, score, times_of, vectors
 
@@ -122,6 +123,22 @@ class TestFrozenVectors:
         assert lengths[-1] == pytest.approx(float(lengths[:N].max()), rel=1e-2)
         assert torch.equal(values[N : N + 2], values[:2])
 
+    @pytest.mark.parametrize("whitening", ["none", "half", "full"])
+    def test_no_held_out_vector_is_longer_than_the_longest_trained_on(self, whitening):
+        trainable, far = np.arange(N) != 3, vectors()
+        far[3] += 1000.0
+        for added in (None, far[[3, 0]]):
+            frozen = freeze(far, whitening=whitening, trainable=trainable, added=added)
+            lengths = frozen.values.float().norm(dim=1)
+            longest = float(lengths[:N][trainable].max())
+            assert longest == pytest.approx(frozen.statistics.longest)
+            assert lengths[3] == pytest.approx(longest, rel=1e-2) and lengths.max() <= 1.01 * longest
+            again = freeze(far, statistics=frozen.statistics, added=added)
+            assert torch.equal(again.values, frozen.values)
+        assert (
+            np.linalg.norm(transformed(far, whitening=whitening, counted=trainable)[3]) > 10 * longest
+        )  # premise
+
     def test_of_few_items_weak_directions_are_not_blown_up(self):
         own, later = np.random.default_rng(0).normal(size=(2, 100, 80)).astype(np.float32)
         own, later = (one * np.geomspace(1, 0.01, 80, dtype=np.float32) for one in (own, later))
@@ -157,6 +174,20 @@ class TestTables:
         one, two = torch.randn(2, 1, 6)
         zero = adapter(torch.zeros(1, 6))
         assert not torch.allclose(adapter(one + two) + zero, adapter(one) + adapter(two), atol=1e-5)
+
+    @pytest.mark.parametrize("adapter", ["linear", "mlp"])
+    @pytest.mark.parametrize("size", [ROWS + 1, 2 * ROWS + 1])
+    def test_without_gradients_a_catalogue_is_mapped_in_parts_and_equal_texts_stay_equal(self, adapter, size):
+        texts = np.random.default_rng(0).normal(size=(7, 64)).astype(np.float32)
+        table = FrozenItems(freeze(texts[np.arange(size) % 7]), 4, adapter, 16)
+        parts = []
+        table.adapter.register_forward_hook(lambda _, given, __: parts.append(len(given[0])))
+        whole = table.vectors().detach()
+        with torch.no_grad():
+            mapped = table.vectors()
+        assert parts[0] == sum(parts[1:]) == size and max(parts[1:]) <= ROWS and min(parts[1:]) > 1
+        assert torch.allclose(mapped, whole, atol=1e-6)
+        assert all(torch.equal(mapped[place], mapped[place % 7]) for place in (size - 1, size - 2, ROWS - 1))
 
     def test_a_sum_is_adapted_text_plus_learned_vector(self):
         items = make(items="sum").items
@@ -215,6 +246,43 @@ class TestTables:
         assert loaded.architecture == model.architecture
         assert torch.equal(loaded.score(HISTORIES), model.score(HISTORIES))
         assert not torch.equal(make(items=items).score(HISTORIES), model.score(HISTORIES))  # premise
+
+    def test_the_length_that_held_out_items_are_cut_to_survives_saving_and_loading(self, tmp_path):
+        far, trainable = vectors(), np.arange(N) != 3
+        far[3] += 1000.0
+        model = models.build(architecture(), n_items=N, seed=0, vectors=far, trainable=trainable).eval()
+        models.save(model, tmp_path)
+        loaded = models.load(tmp_path, far, added=far[[3]])
+        assert torch.equal(loaded.score(HISTORIES)[:, :N], model.score(HISTORIES))
+        assert torch.equal(loaded.items.frozen[N], loaded.items.frozen[3])
+
+    def test_a_recommender_saved_without_that_length_takes_all_items_as_trained_on(self, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        model = make()
+        models.save(model, tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["items.longest_trained"]
+        save_file(weights, tmp_path / "model.safetensors")
+        far = vectors()[[3]] + 1000.0
+        loaded = models.load(tmp_path, vectors(), added=far)
+        assert torch.equal(loaded.score(HISTORIES)[:, :N], model.score(HISTORIES))
+        lengths = loaded.items.frozen.float().norm(dim=1)
+        assert lengths[N] == pytest.approx(float(lengths[:N].max()), rel=1e-2)
+
+    def test_loading_checks_and_hashes_the_vectors_once(self, tmp_path, monkeypatch):
+        models.save(make(), tmp_path)
+        calls = []
+        for plain in (vectors_module.hash_vectors, vectors_module.checked_vectors):
+
+            def counting(matrix, plain=plain):
+                calls.append(plain.__name__)
+                return plain(matrix)
+
+            for module in (models, vectors_module):
+                monkeypatch.setattr(module, plain.__name__, counting)
+        models.load(tmp_path, vectors())
+        assert sorted(calls) == ["checked_vectors", "hash_vectors"]
 
     def test_the_vectors_are_not_written_with_the_model(self, tmp_path):
         from safetensors.torch import load_file

@@ -118,7 +118,7 @@ def _require_current(run: Run, folders: list[Path]) -> None:
     """Raises ArtifactError where vectors were made otherwise than those of new items would be."""
     for stage in encode_stages(run):
         if stage.folder in folders:
-            decision = artifacts.decide(stage.folder, stage.inputs())
+            decision = stage.decide()
             if not decision.keep:
                 raise ArtifactError(
                     f"{stage.folder} is not up to date ({decision.in_words}), and new items must be encoded as "

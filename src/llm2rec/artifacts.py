@@ -206,15 +206,19 @@ def require_disk(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def decide(folder: Path, inputs: Inputs) -> Decision:
-    """Keep or rerun: compares `inputs` with the manifest and checks that the outputs are intact."""
+def decide(folder: Path, inputs: Inputs, unread: frozenset[str] = frozenset()) -> Decision:
+    """Keep or rerun: compares `inputs` with the manifest and checks that the outputs are intact.
+
+    Args:
+        unread: keys of the inputs that the stage does not look at, whatever their values were and are.
+    """
     try:
         manifest = read_manifest(folder)
     except ArtifactError:
         return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
         return Decision(False, _unfinished(folder / STARTED, inputs))
-    differing = changed(manifest.inputs, inputs)
+    differing = tuple(key for key in changed(manifest.inputs, inputs) if key not in unread)
     if differing:
         return Decision(False, differing)
     damaged = _damaged(folder, manifest)

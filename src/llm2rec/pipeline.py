@@ -214,7 +214,7 @@ def _encoding(run: Run, sets: Sequence[str]) -> list[Stage]:
 def _is_kept(stage: Stage) -> bool:
     """Whether a stage is finished as the recipe wants it, as far as the stages before it let one tell."""
     try:
-        return artifacts.decide(stage.folder, stage.inputs()).keep
+        return stage.decide().keep
     except Llm2RecError:  # what it depends on is not finished
         return False
 
@@ -243,7 +243,7 @@ def _say_what_is_of_no_row(run: Run) -> None:
 def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     name = str(stage.folder.relative_to(run.folder))
     inputs = stage.inputs()
-    decision = artifacts.decide(stage.folder, inputs)
+    decision = artifacts.decide(stage.folder, inputs, stage.unread)
     if decision.keep:
         artifacts.tidy(stage.folder, run.folder)
         progress.say(f"keep   {name}")
@@ -275,7 +275,7 @@ def _finished_elsewhere(stage: Stage, name: str, inputs: Inputs, siblings: Seque
     if stage.verb == "evaluate":
         return None
     folders = [sibling / name for sibling in siblings]
-    return next((folder for folder in folders if artifacts.decide(folder, inputs).keep), None)
+    return next((folder for folder in folders if artifacts.decide(folder, inputs, stage.unread).keep), None)
 
 
 def _execute(run: Run, stage: Stage, summary: dict[str, Any]) -> None:

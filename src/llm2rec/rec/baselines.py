@@ -6,6 +6,8 @@ counts again, and a floor can never be older than its data. EASE inverts a matri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +22,8 @@ from llm2rec.rows import LARGEST_EASE
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
+
+_PAIRS_AT_ONCE = 2**22  # of items that users have in common: 60 bytes each while they are sorted
 
 
 class Popularity:
@@ -83,19 +87,25 @@ class ItemKNN:
                 f"item-knn got neighbours {neighbours}, shrinkage {shrinkage}; they must be at least 1 and 0"
             )
         self.n_items = sequences.n_items
-        together = (seen := _seen(sequences)).T @ seen
-        users = together.diagonal()  # c_i
+        seen = _seen(sequences)
+        users = seen.sum(axis=0)  # c_i
+        nearest = [self._nearest(rows, both, users, neighbours, shrinkage) for rows, both in _together(seen)]
+        self._similarity = sparse.vstack(nearest, format="csr")
+
+    @staticmethod
+    def _nearest(
+        rows: slice, together: sparse.csr_array, users: np.ndarray, neighbours: int, shrinkage: float
+    ) -> sparse.csr_array:
+        """(R, N) float32: the similarities of some items to their nearest, from `_together`."""
         pairs = together.tocoo()
-        apart = pairs.row != pairs.col
+        apart = pairs.row + rows.start != pairs.col
         row, column, both = pairs.row[apart], pairs.col[apart], pairs.data[apart]
-        similarity = both / (np.sqrt(users[row] * users[column]) + shrinkage)
+        similarity = both / (np.sqrt(users[rows][row] * users[column]) + shrinkage)
         order = np.lexsort((column, -similarity, row))
         row, column, similarity = row[order], column[order], similarity[order]
-        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=self.n_items))])
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=together.shape[0]))])
         near = np.arange(len(row)) - starts[row] < neighbours
-        self._similarity = sparse.csr_array(
-            (similarity[near].astype(np.float32), (row[near], column[near])), (self.n_items, self.n_items)
-        )
+        return sparse.csr_array((similarity[near].astype(np.float32), (row[near], column[near])), together.shape)
 
     def score(self, histories: Tensor) -> Tensor:
         """(B, N) float32: summed similarity to the items of each history; 0 for an empty one."""
@@ -130,10 +140,13 @@ class Ease:
             )
         if not regularisation > 0:
             raise ConfigError(f"regularisation is {regularisation}; it must be above 0")
-        gram = torch.from_numpy(((seen := _seen(sequences)).T @ seen).toarray())
+        counts = np.empty((self.n_items, self.n_items), dtype=np.float32)
+        for rows, both in _together(_seen(sequences)):
+            both.toarray(out=counts[rows])
+        gram = torch.from_numpy(counts)
         gram.diagonal().add_(regularisation)
         factor = torch.linalg.cholesky(gram)
-        del gram
+        del counts, gram
         weights = torch.cholesky_inverse(factor)  # P
         weights.div_(-weights.diagonal().clone())
         weights.fill_diagonal_(0)
@@ -165,6 +178,18 @@ def _seen(sequences: Sequences) -> sparse.csr_array:
     seen.sum_duplicates()
     seen.data[:] = 1.0
     return seen
+
+
+def _together(seen: sparse.csr_array) -> Iterator[tuple[slice, sparse.csr_array]]:
+    """Items by rows, and the users that these have in common with every item: (R, N) float32.
+
+    As many rows as `_PAIRS_AT_ONCE` allows: one user with L items makes L^2 pairs.
+    """
+    by_item = seen.T.tocsr()
+    pairs = np.minimum(by_item @ np.diff(seen.indptr), seen.shape[1])  # of each row, at most
+    starts = np.flatnonzero(np.diff(np.cumsum(pairs) // _PAIRS_AT_ONCE, prepend=-1))
+    for start, end in pairwise([*starts.tolist(), seen.shape[1]]):
+        yield slice(start, end), by_item[start:end] @ seen
 
 
 def _indicator(histories: Tensor, n_items: int) -> sparse.csr_array:

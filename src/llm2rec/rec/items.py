@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm2rec.errors import DataError
-from llm2rec.rec.table_linear import TableLinear
+from llm2rec.rec.table_linear import ROWS, TableLinear
 from llm2rec.rec.vectors import FrozenVectors
 
 INITIAL_STD = 0.02
@@ -173,6 +173,8 @@ class FrozenItems(ItemTable):
             values = getattr(frozen.statistics, name)
             if values is not None:
                 self.register_buffer(name, torch.from_numpy(values))
+        if frozen.statistics.longest is not None:
+            self.register_buffer("longest_trained", torch.tensor(frozen.statistics.longest))
         if frozen.neighbours is not None:
             for field in fields(frozen.neighbours):
                 values = getattr(frozen.neighbours, field.name)
@@ -194,9 +196,14 @@ class FrozenItems(ItemTable):
         return self._apart(self.adapter, values)
 
     def _apart(self, layer: nn.Module, values: Tensor) -> Tensor:
-        """`layer` over the trained and the added rows of `values`; see `parts`."""
-        mapped: Tensor = torch.cat([layer(part) for part in self.parts(values)]) if self.n_added else layer(values)
-        return mapped
+        """`layer` over the trained and the added rows of `values`; see `parts`.
+
+        Without gradients some rows at a time, so that hidden units are never held of the whole catalogue.
+        """
+        parts = self.parts(values)
+        if not torch.is_grad_enabled():
+            parts = tuple(rows for part in parts for rows in _alike(part))
+        return torch.cat([layer(part) for part in parts]) if len(parts) > 1 else layer(parts[0])
 
     def _for_all(self, table: Tensor, rows: Tensor | None = None) -> Tensor:
         """(N, ...) -> (N + M, ...): zeros for the added items; or some rows."""
@@ -286,6 +293,15 @@ def learned(rows: int, hidden_size: int) -> nn.Parameter:
 def _at(table: Tensor, rows: Tensor | None) -> Tensor:
     """The table, or some of its rows."""
     return table if rows is None else F.embedding(rows, table)
+
+
+def _alike(values: Tensor) -> tuple[Tensor, ...]:
+    """The rows of a table in parts of at most ROWS, of one length (or one less).
+
+    Equal vectors must score alike wherever they stand, and products of a single row, which a remainder may be, are
+    rounded in another way than those of many.
+    """
+    return values.tensor_split(max(1, -(-len(values) // ROWS)))
 
 
 def _zero(weight: nn.Parameter, rows: Tensor) -> None:

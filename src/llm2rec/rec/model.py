@@ -59,6 +59,7 @@ def build(
     statistics: Statistics | None = None,
     trainable: np.ndarray | None = None,
     added: np.ndarray | None = None,
+    sha256: str | None = None,
 ) -> Recommender:
     """An untrained recommender.
 
@@ -71,6 +72,7 @@ def build(
         neighbours: of the N items, where the architecture smooths their vectors, and only there.
         statistics: what transforms `vectors`; None measures it on them, at the `trainable` rows (N,) if given.
         added: (M, D) raw vectors of items beyond the N.
+        sha256: of `vectors` that are checked and hashed already; None: they are not.
 
     Raises:
         ConfigError: the parts do not fit each other.
@@ -88,7 +90,7 @@ def build(
                 raise ConfigError(
                     f"categories go with items 'id', not with {architecture.items!r}; choose one of both"
                 )
-            items = _frozen(architecture, n_items, vectors, neighbours, statistics, trainable, added)
+            items = _frozen(architecture, n_items, vectors, neighbours, statistics, trainable, added, sha256)
         return MODELS[architecture.name](items, architecture)
 
 
@@ -143,7 +145,7 @@ def load(
         raise ArtifactError(f"{folder / CONFIG} is not a recommender of format {FORMAT}; run the fit stage again")
     try:
         _require_same_catalogue(folder, config["n_items"], config["item_ids_sha256"], item_ids)
-        _require_same_vectors(folder, config["vectors_sha256"], vectors, added)
+        vectors = _same_vectors(folder, config["vectors_sha256"], vectors, added)
         architecture = Architecture(**config["architecture"])
         weights = load_file(folder / WEIGHTS)
         model = build(
@@ -155,6 +157,7 @@ def load(
             neighbours=_neighbours(weights),
             statistics=None if vectors is None else _statistics(weights),
             added=added,
+            sha256=config["vectors_sha256"],
         )
         model.load_state_dict(weights)
     except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, ConfigError, DataError) as error:
@@ -185,6 +188,7 @@ def _frozen(
     statistics: Statistics | None,
     trainable: np.ndarray | None,
     added: np.ndarray | None,
+    sha256: str | None,
 ) -> ItemTable:
     if vectors is None:
         raise ArtifactError(
@@ -212,6 +216,7 @@ def _frozen(
         statistics=statistics,
         trainable=trainable,
         added=added,
+        sha256=sha256,
     )
     sizes = architecture.hidden_size, architecture.adapter, architecture.adapter_size or architecture.hidden_size
     if architecture.items == "delta":
@@ -233,11 +238,12 @@ def _neighbours(weights: dict[str, Tensor]) -> Neighbours | None:
 
 
 def _statistics(weights: dict[str, Tensor]) -> Statistics:
-    projection = weights.get("items.projection")
+    projection, longest = weights.get("items.projection"), weights.get("items.longest_trained")
     return Statistics(
         weights["items.mean"].numpy(),
         weights["items.scale"].numpy(),
         None if projection is None else projection.numpy(),
+        None if longest is None else float(longest),
     )
 
 
@@ -256,9 +262,10 @@ def _require_same_catalogue(
         )
 
 
-def _require_same_vectors(
+def _same_vectors(
     folder: Path, expected: Any, vectors: np.ndarray | None, added: np.ndarray | None
-) -> None:
+) -> np.ndarray | None:
+    """The vectors, checked and of the hash of training; None for learned ids."""
     if expected is None and added is not None:
         raise ArtifactError(
             f"{folder} was trained over learned ids, which added items do not have; fit it again with them, or "
@@ -268,8 +275,12 @@ def _require_same_vectors(
         raise ArtifactError(f"{folder} was trained over learned ids; load it without vectors")
     if expected is not None and vectors is None:
         raise ArtifactError(f"{folder} was trained over item vectors ({expected[:12]}...); load it with them")
-    if vectors is not None and hash_vectors(checked_vectors(vectors)) != expected:
+    if vectors is None:
+        return None
+    vectors = checked_vectors(vectors)
+    if (found := hash_vectors(vectors)) != expected:
         raise ArtifactError(
-            f"{folder} was trained over other item vectors (sha256 {expected[:12]}..., these are "
-            f"{hash_vectors(vectors)[:12]}...); fit it again over these, or give it the vectors of training"
+            f"{folder} was trained over other item vectors (sha256 {expected[:12]}..., these are {found[:12]}...);"
+            " fit it again over these, or give it the vectors of training"
         )
+    return vectors

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,11 +28,16 @@ _CHUNK_ROWS = 8192
 
 @dataclass(frozen=True)
 class Statistics:
-    """What transforms raw vectors: mean and scale, (D,) float32 each, and a projection (D, K) float32 or None."""
+    """What transforms raw vectors: mean and scale, (D,) float32 each, and a projection (D, K) float32 or None.
+
+    longest: length of the longest transformed vector that was trained on, to which all others are cut; None, of a
+    recommender that was saved without it: all vectors of the catalogue count as trained on.
+    """
 
     mean: np.ndarray
     scale: np.ndarray
     projection: np.ndarray | None = None
+    longest: float | None = None
 
     def apply(self, vectors: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, K) float32, K = D without a projection: centred, scaled, projected."""
@@ -67,6 +72,7 @@ def freeze(
     statistics: Statistics | None = None,
     trainable: np.ndarray | None = None,
     added: np.ndarray | None = None,
+    sha256: str | None = None,
 ) -> FrozenVectors:
     """Checks, hashes and transforms vectors.
 
@@ -78,13 +84,15 @@ def freeze(
         trainable: (N,) bool, the rows that they are measured on; None: all. Held-out items have no say, as items
             that come later have none.
         added: (M, D) raw vectors of items that the training did not know.
+        sha256: of `vectors` that are checked and hashed already; None: they are not.
 
     Raises:
         ArtifactError: not (N, D), NaN or infinite values, `added` of another width, or neighbours of other items.
         ConfigError: more `dimensions` than the vectors have.
     """
-    vectors = checked_vectors(vectors)
-    sha256 = hash_vectors(vectors)
+    if sha256 is None:
+        vectors = checked_vectors(vectors)
+        sha256 = hash_vectors(vectors)
     added = np.empty_like(vectors[:0]) if added is None else _checked_added(added, vectors)
     if neighbours is not None:
         if len(neighbours.offsets) != len(vectors) + 1:
@@ -94,11 +102,17 @@ def freeze(
         known = np.diff(neighbours.offsets) > 0
         mean, _ = column_statistics(vectors, known if known.any() else None)
         vectors, added = smoothed(vectors, mean, neighbours, smoothing, added)
-    statistics = statistics or measure(vectors, whitening, dimensions, trainable)
-    values = _transformed(vectors, statistics)
+    measured = statistics or measure(vectors, whitening, dimensions, trainable)
+    values = _transformed(vectors, measured)
+    if statistics is None:
+        measured = replace(measured, longest=_longest(values, trainable))
     if len(added):
-        values = torch.cat([values, _shortened(_transformed(added, statistics), values)])
-    return FrozenVectors(values, len(added), statistics, sha256, neighbours)
+        values = torch.cat([values, _transformed(added, measured)])
+    if measured.longest is None:
+        _shorten(values[len(vectors) :], _longest(values[: len(vectors)]))
+    else:
+        _shorten(values, measured.longest)
+    return FrozenVectors(values, len(added), measured, sha256, neighbours)
 
 
 def _checked_added(added: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -120,14 +134,20 @@ def _transformed(vectors: np.ndarray, statistics: Statistics) -> Tensor:
     return values
 
 
-def _shortened(values: Tensor, known: Tensor) -> Tensor:
-    """(M, K): those longer than the longest of `known` (N, K) cut to its length, beyond which nothing was trained.
+def _longest(values: Tensor, counted: np.ndarray | None = None) -> float:
+    """Length of the longest row of (N, K), of those at (N,) bool `counted` if given."""
+    lengths = torch.cat([values[rows].float().norm(dim=1) for rows in _chunks(values)])
+    return float(lengths.max() if counted is None else lengths[torch.from_numpy(counted)].max())
+
+
+def _shorten(values: Tensor, longest: float) -> None:
+    """Cuts rows of (N, K) that are longer than `longest`, beyond which nothing was trained, to that length.
 
     Ours. Scores grow with the length, so that a text unlike all others of the catalogue would lead every list.
     """
-    longest = max(float(known[rows].float().norm(dim=1).max()) for rows in _chunks(known))
-    lengths = values.float().norm(dim=1, keepdim=True)
-    return (values * (longest / lengths.clamp(min=longest))).to(values.dtype)
+    for rows in _chunks(values):
+        lengths = values[rows].float().norm(dim=1, keepdim=True)
+        values[rows] *= longest / lengths.clamp(min=longest)
 
 
 def _chunks(vectors: np.ndarray | Tensor) -> Iterator[slice]:

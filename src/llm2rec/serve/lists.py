@@ -15,9 +15,9 @@ from llm2rec import artifacts, progress
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, readers
 from llm2rec.data.sequences import Sequences, whole
-from llm2rec.data.tables import ITEM, RATING, TITLE, Catalogue
+from llm2rec.data.tables import ITEM, RATING, TITLE, USER, Catalogue, Interactions
 from llm2rec.data.texts import clean
-from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import Lists, ServedRow, load_row, opened
 
@@ -40,13 +40,16 @@ def recommend_users(
 
     The table has the columns user_id, place (1 is the best), item_id, title, score and new (no training event
     holds the item). All that is known of a user is the history: of the run's own users their held-out events, too.
+    The items of it are hidden, and of a `log` those that the filters leave out of the history as well: what was
+    rated low is not listed. The run keeps no such events of its own users, whose lists may hold the items of them.
 
     Args:
         run: a finished run, or its folder.
         out: the table, `.parquet` or `.csv`.
         log: a table of interactions with the columns of the run's (`data.columns`), whose users need not be known;
             what the recipe's filters say of ratings and repeats is heeded, and events of items that the run does
-            not know are left out and counted. None takes the run's own users, whom the filters left.
+            not know are left out and counted, as are users who then have none. None takes the run's own users,
+            whom the filters left.
         k, row, exclude_history, domain, new_items: as in `recommend`.
 
     Returns:
@@ -62,9 +65,13 @@ def recommend_users(
     lists = served.lists(k, new_items)
     _check_out(out, run)
     place = served.domain
-    sequences = Sequences.load(place.data) if log is None else _read(place, Path(log), served.catalogue)
-    served.require_readable(int(np.asarray(sequences.items).max()))
-    tables = [_table(sequences, users, served, lists, exclude_history) for users in _batches(sequences.n_users)]
+    if log is None:
+        histories = consumed = Sequences.load(place.data)
+    else:
+        histories, consumed = _read(place, Path(log), served.catalogue)
+    served.require_readable(int(np.asarray(histories.items).max()))
+    hidden = consumed if exclude_history else None
+    tables = [_table(histories, hidden, users, served, lists) for users in _batches(histories.n_users)]
     table = pl.concat(tables)
     _write(table, out)
     return table["user_id"].n_unique()
@@ -110,23 +117,36 @@ def _write(table: pl.DataFrame, out: Path) -> None:
             ) from error
 
 
-def _read(domain: Domain, path: Path, catalogue: Catalogue) -> Sequences:
-    """A log of users that the run need not know, as sequences over its catalogue."""
+def _read(domain: Domain, path: Path, catalogue: Catalogue) -> tuple[Sequences, Sequences]:
+    """A log of users that the run need not know, over its catalogue: their histories, and all that they consumed.
+
+    The recipe's filters hold for the histories alone; both are of the same users, who have a history.
+    """
     config: DataConfig = domain.config
     rated = config.filters.min_rating is not None
     columns = config.columns.of_interactions() if config.interactions else {}
     log = readers.read_interactions(path, columns, [RATING] if rated else [], at_least=1)
     everybody = {"users": None, "k_core": 1, "min_events": 1, "max_events": None, "seed": 0, "at_least": 0}
     kept, dropped = filters.filtered(log, **(dict(config.filters) | everybody))
-    is_known = kept.frame[ITEM].cast(pl.String).is_in(pl.Series(catalogue.item_ids).implode())
-    if not is_known.all():
-        dropped["of items that the run does not know; `add-items` makes them known"] = int((~is_known).sum())
-        kept = kept.kept(is_known.to_numpy())
+    known = _is_known(kept, catalogue)
+    if not known.all():
+        dropped["of items that the run does not know; `add-items` makes them known"] = int((~known).sum())
+        kept = kept.kept(known)
     for reason, count in dropped.items():
         progress.say(f"left out of {path}: {count:,} events ({reason})")
     if not len(kept):
         raise DataError(f"{path}: no event is left to recommend from; see what was left out above")
-    return whole(kept, catalogue)
+    with_history = kept.counts(USER) > 0
+    if gone := log.ids(USER).gather(np.flatnonzero((log.counts(USER) > 0) & ~with_history)).to_list():
+        progress.say(f"users who have no event left and get no list: {len(gone):,} ({first_few(gone)})")
+    consumed = log.kept(with_history[log.codes(USER)] & _is_known(log, catalogue))
+    return whole(kept, catalogue), whole(consumed, catalogue)
+
+
+def _is_known(log: Interactions, catalogue: Catalogue) -> np.ndarray:
+    """(E,) bool: events of items in the catalogue."""
+    known = log.ids(ITEM).is_in(pl.Series(catalogue.item_ids).implode()).to_numpy()
+    return np.asarray(known[log.codes(ITEM)])
 
 
 def _batches(n_users: int) -> Iterator[np.ndarray]:
@@ -135,25 +155,32 @@ def _batches(n_users: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + USERS_AT_ONCE, n_users))
 
 
+def _everything(sequences: Sequences, users: np.ndarray) -> torch.Tensor:
+    """(B, L) int64: all events of some users, padded with 0."""
+    offsets = np.asarray(sequences.offsets)
+    longest = int((offsets[users + 1] - offsets[users]).max())
+    return torch.from_numpy(sequences.latest(users, longest).astype(np.int64))
+
+
 def _table(
-    sequences: Sequences,
+    histories: Sequences,
+    hidden: Sequences | None,
     users: np.ndarray,
     served: ServedRow,
     lists: Lists,
-    exclude_history: bool,
 ) -> pl.DataFrame:
-    """The lists of some users, one row an item."""
-    events = np.diff(np.asarray(sequences.offsets))[users]
-    known = torch.from_numpy(sequences.latest(users, int(events.max())).astype(np.int64))
-    seen = [torch.from_numpy(sequences.latest(users, served.window).astype(np.int64))]
+    """The lists of some users, one row an item, without what `hidden` has of the same users."""
+    seen = [torch.from_numpy(histories.latest(users, served.window).astype(np.int64))]
     if lists.needs_times:
-        seen.append(torch.from_numpy(sequences.latest_times(users, served.window)))
-    items, scores = lists.of(seen, known if exclude_history else known[:, :0])
+        seen.append(torch.from_numpy(histories.latest_times(users, served.window)))
+    unwanted = seen[0][:, :0] if hidden is None else _everything(hidden, users)
+    # What the row cannot know it does not list either.
+    items, scores = lists.of(seen, unwanted.masked_fill(unwanted > served.scorer.n_items, 0))
     rows, places = (items > 0).nonzero(as_tuple=True)
     index = items[rows, places]
     chosen = served.catalogue.frame[(index - 1).numpy()]
     columns = (
-        sequences.user_ids.cast(pl.String).gather(users[rows.numpy()]),
+        histories.user_ids.gather(users[rows.numpy()]).cast(pl.String),
         (places + 1).numpy(),
         chosen[ITEM],
         [clean(title) for title in chosen[TITLE]],

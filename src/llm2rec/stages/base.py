@@ -35,6 +35,7 @@ class Stage:
     """One artifact: its folder, the inputs that determine it, and how to make it.
 
     shared: whether all processes that torchrun started execute it together, rather than the main one alone.
+    unread: keys of the inputs that it does not look at as the others are: a change of these alone keeps it.
     """
 
     verb: str
@@ -42,11 +43,16 @@ class Stage:
     inputs: Callable[[], Inputs]
     execute: Callable[[Summary], None]
     shared: bool = False
+    unread: frozenset[str] = frozenset()
+
+    def decide(self) -> artifacts.Decision:
+        """Whether what lies in its folder is kept."""
+        return artifacts.decide(self.folder, self.inputs(), self.unread)
 
 
 def require_current(run: Run, stage: Stage) -> None:
     """Raises ArtifactError where a stage is unfinished, or was made from what has changed since."""
-    decision = artifacts.decide(stage.folder, stage.inputs())
+    decision = stage.decide()
     if not decision.keep:
         name = stage.folder.relative_to(run.folder)
         raise ArtifactError(

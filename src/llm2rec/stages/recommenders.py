@@ -65,10 +65,10 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
 
     def inputs() -> Inputs:
         parent = {"vectors": parent_hash(domain.embeddings(vectors), "encode")} if vectors else {}
-        unread = {"rows", "seeds", "per_row"} | (OF_VECTORS if vectors is None else set())
+        left_out = {"rows", "seeds", "per_row"} | (OF_VECTORS if vectors is None else set())
         if config.smoothing == 0:
-            unread.add("smoothing")  # which runs of before it have not
-        settings = flatten("recommender", config.model_dump(mode="json", exclude=unread))
+            left_out.add("smoothing")  # which runs of before it have not
+        settings = flatten("recommender", config.model_dump(mode="json", exclude=left_out))
         window: Inputs = {"data.history_length": domain.config.history_length, "seed": seed}
         if row.name == CONTEXT:
             window |= {"catalogue": catalogue_hash(domain), "data.categories": domain.config.categories}
@@ -102,7 +102,24 @@ def _fit_stage(run: Run, domain: Domain, row: Row, name: str, vectors: str | Non
         summary |= {"epochs": result.epochs, "best_epoch": result.best_epoch}
         summary |= {"vectors": vectors, "dtype": result.dtype, "validation_ndcg@10": result.best_metric}
 
-    return Stage("fit", folder, inputs, execute)
+    return Stage("fit", folder, inputs, execute, unread=unread_by(row, config))
+
+
+def unread_by(row: Row, config: RecommenderConfig) -> frozenset[str]:
+    """Keys of the recommender that the training of a row does not look at, as its others are set.
+
+    They stay among its inputs, which those of runs of before hold, and are not compared.
+    """
+    unread = set() if config.loss == "gbce" else {"calibration"}
+    if config.loss == "full":
+        unread |= {"negatives", "sampling"}
+    if row.fusion != "delta":
+        unread.add("delta_share")
+    if config.adapter == "linear":
+        unread.add("adapter_size")
+    if row.architecture == "gru4rec":
+        unread.add("heads")
+    return frozenset(f"recommender.{key}" for key in unread)
 
 
 def settings_of(config: RecommenderConfig, row: str) -> RecommenderConfig:
