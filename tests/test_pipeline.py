@@ -462,6 +462,12 @@ def test_compare_refuses_settings_that_no_result_was_made_with(finished, world, 
         lr.compare([Run(finished.folder, recipe)], against="markov")
 
 
+def test_compare_passes_over_what_no_training_reads(finished, world):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), "recommender.negatives=3"))
+    assert recipe.recommender.loss == "full"
+    assert lr.compare([Run(finished.folder, recipe)], against="markov")["comparisons"]
+
+
 def test_compare_refuses_a_budget_of_a_stage_that_was_left_out(world, finished, tmp_path):
     rows = "recommender.rows=[popularity, sasrec-llm2rec]"
     without = (*overrides(world), rows, "recommender.max_epochs=1", "csft.max_tokens=0", "iem.mntp.steps=0")

@@ -14,7 +14,7 @@ from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.runs import Domain, Run
 from llm2rec.stages.base import averaged_rows, row_variants, trained_domains, trained_rows, vector_sets
-from llm2rec.stages.recommenders import settings_of
+from llm2rec.stages.recommenders import settings_of, unread_by
 
 Settings = dict[str, Any]  # a recipe as nested mappings
 
@@ -48,10 +48,11 @@ def _made_with(run: Run, domain: Domain) -> Iterator[tuple[Path, Inputs, Setting
         yield folder, _recorded(folder) | _left_out(run, folder), trained if folder.parent == run.folder else ours
     for seed in range(run.recipe.recommender.seeds):
         for row in trained_rows(run):
-            settings = settings_of(run.recipe.recommender, row.name).model_dump(mode="json")
+            settings = settings_of(run.recipe.recommender, row.name)
+            recipe = ours | {"recommender": settings.model_dump(mode="json")}
             for name, vectors in row_variants(row).items():
                 folder = domain.recommender(name, seed)
-                yield folder, _of_training(folder, vectors), ours | {"recommender": settings}
+                yield folder, _of_training(folder, vectors, unread_by(row, settings)), recipe
         for row in averaged_rows(run):
             yield domain.recommender(row.name, seed), _recorded(domain.recommender(row.name, seed)), ours
     yield domain.evaluation, _recorded(domain.evaluation) | _seeds(domain.evaluation), ours
@@ -96,9 +97,9 @@ def _left_out(run: Run, folder: Path) -> Inputs:
     return without_mntp | ({} if {"mntp", "csft"} & inputs.keys() else {"csft.max_tokens": 0})
 
 
-def _of_training(folder: Path, vectors: str | None) -> Inputs:
-    """The settings of a recommender's training; its seed is its own, and no smoothing is not recorded."""
-    recorded = {key: value for key, value in _recorded(folder).items() if key != "seed"}
+def _of_training(folder: Path, vectors: str | None, unread: frozenset[str]) -> Inputs:
+    """The settings that a recommender's training read; its seed is its own, and no smoothing is not recorded."""
+    recorded = {key: value for key, value in _recorded(folder).items() if key not in unread | {"seed"}}
     return {"recommender.smoothing": 0.0, **recorded} if recorded and vectors else recorded
 
 
