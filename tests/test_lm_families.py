@@ -5,10 +5,14 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    CohereConfig,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -30,7 +34,7 @@ def world(tmp_path_factory):
 
 
 def save_random(config_class, tokenizer, folder, **changes):
-    """A random two-layer model of a family, saved with the tokenizer of the tiny one."""
+    """A random two-layer model of a family, saved with the tokenizer of the tiny one; each vector of it random."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     vocabulary = len(tokenizer) + 8  # transformers adds special tokens for some families
@@ -38,6 +42,8 @@ def save_random(config_class, tokenizer, folder, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_class(**sizes, **heads, **tokens, **changes))
+        if (bias := model.get_output_embeddings().bias) is not None:
+            torch.nn.init.normal_(bias)  # of a new model it is 0
     backbones.save(Backbone(model, tokenizer), folder)
 
 
@@ -100,3 +106,38 @@ def test_a_family_that_cannot_see_the_future_is_refused():
     lm.set_causal(True)
     with pytest.raises(ArtifactError, match="MambaModel should be bidirectional"):
         lm.set_causal(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return backbones.load_tokenizer(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (CohereConfig, {"logit_scale": 0.25}),
+        (PhiConfig, {}),
+        (Gemma3TextConfig, {"final_logit_softcapping": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_more_than_one_matrix_is_refused(config_class, changes, dtype, tokenizer, tmp_path):
+    save_random(config_class, tokenizer, tmp_path, **changes, initializer_range=0.5)
+    backbones.load(tmp_path, dtype, head=False)
+    with pytest.raises(ArtifactError, match="ForCausalLM is more than one matrix"):
+        backbones.load(tmp_path, dtype)
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_one_matrix_gives_the_logits(config_class, dtype, tokenizer, tmp_path):
+    save_random(config_class, tokenizer, tmp_path, initializer_range=0.5)
+    backbones.load(tmp_path, dtype)
+
+
+def test_an_encoder_is_no_decoder(tokenizer, tmp_path):
+    save_random(BertConfig, tokenizer, tmp_path)
+    with pytest.raises(ArtifactError, match="BertLMHeadModel is no decoder"):
+        backbones.load(tmp_path, torch.float32)

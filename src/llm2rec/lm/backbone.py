@@ -180,7 +180,8 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
 
     Raises:
         ConfigError: nothing loadable there.
-        ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model.
+        ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model; the model's
+            logits are not its hidden states times one matrix.
     """
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
@@ -196,7 +197,37 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
             f"{path}: the tokenizer has {len(tokenizer)} tokens and pad token {tokenizer.pad_token!r}, the "
             f"model {vocabulary} embeddings; use the tokenizer that belongs to the model"
         )
-    return Backbone(model.eval(), tokenizer)
+    lm = Backbone(model.eval(), tokenizer)
+    if head:
+        _check_head(lm)
+    return lm
+
+
+def _check_head(lm: Backbone) -> None:
+    """Checks by experiment that `head` is all there is between the hidden states and the logits.
+
+    Raises:
+        ArtifactError: the model scales, shifts or caps its logits, or has no such head.
+    """
+    name = type(lm.model).__name__
+    if not hasattr(lm.model, "lm_head"):
+        raise ArtifactError(
+            f"{name} is no decoder with a language-model head; take a decoder such as Llama or Qwen"
+        )
+    ids = torch.arange(5, 13).remainder(lm.head.shape[0])[None]
+    with torch.no_grad():
+        logits = lm.model(input_ids=ids, use_cache=False).logits.float()
+        ours = (lm.body(input_ids=ids, use_cache=False).last_hidden_state @ lm.head.T).float()
+    if float((ours - logits).norm() / logits.norm()) > rounding(lm.head.dtype):
+        raise ArtifactError(
+            f"the head of {name} is more than one matrix (it scales, shifts or caps the logits), so that its "
+            "losses would be wrong; take a model of another family"
+        )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart, over their norm, states may be that would be equal without rounding."""
+    return 1e-5 if dtype == torch.float32 else 1e-2
 
 
 def load_tokenizer(source: str | Path) -> Any:
