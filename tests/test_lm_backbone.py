@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,8 @@ FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConf
 def random_model(config_class, **changes):
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = config_class(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = config_class(**(sizes | heads | tokens | changes))
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -143,6 +146,23 @@ def test_dropout_holds_inside_the_block_only(tiny):
 
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot load a language model"):
+        backbones.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_model_that_lacks_weights_is_refused(tiny, tmp_path, head):
+    tiny.model.model.layers = tiny.model.model.layers[:1]  # its configuration still says two
+    backbones.save(tiny, tmp_path)
+    with pytest.raises(ArtifactError, match=r"lacks 9 of the weights .*layers\.1\.input_layernorm\.weight"):
+        backbones.load(tmp_path, torch.float32, head=head)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_saved_without_its_head_has_one_only_where_it_is_tied(tiny, tmp_path, tied):
+    model = random_model(LlamaConfig, vocab_size=400, tie_word_embeddings=tied)
+    backbones.save(Backbone(model.model, tiny.tokenizer), tmp_path)
+    backbones.load(tmp_path, torch.float32, head=False)
+    with nullcontext() if tied else pytest.raises(ArtifactError, match=r"lacks 1 .*lm_head\.weight"):
         backbones.load(tmp_path, torch.float32)
 
 

@@ -180,13 +180,13 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
 
     Raises:
         ConfigError: nothing loadable there.
-        ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model; the model's
-            logits are not its hidden states times one matrix.
+        ArtifactError: weights are missing; the tokenizer has no token to pad with, or knows more tokens than the
+            model; the model's logits are not its hidden states times one matrix.
     """
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
     try:
-        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        model = _pretrained(kind, path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error
@@ -201,6 +201,22 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
     if head:
         _check_head(lm)
     return lm
+
+
+def _pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """A model of transformers with all its weights: transformers itself makes up those that are missing.
+
+    Raises:
+        ArtifactError: weights are missing.
+    """
+    model, found = kind.from_pretrained(path, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"{path} lacks {len(missing)} of the weights of a {type(model).__name__} (first: {missing[0]}); fetch "
+            "it again, or take a model with its head where that is what is missing"
+        )
+    return model
 
 
 def _check_head(lm: Backbone) -> None:
@@ -438,7 +454,7 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = _pretrained(AutoModelForCausalLM, str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
         raise ConfigError(
