@@ -129,6 +129,20 @@ def test_the_probe_refuses_a_model_that_sees_the_future(tiny):
         backbones.probe(tiny, causal=True)
 
 
+def test_the_probe_does_not_take_rounding_for_sight_of_the_future(tiny):
+    def scale(share):
+        def by_the_last_token(module, args, options, output):
+            output.last_hidden_state *= 1 + share * options["input_ids"][0, -1]
+
+        return tiny.body.register_forward_hook(by_the_last_token, with_kwargs=True)
+
+    with scale(1e-4), pytest.raises(ArtifactError, match="should be causal"):  # premise
+        tiny.set_causal(True)
+    with scale(1e-7):
+        tiny.set_causal(True)
+        assert backbones.future_sensitivity(tiny) == 0
+
+
 def test_bidirectional_attention_survives_saving(tiny, tmp_path):
     tiny.set_causal(False)
     backbones.save(tiny, tmp_path)

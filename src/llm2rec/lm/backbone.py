@@ -1,7 +1,8 @@
 """The decoder language model: where it comes from, how it attends, what it returns for a packed row.
 
 No model classes of our own: transformers turns any decoder bidirectional with `config.is_causal = False`.
-No release is trusted to honour that: `probe` changes the last token and looks at the first hidden state.
+No release is trusted to honour that: `probe` changes the last token and looks at the first hidden state. It
+also looks whether a sequence packed behind another one is read as if it were alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -36,7 +38,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.packing import Packed, TokenisedTexts
+from llm2rec.lm.packing import Packed, TokenisedTexts, pack, to_device
 from llm2rec.processes import processes
 from llm2rec.training import default_device
 
@@ -230,20 +232,15 @@ def _check_head(lm: Backbone) -> None:
         raise ArtifactError(
             f"{name} is no decoder with a language-model head; take a decoder such as Llama or Qwen"
         )
-    ids = torch.arange(5, 13).remainder(lm.head.shape[0])[None]
-    with torch.no_grad():
-        logits = lm.model(input_ids=ids, use_cache=False).logits.float()
-        ours = (lm.body(input_ids=ids, use_cache=False).last_hidden_state @ lm.head.T).float()
-    if float((ours - logits).norm() / logits.norm()) > rounding(lm.head.dtype):
+    ids = _some_tokens(lm, 5, 8)[None]
+    with _measuring(lm):
+        logits = lm.model(input_ids=ids, use_cache=False).logits
+        ours = lm.body(input_ids=ids, use_cache=False).last_hidden_state @ lm.head.T
+    if _distance(ours, logits) > rounding(lm.head.dtype):
         raise ArtifactError(
             f"the head of {name} is more than one matrix (it scales, shifts or caps the logits), so that its "
             "losses would be wrong; take a model of another family"
         )
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """How far apart, over their norm, states may be that would be equal without rounding."""
-    return 1e-5 if dtype == torch.float32 else 1e-2
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -286,35 +283,81 @@ def _loadable(source: str | Path) -> str:
 def future_sensitivity(lm: Backbone, length: int = 8) -> float:
     """How far the first hidden state moves when the last token changes, over its norm (>= 0).
 
-    0 for a causal model; above 0 for one that sees the whole text.
+    0 for a causal model, up to rounding (experts, say, are multiplied with other numbers of tokens); above 0 for
+    one that sees the whole text.
     """
-    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
-    first = torch.arange(5, 5 + length).remainder(vocabulary)[None].to(lm.body.device)
-    second = first.clone()
-    second[0, -1] = (first[0, -1] + 7) % vocabulary
-    training = lm.body.training
-    lm.body.eval()
-    with torch.no_grad():
+    first = _some_tokens(lm, 5, length)
+    second = torch.cat([first[:-1], _some_tokens(lm, 11 + length, 1)])
+    with _measuring(lm):
         before, after = (
-            lm.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0].float() for ids in (first, second)
+            lm.body(input_ids=ids[None], use_cache=False).last_hidden_state[0, 0] for ids in (first, second)
         )
-    lm.body.train(training)
-    return float((after - before).norm() / before.norm())
+    moved = _distance(after, before)
+    return moved if moved > rounding(before.dtype) else 0.0
+
+
+def packed_difference(lm: Backbone) -> float:
+    """How far the states of a sequence packed behind another one are from those it has alone, over their norm."""
+    first, second = _some_tokens(lm, 20, 5), _some_tokens(lm, 30, 3)
+    row = pack(torch.cat([first, second]).cpu().numpy(), np.array([len(first), len(second)]))
+    with _measuring(lm):
+        packed = lm.hidden_states(to_device(row, lm.body.device))[0, len(first) :]
+        alone = lm.body(input_ids=second[None], use_cache=False).last_hidden_state[0]
+    return _distance(packed, alone)
 
 
 def probe(backbone: Backbone, causal: bool) -> None:
-    """Checks by experiment that the model attends as told: does the last token move the first hidden state?
+    """Checks by experiment that the model attends as told, and reads packed sequences as if each were alone.
+
+    Does the last token move the first hidden state? Does a sequence behind another one keep its states?
 
     Raises:
-        ArtifactError: a bidirectional model does not see the future, or a causal one does.
+        ArtifactError: a bidirectional model does not see the future, or a causal one does; a state flows from one
+            packed sequence into the next, or the model cannot read a packed row.
     """
+    name = type(backbone.body).__name__
     sees_future = future_sensitivity(backbone) > 0
     if sees_future == causal:
         wanted, got = ("causal", "sees") if causal else ("bidirectional", "does not see")
         raise ArtifactError(
-            f"{type(backbone.body).__name__} should be {wanted}, but its first position {got} the last token "
-            "with this version of transformers; use another version or another model"
+            f"{name} should be {wanted}, but its first position {got} the last token with this version of "
+            "transformers; use another version or another model"
         )
+    try:
+        difference = packed_difference(backbone)
+    except (TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{name} cannot read a packed row ({error}); take a model of another family"
+        ) from error
+    if difference > 10 * rounding(backbone.body.dtype):  # other kernels; 1e-6 and .015 after 30 layers
+        raise ArtifactError(
+            f"{name} does not read a packed sequence as if it were alone (its states are {difference:.2g} of "
+            "their norm apart): it has more than plain attention; take a model of another family"
+        )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart, over their norm, rounding alone may take states that are computed alike."""
+    return 1e-5 if dtype == torch.float32 else 1e-2
+
+
+def _some_tokens(lm: Backbone, first: int, count: int) -> Tensor:
+    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
+    return torch.arange(first, first + count, device=lm.body.device).remainder(vocabulary)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm())
+
+
+@contextmanager
+def _measuring(lm: Backbone) -> Iterator[None]:
+    """No dropout and no gradients for the time being."""
+    training = lm.body.training
+    lm.body.eval()
+    with torch.no_grad():
+        yield
+    lm.body.train(training)
 
 
 @contextmanager

@@ -29,11 +29,11 @@ from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.learner import Learner
 from llm2rec.lm.objectives import token_loss
 from llm2rec.lm.packing import (
-    Packed,
     TokenisedTexts,
     gather_texts,
     pack,
     shuffled_pass,
+    to_device,
     token_budget_batches,
     tokenise,
 )
@@ -436,13 +436,3 @@ def perplexity(lm: Backbone, batches: list[Batch]) -> float:
             total += float(TokenObjective(lm)(lm.model, moved))
             targets += batch["n_targets"]
     return math.exp(total / targets)
-
-
-def to_device(batch: Packed, device: torch.device) -> Packed:
-    """A batch with its tensors, also nested ones, on `device`."""
-    return {
-        name: to_device(value, device)
-        if isinstance(value, dict)
-        else (value.to(device) if isinstance(value, torch.Tensor) else value)
-        for name, value in batch.items()
-    }

@@ -115,6 +115,16 @@ def pack(tokens: np.ndarray, lengths: np.ndarray) -> Packed:
     }
 
 
+def to_device(batch: Packed, device: torch.device) -> Packed:
+    """A batch with its tensors, also nested ones, on `device`."""
+    return {
+        name: to_device(value, device)
+        if isinstance(value, dict)
+        else (value.to(device) if isinstance(value, torch.Tensor) else value)
+        for name, value in batch.items()
+    }
+
+
 def shuffled_pass(shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """One pass over the numbers 0..n - 1 in random order, number i with probability `shares[i]`."""
     order = generator.permutation(len(shares))
