@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -223,6 +225,34 @@ def test_a_sequence_longer_than_the_context_is_refused(tiny):
     tiny.check_readable(texts, 4096)
     with pytest.raises(ConfigError, match="4,097 tokens, the model reads at most 4,096"):
         tiny.check_readable(texts, 4097)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "window"),
+    [
+        (Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention"]}, 6),
+        (Gemma3TextConfig, {"layer_types": ["full_attention"] * 2}, None),
+        (MistralConfig, {}, 6),
+        (Qwen2Config, {"use_sliding_window": True, "max_window_layers": 0}, 6),
+        (Qwen2Config, {"use_sliding_window": False}, None),
+        (Qwen2MoeConfig, {"use_sliding_window": False}, None),
+    ],
+)
+def test_a_sequence_longer_than_a_sliding_window_in_use_is_refused(config_class, changes, window):
+    lm = Backbone(random_model(config_class, sliding_window=6, **changes).eval(), None)
+    texts = TokenisedTexts(np.arange(5, 12), np.array([0, 7]))
+    lm.check_readable(texts, 6)
+    lm.hidden_states(pack(np.arange(5, 11), np.array([6])))
+    with nullcontext() if window is None else pytest.raises(ConfigError, match="reads at most 6 "):
+        lm.check_readable(texts, 7)
+    with nullcontext() if window is None else pytest.raises(ArtifactError, match="no sliding window"):
+        lm.hidden_states(pack(np.arange(5, 12), np.array([7])))
+
+
+def test_a_model_with_capped_scores_is_refused_before_it_reads_anything():
+    lm = Backbone(random_model(Gemma2Config), None)
+    with pytest.raises(ArtifactError, match="no soft cap"):
+        lm.set_causal(True)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(tiny):

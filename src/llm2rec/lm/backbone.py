@@ -136,14 +136,15 @@ class Backbone:
             longest: tokens of the longest sequence that they will make.
 
         Raises:
-            ConfigError: a sequence longer than the model's context.
+            ConfigError: a sequence longer than the model's context, or than a sliding window of its attention.
             ArtifactError: a token that the model has no embedding for.
         """
         context = getattr(self.body.config, "max_position_embeddings", None)
-        if context is not None and longest > context:
+        limits = [limit for limit in (context, _sliding_window(self.body.config)) if limit is not None]
+        if limits and longest > min(limits):
             raise ConfigError(
-                f"the longest sequence has {longest:,} tokens, the model reads at most {context:,}; "
-                "lower data.history_length or model.max_title_tokens"
+                f"the longest sequence has {longest:,} tokens, the model reads at most {min(limits):,} "
+                "(its context, or a sliding window); lower data.history_length or model.max_title_tokens"
             )
         vocabulary = self.body.get_input_embeddings().weight.shape[0]
         if len(texts.tokens) and texts.tokens.max() >= vocabulary:
@@ -151,6 +152,13 @@ class Backbone:
                 f"the tokenizer gives token {texts.tokens.max()}, the model knows 0 to {vocabulary - 1}; "
                 "use the tokenizer that belongs to the model"
             )
+
+
+def _sliding_window(config: Any) -> int | None:
+    """How far a layer's attention reaches; None where all reach everywhere, whatever the configuration carries."""
+    layers = getattr(config, "layer_types", None)
+    in_use = layers is None or "sliding_attention" in layers
+    return getattr(config, "sliding_window", None) if in_use else None
 
 
 def load_for_training(
