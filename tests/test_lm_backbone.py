@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -180,6 +181,15 @@ def test_a_model_saved_without_its_head_has_one_only_where_it_is_tied(tiny, tmp_
     backbones.load(tmp_path, torch.float32, head=False)
     with nullcontext() if tied else pytest.raises(ArtifactError, match=r"lacks 1 .*lm_head\.weight"):
         backbones.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
+def test_a_quantised_model_is_refused(tiny, tmp_path, method):
+    tiny.model.config.quantization_config = {"quant_method": method}
+    backbones.save(tiny, tmp_path)
+    for read in (backbones.model_shape, partial(backbones.load, dtype=torch.float32)):
+        with pytest.raises(ConfigError, match=rf"are quantised \({method}\).* or its GGUF file"):
+            read(tmp_path)
 
 
 def test_a_missing_gguf_file_is_a_config_error(tmp_path):

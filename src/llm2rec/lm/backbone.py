@@ -189,13 +189,14 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
     """A pretrained decoder from a hub id, a folder, or a GGUF file, with its tokenizer.
 
     Raises:
-        ConfigError: nothing loadable there.
+        ConfigError: nothing loadable there, or quantised weights.
         ArtifactError: weights are missing; the tokenizer has no token to pad with, or knows more tokens than the
             model; the model's logits are not its hidden states times one matrix.
     """
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
     try:
+        _configuration(path)
         model = _pretrained(kind, path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -273,15 +274,32 @@ def model_shape(source: str | Path) -> tuple[int, int]:
     """Width of the hidden states and number of layers of a model, from its configuration: no weights are loaded.
 
     Raises:
-        ConfigError: nothing loadable there.
+        ConfigError: nothing loadable there, or quantised weights.
     """
     path = _loadable(source)
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        config = _configuration(path).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot read the configuration of {path!r}: {reason}") from error
     return config.hidden_size, config.num_hidden_layers
+
+
+def _configuration(path: str) -> Any:
+    """The configuration of a model whose weights are plain numbers.
+
+    Raises:
+        ConfigError: they are quantised.
+    """
+    config = AutoConfig.from_pretrained(path)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unnamed")
+        raise ConfigError(
+            f"the weights of {path!r} are quantised ({method}), which cannot be trained; take the unquantised "
+            "model or its GGUF file"
+        )
+    return config
 
 
 def _loadable(source: str | Path) -> str:
