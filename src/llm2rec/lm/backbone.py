@@ -422,7 +422,7 @@ def _packed_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: dict[str, Tensor],
+    segments: dict[str, Any],
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -431,29 +431,46 @@ def _packed_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out.
 
-    `segments` is what `packing.pack` gives; its `visible` (S, L, L), where it has one, says which cell sees
-    which and replaces the causal or the bidirectional rule.
+    `segments` is what `packing.pack` gives; the `visible` (B, L, L) of its blocks, where they have one, says which
+    cell sees which and replaces the causal or the bidirectional rule.
     """
-    gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
-    sequences, longest = gather.shape
+    blocks = segments["blocks"].values()
+    longest = max(block["gather"].shape[1] for block in blocks)
     if softcap is not None or (sliding_window is not None and longest > sliding_window):
         raise ArtifactError(
             f"packed attention has no soft cap and no sliding window (this model: {softcap}, {sliding_window}; "
             f"longest sequence {longest} tokens); lower data.history_length or model.max_title_tokens"
         )
 
-    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (S, heads, L, d)
+    causal = getattr(module.config, "is_causal", True) is not False
+    mixed = [_attend_in_block(query, key, value, block, causal, dropout, scaling) for block in blocks]
+    return torch.cat(mixed).index_select(0, segments["scatter"])[None], None
+
+
+def _attend_in_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: dict[str, Tensor],
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Attention inside each sequence of one block of a packed row: (1, heads, T, d) in, (B * L, heads, d) out."""
+    gather = block["gather"]
+    sequences, longest = gather.shape
+
+    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (B, heads, L, d)
         rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
         return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
 
-    causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
-    seen = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
+    if "visible" in block:
+        seen = block["visible"][:, None]
+    else:
+        seen = None if causal else block["valid"][:, None, None, :]
     attend = _attend_at_once if query.device.type == "cpu" and longest <= LONGEST_AT_ONCE else _attend_in_tiles
-    mixed = attend(
-        pad(query), pad(key), pad(value), None if causal else seen, dropout, scaling
-    )  # (S, heads, L, d)
-    flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
-    return flat.index_select(0, scatter)[None], None
+    mixed = attend(pad(query), pad(key), pad(value), seen, dropout, scaling)  # (B, heads, L, d)
+    return mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
 
 
 def _attend_in_tiles(

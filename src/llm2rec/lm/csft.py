@@ -231,7 +231,7 @@ def training_data(
         apart = sampling.make_samples(lm.tokenizer, titles, items, np.arange(len(items)), **options)
         chosen = token_budget_batches(apart.texts.lengths, micro)
         held_out = [sampling.supervise_samples(apart, rows) for rows in chosen]
-    evaluated = max(batch["segments"]["gather"].shape[1] for batch in held_out)
+    evaluated = max(int(batch["segments"]["lengths"].max()) for batch in held_out)
     lm.check_readable(texts, max(batches.longest, evaluated))
     return batches, held_out
 
