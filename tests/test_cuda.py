@@ -9,8 +9,8 @@ import torch
 import llm2rec as lr
 from conftest import TITLES, vectors_of
 from llm2rec.lm import backbone as backbones
-from llm2rec.lm.csft import TokenObjective, to_device
-from llm2rec.lm.packing import pack
+from llm2rec.lm.csft import TokenObjective
+from llm2rec.lm.packing import pack, to_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -1,12 +1,17 @@
+from contextlib import nullcontext
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -22,7 +27,8 @@ FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConf
 def random_model(config_class, **changes):
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = config_class(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2, **changes)
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = config_class(**(sizes | heads | tokens | changes))
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -126,6 +132,20 @@ def test_the_probe_refuses_a_model_that_sees_the_future(tiny):
         backbones.probe(tiny, causal=True)
 
 
+def test_the_probe_does_not_take_rounding_for_sight_of_the_future(tiny):
+    def scale(share):
+        def by_the_last_token(module, args, options, output):
+            output.last_hidden_state *= 1 + share * options["input_ids"][0, -1]
+
+        return tiny.body.register_forward_hook(by_the_last_token, with_kwargs=True)
+
+    with scale(1e-4), pytest.raises(ArtifactError, match="should be causal"):  # premise
+        tiny.set_causal(True)
+    with scale(1e-7):
+        tiny.set_causal(True)
+        assert backbones.future_sensitivity(tiny) == 0
+
+
 def test_bidirectional_attention_survives_saving(tiny, tmp_path):
     tiny.set_causal(False)
     backbones.save(tiny, tmp_path)
@@ -144,6 +164,32 @@ def test_dropout_holds_inside_the_block_only(tiny):
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot load a language model"):
         backbones.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_model_that_lacks_weights_is_refused(tiny, tmp_path, head):
+    tiny.model.model.layers = tiny.model.model.layers[:1]  # its configuration still says two
+    backbones.save(tiny, tmp_path)
+    with pytest.raises(ArtifactError, match=r"lacks 9 of the weights .*layers\.1\.input_layernorm\.weight"):
+        backbones.load(tmp_path, torch.float32, head=head)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_saved_without_its_head_has_one_only_where_it_is_tied(tiny, tmp_path, tied):
+    model = random_model(LlamaConfig, vocab_size=400, tie_word_embeddings=tied)
+    backbones.save(Backbone(model.model, tiny.tokenizer), tmp_path)
+    backbones.load(tmp_path, torch.float32, head=False)
+    with nullcontext() if tied else pytest.raises(ArtifactError, match=r"lacks 1 .*lm_head\.weight"):
+        backbones.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8"])
+def test_a_quantised_model_is_refused(tiny, tmp_path, method):
+    tiny.model.config.quantization_config = {"quant_method": method}
+    backbones.save(tiny, tmp_path)
+    for read in (backbones.model_shape, partial(backbones.load, dtype=torch.float32)):
+        with pytest.raises(ConfigError, match=rf"are quantised \({method}\).* or its GGUF file"):
+            read(tmp_path)
 
 
 def test_a_missing_gguf_file_is_a_config_error(tmp_path):
@@ -189,6 +235,34 @@ def test_a_sequence_longer_than_the_context_is_refused(tiny):
     tiny.check_readable(texts, 4096)
     with pytest.raises(ConfigError, match="4,097 tokens, the model reads at most 4,096"):
         tiny.check_readable(texts, 4097)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "window"),
+    [
+        (Gemma3TextConfig, {"layer_types": ["sliding_attention", "full_attention"]}, 6),
+        (Gemma3TextConfig, {"layer_types": ["full_attention"] * 2}, None),
+        (MistralConfig, {}, 6),
+        (Qwen2Config, {"use_sliding_window": True, "max_window_layers": 0}, 6),
+        (Qwen2Config, {"use_sliding_window": False}, None),
+        (Qwen2MoeConfig, {"use_sliding_window": False}, None),
+    ],
+)
+def test_a_sequence_longer_than_a_sliding_window_in_use_is_refused(config_class, changes, window):
+    lm = Backbone(random_model(config_class, sliding_window=6, **changes).eval(), None)
+    texts = TokenisedTexts(np.arange(5, 12), np.array([0, 7]))
+    lm.check_readable(texts, 6)
+    lm.hidden_states(pack(np.arange(5, 11), np.array([6])))
+    with nullcontext() if window is None else pytest.raises(ConfigError, match="reads at most 6 "):
+        lm.check_readable(texts, 7)
+    with nullcontext() if window is None else pytest.raises(ArtifactError, match="no sliding window"):
+        lm.hidden_states(pack(np.arange(5, 12), np.array([7])))
+
+
+def test_a_model_with_capped_scores_is_refused_before_it_reads_anything():
+    lm = Backbone(random_model(Gemma2Config), None)
+    with pytest.raises(ArtifactError, match="no soft cap"):
+        lm.set_causal(True)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(tiny):

@@ -5,12 +5,21 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
 )
 
 from conftest import prepared_cycle, train_stage, vectors_of
@@ -30,7 +39,7 @@ def world(tmp_path_factory):
 
 
 def save_random(config_class, tokenizer, folder, **changes):
-    """A random two-layer model of a family, saved with the tokenizer of the tiny one."""
+    """A random two-layer model of a family, saved with the tokenizer of the tiny one; each vector of it random."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     vocabulary = len(tokenizer) + 8  # transformers adds special tokens for some families
@@ -38,6 +47,8 @@ def save_random(config_class, tokenizer, folder, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config_class(**sizes, **heads, **tokens, **changes))
+        if (bias := model.get_output_embeddings().bias) is not None:
+            torch.nn.init.normal_(bias)  # of a new model it is 0
     backbones.save(Backbone(model, tokenizer), folder)
 
 
@@ -94,9 +105,75 @@ def test_the_exported_encoder_gives_the_vectors_that_encode_gives(trained, world
     assert np.abs(ours - theirs).max() < 1e-4
 
 
+def random_lm(config_class, **options):
+    """A random two-layer model of a family, as causal as it was made."""
+    common = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.3}
+    return Backbone(AutoModelForCausalLM.from_config(config_class(**common, **options)).eval(), None)
+
+
+HEADS = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 def test_a_family_that_cannot_see_the_future_is_refused():
-    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
-    lm = Backbone(AutoModelForCausalLM.from_config(config).eval(), None)
-    lm.set_causal(True)
     with pytest.raises(ArtifactError, match="MambaModel should be bidirectional"):
-        lm.set_causal(False)
+        random_lm(MambaConfig, state_size=4).set_causal(False)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options"),
+    [
+        (MambaConfig, {"state_size": 4}),
+        (Lfm2Config, HEADS | {"layer_types": ["conv", "full_attention"]}),
+        (GptOssConfig, HEADS | {"head_dim": 8}),  # attention sinks, which packed attention would drop
+        (BloomConfig, {"n_head": 2}),  # positions as a bias of the scores
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_family_that_reads_packed_sequences_otherwise_than_alone_is_refused(config_class, options, dtype):
+    lm = random_lm(config_class, **options)
+    lm.model.to(dtype)
+    assert backbones.future_sensitivity(lm) == 0  # premise: it is causal, as told
+    with pytest.raises(ArtifactError, match=f"{type(lm.body).__name__} does not read a packed sequence as if"):
+        lm.set_causal(True)
+
+
+@pytest.mark.parametrize("config_class", [StableLmConfig, FalconConfig])
+def test_a_family_that_cannot_read_a_packed_row_is_refused(config_class):
+    lm = random_lm(config_class, **HEADS | {"num_key_value_heads": 2})
+    with pytest.raises(ArtifactError, match="cannot read a packed row"):
+        lm.set_causal(True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return backbones.load_tokenizer(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes"),
+    [
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (CohereConfig, {"logit_scale": 0.25}),
+        (PhiConfig, {}),
+        (Gemma3TextConfig, {"final_logit_softcapping": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_more_than_one_matrix_is_refused(config_class, changes, dtype, tokenizer, tmp_path):
+    save_random(config_class, tokenizer, tmp_path, **changes, initializer_range=0.5)
+    backbones.load(tmp_path, dtype, head=False)
+    with pytest.raises(ArtifactError, match="ForCausalLM is more than one matrix"):
+        backbones.load(tmp_path, dtype)
+
+
+@pytest.mark.parametrize("config_class", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_one_matrix_gives_the_logits(config_class, dtype, tokenizer, tmp_path):
+    save_random(config_class, tokenizer, tmp_path, initializer_range=0.5)
+    backbones.load(tmp_path, dtype)
+
+
+def test_an_encoder_is_no_decoder(tokenizer, tmp_path):
+    save_random(BertConfig, tokenizer, tmp_path)
+    with pytest.raises(ArtifactError, match="BertLMHeadModel is no decoder"):
+        backbones.load(tmp_path, torch.float32)

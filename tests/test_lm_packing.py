@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from conftest import TITLES
+from llm2rec.lm import packing
 from llm2rec.lm.packing import gather_texts, pack, positions_within, token_budget_batches, tokenise
 
 
@@ -59,6 +60,45 @@ def test_a_packed_row_equals_its_sequences_one_by_one(tiny, causal):
         ]
     for packed_states, plain_states in zip(together, alone, strict=True):
         assert torch.allclose(packed_states, plain_states, atol=1e-5)
+
+
+def padded(packed):
+    """How many attention shares a row keeps, padding included."""
+    return sum(
+        len(block["gather"]) * block["gather"].shape[1] ** 2 for block in packed["segments"]["blocks"].values()
+    )
+
+
+def test_a_long_sequence_is_padded_apart_from_short_ones():
+    lengths = np.array([95] * 8 + [500] + [95] * 8)
+    packed = pack(np.arange(lengths.sum()), lengths)
+    assert [len(block["members"]) for block in packed["segments"]["blocks"].values()] == [2, 15]
+    assert padded(packed) < 17 * 500**2 / 6
+
+
+@pytest.mark.parametrize("lengths", [[500], [500, 3, 3], [95, 96, 97, 98, 99], [1, 1, 1, 1]])
+def test_few_sequences_or_like_ones_are_padded_together(lengths):
+    packed = pack(np.arange(sum(lengths)), np.array(lengths))
+    assert [block["members"].tolist() for block in packed["segments"]["blocks"].values()] == [
+        list(range(len(lengths)))
+    ]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_two_blocks_give_the_states_and_the_gradients_of_one(tiny, monkeypatch, causal):
+    tiny.set_causal(causal)
+    lengths = np.array([3, 30, 2, 5, 28, 4])
+    tokens = np.random.default_rng(0).integers(0, 250, lengths.sum())
+    found = []
+    for share, blocks in ((packing.SHARE_OF_ONE_BLOCK, 2), (0, 1)):
+        monkeypatch.setattr(packing, "SHARE_OF_ONE_BLOCK", share)
+        packed = pack(tokens, lengths)
+        assert len(packed["segments"]["blocks"]) == blocks
+        tiny.model.zero_grad()
+        hidden = tiny.hidden_states(packed)
+        hidden.square().sum().backward()
+        found.append([hidden.detach(), *(parameter.grad for parameter in tiny.body.parameters())])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(*found, strict=True))
 
 
 def test_the_attention_of_the_model_is_left_as_it_was(tiny):

@@ -37,7 +37,7 @@ def test_every_process_has_as_many_chunks_whatever_its_titles_are_long(tiny, par
     alone = [len(TitleBatches(texts, [own], 40)[0]["chunks"]) for own in np.split(pairs, parts)]
     assert len(set(alone)) > 1  # else there is nothing to make equal
     assert {len(chunks) for chunks in shared} == {max(alone)}
-    counted = sum(len(chunk["segments"]["valid"]) for chunks in shared for chunk in chunks.values())
+    counted = sum(len(chunk["segments"]["lengths"]) for chunks in shared for chunk in chunks.values())
     assert counted == pairs.size
 
 

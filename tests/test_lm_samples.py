@@ -9,6 +9,7 @@ import torch
 from conftest import TITLES, prepared_cycle, train_stage
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
+from llm2rec.lm import packing
 from llm2rec.lm.csft import SampleBatches, TokenObjective, csft, csft_texts, supervise
 from llm2rec.lm.packing import shorten
 from llm2rec.lm.samples import make_samples, merge, supervise_samples, supervise_trees, training_items, tree_size
@@ -141,6 +142,19 @@ def test_trees_of_a_packed_row_do_not_see_each_other(tiny):
     with torch.no_grad():
         states = [tiny.hidden_states(batch)[0, :length] for batch in batches]
     assert torch.allclose(*states, atol=1e-6)
+
+
+def test_trees_of_unlike_sizes_give_the_gradients_of_trees_padded_alike(tiny, monkeypatch):
+    users = [[1, 2], [3, 4, 5, 6, 7, 8, 9, 10], [5, 6], [8, 9], [10, 9, 8, 7, 6, 5, 4], [2, 7]]
+    items, trees = zip(*[(user[:t], tree) for tree, user in enumerate(users) for t in (2, len(user))], strict=True)
+    samples = samples_of(tiny.tokenizer, items, trees=trees)
+    groups, found = list(np.arange(12).reshape(6, 2)), []
+    for share, blocks in ((packing.SHARE_OF_ONE_BLOCK, 2), (0, 1)):
+        monkeypatch.setattr(packing, "SHARE_OF_ONE_BLOCK", share)
+        batch = supervise_trees(samples, groups)
+        assert len(batch["segments"]["blocks"]) == blocks
+        found.append(gradients(tiny, batch)[1])
+    assert all(torch.allclose(gradient, found[1][name], atol=1e-5) for name, gradient in found[0].items())
 
 
 def test_equal_samples_keep_all_their_labels(tiny):

@@ -1,7 +1,8 @@
 """The decoder language model: where it comes from, how it attends, what it returns for a packed row.
 
 No model classes of our own: transformers turns any decoder bidirectional with `config.is_causal = False`.
-No release is trusted to honour that: `probe` changes the last token and looks at the first hidden state.
+No release is trusted to honour that: `probe` changes the last token and looks at the first hidden state. It
+also looks whether a sequence packed behind another one is read as if it were alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -36,7 +38,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from llm2rec import artifacts
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.packing import Packed, TokenisedTexts
+from llm2rec.lm.packing import Packed, TokenisedTexts, pack, to_device
 from llm2rec.processes import processes
 from llm2rec.training import default_device
 
@@ -134,14 +136,15 @@ class Backbone:
             longest: tokens of the longest sequence that they will make.
 
         Raises:
-            ConfigError: a sequence longer than the model's context.
+            ConfigError: a sequence longer than the model's context, or than a sliding window of its attention.
             ArtifactError: a token that the model has no embedding for.
         """
         context = getattr(self.body.config, "max_position_embeddings", None)
-        if context is not None and longest > context:
+        limits = [limit for limit in (context, _sliding_window(self.body.config)) if limit is not None]
+        if limits and longest > min(limits):
             raise ConfigError(
-                f"the longest sequence has {longest:,} tokens, the model reads at most {context:,}; "
-                "lower data.history_length or model.max_title_tokens"
+                f"the longest sequence has {longest:,} tokens, the model reads at most {min(limits):,} "
+                "(its context, or a sliding window); lower data.history_length or model.max_title_tokens"
             )
         vocabulary = self.body.get_input_embeddings().weight.shape[0]
         if len(texts.tokens) and texts.tokens.max() >= vocabulary:
@@ -149,6 +152,13 @@ class Backbone:
                 f"the tokenizer gives token {texts.tokens.max()}, the model knows 0 to {vocabulary - 1}; "
                 "use the tokenizer that belongs to the model"
             )
+
+
+def _sliding_window(config: Any) -> int | None:
+    """How far a layer's attention reaches; None where all reach everywhere, whatever the configuration carries."""
+    layers = getattr(config, "layer_types", None)
+    in_use = layers is None or "sliding_attention" in layers
+    return getattr(config, "sliding_window", None) if in_use else None
 
 
 def load_for_training(
@@ -179,13 +189,15 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
     """A pretrained decoder from a hub id, a folder, or a GGUF file, with its tokenizer.
 
     Raises:
-        ConfigError: nothing loadable there.
-        ArtifactError: the tokenizer has no token to pad with, or knows more tokens than the model.
+        ConfigError: nothing loadable there, or quantised weights.
+        ArtifactError: weights are missing; the tokenizer has no token to pad with, or knows more tokens than the
+            model; the model's logits are not its hidden states times one matrix.
     """
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
     try:
-        model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+        _configuration(path)
+        model = _pretrained(kind, path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load a language model from {path!r}: {reason}") from error
@@ -196,7 +208,48 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
             f"{path}: the tokenizer has {len(tokenizer)} tokens and pad token {tokenizer.pad_token!r}, the "
             f"model {vocabulary} embeddings; use the tokenizer that belongs to the model"
         )
-    return Backbone(model.eval(), tokenizer)
+    lm = Backbone(model.eval(), tokenizer)
+    if head:
+        _check_head(lm)
+    return lm
+
+
+def _pretrained(kind: Any, path: str, **options: Any) -> Any:
+    """A model of transformers with all its weights: transformers itself makes up those that are missing.
+
+    Raises:
+        ArtifactError: weights are missing.
+    """
+    model, found = kind.from_pretrained(path, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ArtifactError(
+            f"{path} lacks {len(missing)} of the weights of a {type(model).__name__} (first: {missing[0]}); fetch "
+            "it again, or take a model with its head where that is what is missing"
+        )
+    return model
+
+
+def _check_head(lm: Backbone) -> None:
+    """Checks by experiment that `head` is all there is between the hidden states and the logits.
+
+    Raises:
+        ArtifactError: the model scales, shifts or caps its logits, or has no such head.
+    """
+    name = type(lm.model).__name__
+    if not hasattr(lm.model, "lm_head"):
+        raise ArtifactError(
+            f"{name} is no decoder with a language-model head; take a decoder such as Llama or Qwen"
+        )
+    ids = _some_tokens(lm, 5, 8)[None]
+    with _measuring(lm):
+        logits = lm.model(input_ids=ids, use_cache=False).logits
+        ours = lm.body(input_ids=ids, use_cache=False).last_hidden_state @ lm.head.T
+    if _distance(ours, logits) > rounding(lm.head.dtype):
+        raise ArtifactError(
+            f"the head of {name} is more than one matrix (it scales, shifts or caps the logits), so that its "
+            "losses would be wrong; take a model of another family"
+        )
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -221,15 +274,32 @@ def model_shape(source: str | Path) -> tuple[int, int]:
     """Width of the hidden states and number of layers of a model, from its configuration: no weights are loaded.
 
     Raises:
-        ConfigError: nothing loadable there.
+        ConfigError: nothing loadable there, or quantised weights.
     """
     path = _loadable(source)
     try:
-        config = AutoConfig.from_pretrained(path).get_text_config(decoder=True)
+        config = _configuration(path).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot read the configuration of {path!r}: {reason}") from error
     return config.hidden_size, config.num_hidden_layers
+
+
+def _configuration(path: str) -> Any:
+    """The configuration of a model whose weights are plain numbers.
+
+    Raises:
+        ConfigError: they are quantised.
+    """
+    config = AutoConfig.from_pretrained(path)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unnamed")
+        raise ConfigError(
+            f"the weights of {path!r} are quantised ({method}), which cannot be trained; take the unquantised "
+            "model or its GGUF file"
+        )
+    return config
 
 
 def _loadable(source: str | Path) -> str:
@@ -239,35 +309,81 @@ def _loadable(source: str | Path) -> str:
 def future_sensitivity(lm: Backbone, length: int = 8) -> float:
     """How far the first hidden state moves when the last token changes, over its norm (>= 0).
 
-    0 for a causal model; above 0 for one that sees the whole text.
+    0 for a causal model, up to rounding (experts, say, are multiplied with other numbers of tokens); above 0 for
+    one that sees the whole text.
     """
-    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
-    first = torch.arange(5, 5 + length).remainder(vocabulary)[None].to(lm.body.device)
-    second = first.clone()
-    second[0, -1] = (first[0, -1] + 7) % vocabulary
-    training = lm.body.training
-    lm.body.eval()
-    with torch.no_grad():
+    first = _some_tokens(lm, 5, length)
+    second = torch.cat([first[:-1], _some_tokens(lm, 11 + length, 1)])
+    with _measuring(lm):
         before, after = (
-            lm.body(input_ids=ids, use_cache=False).last_hidden_state[0, 0].float() for ids in (first, second)
+            lm.body(input_ids=ids[None], use_cache=False).last_hidden_state[0, 0] for ids in (first, second)
         )
-    lm.body.train(training)
-    return float((after - before).norm() / before.norm())
+    moved = _distance(after, before)
+    return moved if moved > rounding(before.dtype) else 0.0
+
+
+def packed_difference(lm: Backbone) -> float:
+    """How far the states of a sequence packed behind another one are from those it has alone, over their norm."""
+    first, second = _some_tokens(lm, 20, 5), _some_tokens(lm, 30, 3)
+    row = pack(torch.cat([first, second]).cpu().numpy(), np.array([len(first), len(second)]))
+    with _measuring(lm):
+        packed = lm.hidden_states(to_device(row, lm.body.device))[0, len(first) :]
+        alone = lm.body(input_ids=second[None], use_cache=False).last_hidden_state[0]
+    return _distance(packed, alone)
 
 
 def probe(backbone: Backbone, causal: bool) -> None:
-    """Checks by experiment that the model attends as told: does the last token move the first hidden state?
+    """Checks by experiment that the model attends as told, and reads packed sequences as if each were alone.
+
+    Does the last token move the first hidden state? Does a sequence behind another one keep its states?
 
     Raises:
-        ArtifactError: a bidirectional model does not see the future, or a causal one does.
+        ArtifactError: a bidirectional model does not see the future, or a causal one does; a state flows from one
+            packed sequence into the next, or the model cannot read a packed row.
     """
+    name = type(backbone.body).__name__
     sees_future = future_sensitivity(backbone) > 0
     if sees_future == causal:
         wanted, got = ("causal", "sees") if causal else ("bidirectional", "does not see")
         raise ArtifactError(
-            f"{type(backbone.body).__name__} should be {wanted}, but its first position {got} the last token "
-            "with this version of transformers; use another version or another model"
+            f"{name} should be {wanted}, but its first position {got} the last token with this version of "
+            "transformers; use another version or another model"
         )
+    try:
+        difference = packed_difference(backbone)
+    except (TypeError, AttributeError) as error:
+        raise ArtifactError(
+            f"{name} cannot read a packed row ({error}); take a model of another family"
+        ) from error
+    if difference > 10 * rounding(backbone.body.dtype):  # other kernels; 1e-6 and .015 after 30 layers
+        raise ArtifactError(
+            f"{name} does not read a packed sequence as if it were alone (its states are {difference:.2g} of "
+            "their norm apart): it has more than plain attention; take a model of another family"
+        )
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """How far apart, over their norm, rounding alone may take states that are computed alike."""
+    return 1e-5 if dtype == torch.float32 else 1e-2
+
+
+def _some_tokens(lm: Backbone, first: int, count: int) -> Tensor:
+    vocabulary = lm.body.get_input_embeddings().weight.shape[0]
+    return torch.arange(first, first + count, device=lm.body.device).remainder(vocabulary)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).norm() / other.float().norm())
+
+
+@contextmanager
+def _measuring(lm: Backbone) -> Iterator[None]:
+    """No dropout and no gradients for the time being."""
+    training = lm.body.training
+    lm.body.eval()
+    with torch.no_grad():
+        yield
+    lm.body.train(training)
 
 
 @contextmanager
@@ -306,7 +422,7 @@ def _packed_attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: dict[str, Tensor],
+    segments: dict[str, Any],
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -315,29 +431,46 @@ def _packed_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention inside each sequence of a packed row: (1, heads, T, d) in, (1, T, heads, d) out.
 
-    `segments` is what `packing.pack` gives; its `visible` (S, L, L), where it has one, says which cell sees
-    which and replaces the causal or the bidirectional rule.
+    `segments` is what `packing.pack` gives; the `visible` (B, L, L) of its blocks, where they have one, says which
+    cell sees which and replaces the causal or the bidirectional rule.
     """
-    gather, valid, scatter = segments["gather"], segments["valid"], segments["scatter"]
-    sequences, longest = gather.shape
+    blocks = segments["blocks"].values()
+    longest = max(block["gather"].shape[1] for block in blocks)
     if softcap is not None or (sliding_window is not None and longest > sliding_window):
         raise ArtifactError(
             f"packed attention has no soft cap and no sliding window (this model: {softcap}, {sliding_window}; "
             f"longest sequence {longest} tokens); lower data.history_length or model.max_title_tokens"
         )
 
-    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (S, heads, L, d)
+    causal = getattr(module.config, "is_causal", True) is not False
+    mixed = [_attend_in_block(query, key, value, block, causal, dropout, scaling) for block in blocks]
+    return torch.cat(mixed).index_select(0, segments["scatter"])[None], None
+
+
+def _attend_in_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block: dict[str, Tensor],
+    causal: bool,
+    dropout: float,
+    scaling: float | None,
+) -> Tensor:
+    """Attention inside each sequence of one block of a packed row: (1, heads, T, d) in, (B * L, heads, d) out."""
+    gather = block["gather"]
+    sequences, longest = gather.shape
+
+    def pad(states: Tensor) -> Tensor:  # (1, heads, T, d) -> (B, heads, L, d)
         rows = states[0].transpose(0, 1).index_select(0, gather.view(-1))
         return rows.view(sequences, longest, states.shape[1], states.shape[3]).transpose(1, 2)
 
-    causal = getattr(module.config, "is_causal", True) is not False and "visible" not in segments
-    seen = segments["visible"][:, None] if "visible" in segments else valid[:, None, None, :]
+    if "visible" in block:
+        seen = block["visible"][:, None]
+    else:
+        seen = None if causal else block["valid"][:, None, None, :]
     attend = _attend_at_once if query.device.type == "cpu" and longest <= LONGEST_AT_ONCE else _attend_in_tiles
-    mixed = attend(
-        pad(query), pad(key), pad(value), None if causal else seen, dropout, scaling
-    )  # (S, heads, L, d)
-    flat = mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
-    return flat.index_select(0, scatter)[None], None
+    mixed = attend(pad(query), pad(key), pad(value), seen, dropout, scaling)  # (B, heads, L, d)
+    return mixed.transpose(1, 2).reshape(sequences * longest, query.shape[1], query.shape[3])
 
 
 def _attend_in_tiles(
@@ -407,7 +540,7 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = _pretrained(AutoModelForCausalLM, str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
         raise ConfigError(

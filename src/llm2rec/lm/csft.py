@@ -29,11 +29,11 @@ from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.learner import Learner
 from llm2rec.lm.objectives import token_loss
 from llm2rec.lm.packing import (
-    Packed,
     TokenisedTexts,
     gather_texts,
     pack,
     shuffled_pass,
+    to_device,
     token_budget_batches,
     tokenise,
 )
@@ -231,7 +231,7 @@ def training_data(
         apart = sampling.make_samples(lm.tokenizer, titles, items, np.arange(len(items)), **options)
         chosen = token_budget_batches(apart.texts.lengths, micro)
         held_out = [sampling.supervise_samples(apart, rows) for rows in chosen]
-    evaluated = max(batch["segments"]["gather"].shape[1] for batch in held_out)
+    evaluated = max(int(batch["segments"]["lengths"].max()) for batch in held_out)
     lm.check_readable(texts, max(batches.longest, evaluated))
     return batches, held_out
 
@@ -436,13 +436,3 @@ def perplexity(lm: Backbone, batches: list[Batch]) -> float:
             total += float(TokenObjective(lm)(lm.model, moved))
             targets += batch["n_targets"]
     return math.exp(total / targets)
-
-
-def to_device(batch: Packed, device: torch.device) -> Packed:
-    """A batch with its tensors, also nested ones, on `device`."""
-    return {
-        name: to_device(value, device)
-        if isinstance(value, dict)
-        else (value.to(device) if isinstance(value, torch.Tensor) else value)
-        for name, value in batch.items()
-    }

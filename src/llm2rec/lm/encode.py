@@ -22,8 +22,7 @@ from llm2rec.data.embeddings import write_embeddings
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
-from llm2rec.lm.csft import to_device
-from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, token_budget_batches, tokenise
+from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, to_device, token_budget_batches, tokenise
 from llm2rec.lm.pooling import MEAN, Pooling, embed
 from llm2rec.lm.text import item_texts, template_hash
 from llm2rec.processes import processes

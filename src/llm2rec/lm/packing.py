@@ -1,8 +1,9 @@
 """Token-budget batches: sequences of different lengths laid end to end in one row, without padding.
 
 Everything but attention works on the flat row (1, T). Attention alone sees each sequence by itself: the
-packed attention of `backbone` re-pads queries, keys and values to (S, L) around the kernel, with the
-indices that `pack` prepares. So packed sequences cannot see each other, causal or bidirectional.
+packed attention of `backbone` re-pads queries, keys and values to (S, L) around the kernel, in one block or
+in two of like lengths, with the indices that `pack` prepares. So packed sequences cannot see each other,
+causal or bidirectional.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 Packed = dict[str, Any]
+SHARE_OF_ONE_BLOCK = 0.5  # at most so many of its attention shares must be left for two blocks to be worth it
 
 
 @dataclass(frozen=True)
@@ -92,26 +94,57 @@ def pack(tokens: np.ndarray, lengths: np.ndarray) -> Packed:
         lengths: (S,) tokens of each, all > 0.
 
     Returns:
-        `input_ids` and `position_ids` (1, T) int64, and `segments`, what the packed attention needs:
-        `gather` (S, L) row position of each padded cell, `valid` (S, L) bool, `scatter` (T,) padded cell of
-        each row position, `sequence` (T,) the sequence of each row position. A caller may add `visible`
-        (S, L, L) bool: which cell (rows) sees which, at least one each.
+        `input_ids` and `position_ids` (1, T) int64, and `segments`, what the packed attention needs: `lengths`
+        (S,), `sequence` (T,) the sequence of each row position, `scatter` (T,) its padded cell, counted through
+        all `blocks`. Each of these has `members` (B,), its sequences, padded to their longest: `gather` (B, L)
+        row position of each cell, `valid` (B, L) bool. A caller may add `visible` (B, L, L) bool to each:
+        which cell (rows) sees which, at least one each.
     """
-    positions = positions_within(lengths)
-    longest = int(lengths.max())
-    cells = np.arange(longest)
     starts = np.cumsum(lengths) - lengths
-    valid = cells[None, :] < lengths[:, None]
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    scatter = np.empty(len(tokens), dtype=np.int64)
+    blocks, begin = {}, 0
+    for number, members in enumerate(_blocks(lengths)):
+        cells = np.arange(lengths[members].max())
+        valid = cells < lengths[members][:, None]
+        gather = np.where(valid, starts[members][:, None] + cells, 0)
+        scatter[gather[valid]] = begin + np.flatnonzero(valid)
+        begin += valid.size
+        arrays = {"members": members, "gather": gather, "valid": valid}
+        blocks[number] = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {
         "input_ids": torch.from_numpy(tokens)[None],
-        "position_ids": torch.from_numpy(positions)[None],
+        "position_ids": torch.from_numpy(positions_within(lengths))[None],
         "segments": {
-            "gather": torch.from_numpy(np.where(valid, starts[:, None] + cells, 0)),
-            "valid": torch.from_numpy(valid),
-            "scatter": torch.from_numpy(sequence * longest + positions),
-            "sequence": torch.from_numpy(sequence),
+            "lengths": torch.from_numpy(lengths),
+            "sequence": torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+            "scatter": torch.from_numpy(scatter),
+            "blocks": blocks,
         },
+    }
+
+
+def _blocks(lengths: np.ndarray) -> list[np.ndarray]:
+    """The sequences (S,) in one block, or the longer and the shorter ones apart where that saves enough shares.
+
+    A block keeps B x L x L shares. Not more than two, and none of a single sequence, which `torch.compile` would
+    compile for once more.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    ordered = lengths[order]
+    longer = np.arange(2, len(lengths) - 1)  # how many could be in the first block
+    shares = longer * ordered[0] ** 2 + (len(lengths) - longer) * ordered[longer] ** 2
+    if not len(longer) or shares.min() > SHARE_OF_ONE_BLOCK * len(lengths) * ordered[0] ** 2:
+        return [np.arange(len(lengths))]
+    return np.split(order, [longer[shares.argmin()]])
+
+
+def to_device(batch: Packed, device: torch.device) -> Packed:
+    """A batch with its tensors, also nested ones, on `device`."""
+    return {
+        name: to_device(value, device)
+        if isinstance(value, dict)
+        else (value.to(device) if isinstance(value, torch.Tensor) else value)
+        for name, value in batch.items()
     }
 
 

@@ -63,7 +63,7 @@ MEAN = Pooling()
 def embed(lm: Backbone, packed: Packed, pooling: Pooling = MEAN) -> Tensor:
     """Pooled vectors of the sequences of a packed row, (S, D) float32."""
     hidden = lm.hidden_states(packed, pooling.layer)
-    sequence, sequences = packed["segments"]["sequence"], len(packed["segments"]["gather"])
+    sequence, sequences = packed["segments"]["sequence"], len(packed["segments"]["lengths"])
     if pooling.mode == "last":
         return pool_last(hidden, sequence, sequences)
     if pooling.mode == "weighted-mean":

@@ -171,22 +171,25 @@ def supervise_trees(samples: Samples, groups: list[np.ndarray]) -> Batch:
     """A packed row of trees, one of each group of samples; every sample keeps all of its labels.
 
     Returns:
-        As `supervise_samples`, in the order of `groups`, with `visible` (S, L, L) among the segments. A node
+        As `supervise_samples`, in the order of `groups`, with `visible` in each block of the segments. A node
         that several samples pass through stands several times in `rows` where it has several labels.
     """
     trees = [merge([samples.texts[sample] for sample in group]) for group in groups]
     sizes = np.array([len(tree.tokens) for tree in trees])
-    visible = np.broadcast_to(np.eye(sizes.max(), dtype=bool), (len(trees), sizes.max(), sizes.max())).copy()
     rows, labels = [], []
-    for number, (tree, group, start) in enumerate(zip(trees, groups, np.cumsum(sizes) - sizes, strict=True)):
-        visible[number, : sizes[number], : sizes[number]] = tree.visible
+    for tree, group, start in zip(trees, groups, np.cumsum(sizes) - sizes, strict=True):
         for path, sample in zip(tree.paths, group, strict=True):
             first = samples.first_label[sample]
             rows.append(start + path[first - 1 : -1])
             labels.append(tree.tokens[path[first:]])
     packed = pack(np.concatenate([tree.tokens for tree in trees]), sizes)
     packed["position_ids"] = torch.from_numpy(np.concatenate([tree.depths for tree in trees]))[None]
-    packed["segments"]["visible"] = torch.from_numpy(visible)
+    for block in packed["segments"]["blocks"].values():
+        longest = block["gather"].shape[1]
+        visible = np.stack([np.eye(longest, dtype=bool)] * len(block["members"]))
+        for own, member in zip(visible, block["members"].tolist(), strict=True):
+            own[: sizes[member], : sizes[member]] = trees[member].visible
+        block["visible"] = torch.from_numpy(visible)
     return {
         **packed,
         "rows": torch.from_numpy(np.concatenate(rows)),
