@@ -31,6 +31,7 @@ from llm2rec.lm.objectives import token_loss
 from llm2rec.lm.packing import (
     Packed,
     TokenisedTexts,
+    added_tokens,
     gather_texts,
     pack,
     shuffled_pass,
@@ -244,11 +245,14 @@ def csft_texts(tokenizer: Any, titles: list[str], max_title_tokens: int) -> Toke
     plain = tokenise(tokenizer, item_texts(titles), max_title_tokens, special_tokens=False)
     separator = np.array(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
     tokens = np.insert(plain.tokens, np.repeat(plain.offsets[1:], len(separator)), np.tile(separator, len(plain)))
-    return TokenisedTexts(tokens, plain.offsets + len(separator) * np.arange(len(plain) + 1))
+    offsets = plain.offsets + len(separator) * np.arange(len(plain) + 1)
+    return TokenisedTexts(tokens, offsets, prefix=added_tokens(tokenizer)[0])
 
 
 def supervise(texts: TokenisedTexts, item_sequences: list[np.ndarray], first_target: list[int]) -> Batch:
     """A packed row of item sequences with the positions and labels of its targets.
+
+    Each sequence stands after the prefix of the texts, which is no label.
 
     Args:
         item_sequences: item indices (1..N) of each sequence, oldest first.
@@ -263,9 +267,11 @@ def supervise(texts: TokenisedTexts, item_sequences: list[np.ndarray], first_tar
     lengths = np.bincount(owners, weights=title_lengths).astype(np.int64)
     order = np.concatenate([np.arange(len(items)) for items in item_sequences])
     is_target = np.repeat(order >= np.repeat(first_target, [len(s) for s in item_sequences]), title_lengths)
-    positions = np.flatnonzero(is_target)
+    starts, size = np.cumsum(lengths) - lengths, len(texts.prefix)
+    tokens = np.insert(tokens, np.repeat(starts, size), np.tile(texts.prefix, len(starts)))
+    positions = np.flatnonzero(np.insert(is_target, np.repeat(starts, size), False))
     return {
-        **pack(tokens, lengths),
+        **pack(tokens, lengths + size),
         "rows": torch.from_numpy(positions - 1),
         "labels": torch.from_numpy(tokens[positions]),
         "n_targets": len(positions),
@@ -331,7 +337,7 @@ class WindowBatches(BudgetBatches):
         self._items, _ = sequences.training()
         self._starts, self._ends = sequences.windows(history_length)
         running = np.concatenate([[0], np.cumsum(texts.lengths[np.asarray(self._items) - 1])])
-        lengths = running[self._ends] - running[self._starts]
+        lengths = len(texts.prefix) + running[self._ends] - running[self._starts]
         spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
         super().__init__(lengths, self._ends - self._starts - 1, micro_batch_tokens, shares=shares, **spent)
         self.longest = int(lengths.max(initial=0))
@@ -405,7 +411,7 @@ def held_out_batches(
 ) -> list[Batch]:
     """Validation events of a sample of users, each after its history; only the event's title is labelled."""
     whole = held_out_items(sequences, history_length, seed)
-    lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
+    lengths = np.array([len(texts.prefix) + int(texts.lengths[items - 1].sum()) for items in whole])
     batches = []
     for rows in token_budget_batches(lengths, micro_batch_tokens):
         members = [whole[row] for row in rows]

@@ -28,6 +28,7 @@ from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, gather
 from llm2rec.lm.packing import (
     Packed,
     TokenisedTexts,
+    added_tokens,
     gather_texts,
     pack,
     positions_within,
@@ -65,10 +66,11 @@ def mntp(
     """
     lm, merge = learner.load("mntp", causal=False)
     plain, of_texts = trained_texts(titles, shares)
-    texts = tokenise(lm.tokenizer, plain, learner.max_title_tokens, special_tokens=False)
+    texts = tokenise(lm.tokenizer, plain, learner.max_title_tokens, special_tokens=True)
     lm.check_readable(texts, int(texts.lengths.max()))
     parts, mask, seed = processes().count, _mask_token(lm.tokenizer), learner.seed_of("mntp")
-    batches = MaskedBatches(texts, mask, steps, batch_size, mask_share, seed, parts, of_texts)
+    added = sum(added_tokens(lm.tokenizer), ())
+    batches = MaskedBatches(texts, mask, steps, batch_size, mask_share, seed, parts, of_texts, added)
     every = math.ceil(steps / checkpoints) if checkpoints else 0
     settings = learner.settings("mntp", max_steps=steps, accumulation=parts, checkpoint_every=every)
     summary = learner.train(lm, batches, TokenObjective(lm), settings, description="mntp")
@@ -279,9 +281,9 @@ def shuffled_batches(shares: np.ndarray, steps: int, batch_size: int, seed: int)
 class MaskedBatches(Batches):
     """Packed titles with a share of their tokens masked; the masked tokens are the labels.
 
-    Position 0 is never masked: no position before it could predict it. A title of one token is left whole;
-    any other has at least one masked token. A step's titles come in `parts` micro-batches, one a process,
-    masked as they would be in one.
+    Never masked are position 0, because no position before it could predict it, and the tokens `added` by the
+    tokenizer. A title without another token is left out; any other has at least one masked token. A step's titles
+    come in `parts` micro-batches, one a process, masked as they would be in one.
     """
 
     def __init__(
@@ -294,13 +296,16 @@ class MaskedBatches(Batches):
         seed: int,
         parts: int = 1,
         shares: np.ndarray | None = None,
+        added: tuple[int, ...] = (),
     ) -> None:
-        usable = np.flatnonzero(texts.lengths > 1)  # some are: see check_titles
+        maskable = (positions_within(texts.lengths) > 0) & ~np.isin(texts.tokens, added)
+        usable = np.flatnonzero(np.logical_or.reduceat(maskable, texts.offsets[:-1]))  # some are: see check_titles
         tokens, lengths = gather_texts(texts, usable)
         self._texts = TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
         of_usable = np.ones(len(usable)) if shares is None else shares[usable]
         self._chosen = shuffled_batches(of_usable, steps, batch_size, seed)
         self._mask_token, self._share, self._seed, self._parts = mask_token, share, seed, parts
+        self._added = added
         self.tokens = int(sum(self._texts.lengths[chosen].sum() for chosen in self._chosen))
         if len(self._chosen[0]) < parts:
             raise ConfigError(f"{len(self._chosen[0])} titles a step cannot be shared by {parts} processes")
@@ -312,8 +317,8 @@ class MaskedBatches(Batches):
         step, part = divmod(index, self._parts)
         tokens, lengths = gather_texts(self._texts, self._chosen[step])
         generator = np.random.default_rng([self._seed, step])
-        positions = positions_within(lengths)
-        noise = np.where(positions == 0, np.inf, generator.random(len(tokens)))
+        barred = (positions_within(lengths) == 0) | np.isin(tokens, self._added)
+        noise = np.where(barred, np.inf, generator.random(len(tokens)))
         starts = np.cumsum(lengths) - lengths
         lowest = np.repeat(np.minimum.reduceat(noise, starts), lengths)
         hidden = (noise < self._share) | (noise == lowest)
