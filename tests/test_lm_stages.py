@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import TITLES, adding, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
@@ -426,8 +426,32 @@ def test_causal_and_bidirectional_vectors_differ(tiny):
     assert np.abs(causal - bidirectional).max() > 1e-3
 
 
-def test_a_model_without_attention_dropout_is_refused():
-    from llm2rec.errors import ArtifactError
+@pytest.fixture(scope="module")
+def gpt2(tiny_folder, tmp_path_factory):
+    """A random GPT-2, whose attention has no dropout that can be set and whose layers have a name of their own."""
+    tokenizer = backbones.load_tokenizer(tiny_folder)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
+    folder = tmp_path_factory.mktemp("gpt2")
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    backbones.save(backbones.Backbone(model, tokenizer), folder)
+    return folder
 
-    with pytest.raises(ArtifactError, match="no attention dropout"), backbones.dropout(nn.Linear(1, 1), 0.2):
-        pass
+
+def run_contrastive(world, model, out, **changes):
+    options = {"steps": 2, "batch_size": 4, "temperature": 0.1, "dropout": 0.2, "evaluations": 1, "patience": 1}
+    return train_stage(contrastive, *world, model=model, out=out, micro_batch_tokens=4096, **(options | changes))
+
+
+def test_dropout_views_of_a_model_without_attention_dropout_are_refused(world, gpt2, tmp_path):
+    with pytest.raises(ConfigError, match="GPT2Model has no attention dropout .*positives=consumed-next"):
+        run_contrastive(world, gpt2, tmp_path)
+
+
+def test_consumed_pairs_need_no_attention_dropout(world, gpt2, tmp_path):
+    assert run_contrastive(world, gpt2, tmp_path, positives="consumed-next", causal=True)["steps"] == 2
+
+
+@pytest.mark.parametrize("setting", ["compiled", "shard"])
+def test_layers_that_are_not_found_are_refused_where_they_are_needed(setting, world, gpt2, tmp_path):
+    with pytest.raises(ConfigError, match=r"GPT2Model does not name its layers .*turn them off"):
+        run_csft(world, gpt2, tmp_path, **{setting: True})

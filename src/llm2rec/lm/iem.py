@@ -113,17 +113,21 @@ def contrastive(
             a model switched to bidirectional attention first loses what it knows, and a short stage may not
             make up for it.
         positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
-            two items consumed one after the other in the training events. `dropout` then merely regularises.
+            two items consumed one after the other in the training events. `dropout` then merely regularises, and
+            a model whose attention has none goes without.
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
 
     Returns:
         Summary: steps, titles a step, seconds of training, AUC before and after, the step of the best state.
 
     Raises:
+        ConfigError: dropout views of a model without attention dropout, or as `contrastive_batches`.
         ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
     """
     pooling.exported()  # refused before it is trained for
     lm, merge = learner.load("contrastive", causal=causal, head=False)
+    if steps:
+        check_views(lm.model, positives, dropout)
     length, seed = learner.max_title_tokens, learner.seed_of("contrastive")
     pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, length, seed, pooling)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
@@ -180,6 +184,22 @@ def check_titles(titles: list[str], model: str | Path, max_title_tokens: int) ->
         raise DataError(
             f"every title is a single token (for example {titles[0]!r}): there is no text to learn from; "
             "give titles in words"
+        )
+
+
+def check_views(model: nn.Module, positives: str, dropout: float) -> None:
+    """Refuses two views by dropout of a model whose attention has none.
+
+    Args:
+        model: with or without weights (`backbone.outline`).
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if positives == "dropout" and dropout and not backbones.has_attention_dropout(model):
+        raise ConfigError(
+            f"{type(model).__name__} has no attention dropout to make two views of a title with; use "
+            "iem.contrastive.positives=consumed-next, or another model"
         )
 
 
