@@ -52,6 +52,16 @@ def test_a_sample_begins_as_the_tokenizer_begins_a_text_one_by_one_and_as_a_tree
     assert tree_size([samples.texts[0], samples.texts[1]]) == tree_size([plain.texts[0], plain.texts[1]]) + 1
 
 
+def test_samples_are_kept_in_half_the_memory_of_their_labels(tiny):
+    samples = samples_of(tiny.tokenizer, [[1, 2, 3], [5, 4]])
+    assert samples.texts.tokens.dtype == np.int32
+    for batch in (
+        supervise_samples(samples, np.arange(2)),
+        supervise_trees(samples, [np.arange(1), np.array([1])]),
+    ):
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+
+
 def test_history_and_target_are_tokenised_apart(tiny):
     samples = samples_of(tiny.tokenizer, [[1, 2, 3]])
     parts = [f"{TITLES[0]}, {TITLES[1]}", f"{TITLES[2]}\n"]

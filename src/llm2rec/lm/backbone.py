@@ -85,7 +85,8 @@ class Backbone:
         """Hidden states of a packed row, (1, T, H); its sequences do not see each other.
 
         Args:
-            layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
+            layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, which by either number comes
+                after the final norm.
         """
         with attending(self.body, PACKED):
             output = self.body(

@@ -240,7 +240,8 @@ def training_data(
 def csft_texts(tokenizer: Any, titles: list[str], max_title_tokens: int) -> TokenisedTexts:
     r"""Each title's tokens followed by the separator's, as they stand inside a window.
 
-    Titles and separator are tokenised apart; with "\n" the joint text gives the same tokens (FACTS).
+    Titles and separator are tokenised apart, so that a title has the same tokens wherever it stands. Mostly the
+    joint text gives these as well; but Qwen2's tokenizer joins "\n" to a title's end that is no letter or digit.
     """
     plain = tokenise(tokenizer, item_texts(titles), max_title_tokens, special_tokens=False)
     separator = np.array(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)

@@ -24,7 +24,7 @@ class TokenisedTexts:
     prefix: ids that a sequence made of several texts begins with; () where the texts hold them already.
     """
 
-    tokens: np.ndarray  # int64 (T,)
+    tokens: np.ndarray  # int64 (T,); int32 of the authors' samples, which are many
     offsets: np.ndarray  # int64 (N + 1,)
     prefix: tuple[int, ...] = ()
 
@@ -83,7 +83,7 @@ def shorten(tokenizer: Any, texts: list[str], max_tokens: int) -> list[str]:
 
 
 def gather_texts(texts: TokenisedTexts, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the chosen texts end to end, int64 (T,), and their lengths, int64 (len(indices),)."""
+    """Tokens of the chosen texts end to end, (T,), and their lengths, int64 (len(indices),)."""
     lengths = texts.lengths[indices]
     starts = np.repeat(texts.offsets[indices], lengths)
     return texts.tokens[starts + positions_within(lengths)], lengths

@@ -111,7 +111,7 @@ def make_samples(
     texts = shorten(tokenizer, item_texts(titles), max_title_tokens)
     comma, space = (JOINT[0], JOINT[1:]) if separator else ("", "")
     targets = _tokenised(tokenizer, [f"{space}{text}{END}" for text in texts])
-    prefix = np.array(added_tokens(tokenizer)[0], dtype=np.int32)
+    prefix, end = (np.array(ids, np.int32) for ids in (added_tokens(tokenizer)[0], [tokenizer.eos_token_id]))
     rows: list[np.ndarray] = []
     first_label = np.empty(len(item_sequences), dtype=np.int64)
     for begin in range(0, len(item_sequences), TOKENISED_AT_ONCE):
@@ -119,7 +119,7 @@ def make_samples(
         histories = [JOINT.join(texts[item - 1] for item in items[:-1]) + comma for items in chosen]
         for items, history in zip(chosen, _tokenised(tokenizer, histories), strict=True):
             first_label[len(rows)] = len(prefix) + len(history)
-            rows.append(np.concatenate([prefix, history, targets[items[-1] - 1], [tokenizer.eos_token_id]]))
+            rows.append(np.concatenate([prefix, history, targets[items[-1] - 1], end]))
     lengths = np.array([len(row) for row in rows])
     return Samples(TokenisedTexts(np.concatenate(rows), np.append(0, np.cumsum(lengths))), first_label, trees)
 
