@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import TITLES, adding, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import VALIDATION
-from llm2rec.errors import ConfigError
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
 from llm2rec.lm.encode import encode
@@ -161,6 +161,16 @@ def test_csft_moves_every_weight(world, tiny_folder, tmp_path):
     before = dict(backbones.load(tiny_folder, torch.float32).model.named_parameters())
     after = dict(backbones.load(tmp_path, torch.float32).model.named_parameters())
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_csft_killed_among_other_processes_is_not_resumed_with_other_micro_batches(world, tiny_folder, tmp_path):
+    run_csft(world, tiny_folder, tmp_path, checkpoints=2)
+    (complete,) = (tmp_path / "checkpoints").glob("*/complete")
+    complete.write_text(json.dumps({"seconds": 1.0, "processes": 3}))
+    with pytest.raises(ArtifactError, match=r"checkpoint-\d+ was trained by 3 processes, and 1 would cut"):
+        run_csft(world, tiny_folder, tmp_path, checkpoints=2)
+    complete.write_text(json.dumps({"seconds": 1.0}))  # as older ones are
+    assert run_csft(world, tiny_folder, tmp_path, checkpoints=2)["steps"] > 1
 
 
 def test_recomputing_activations_changes_no_weight(world, tiny_folder, tmp_path):

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec import artifacts
 from llm2rec.batches import Batch, Batches
-from llm2rec.checkpoints import go_on_from, keep_stable, step_of
+from llm2rec.checkpoints import go_on_from, keep_stable, last_complete, processes_of, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
-from llm2rec.errors import ConfigError
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
@@ -87,16 +88,20 @@ def csft(
     Raises:
         ConfigError: the budget is smaller than one optimizer step, or ends before the decay of the training
             that it extends; arguments that exclude each other.
+        ArtifactError: what it goes on from was trained by a number of processes that makes other micro-batches.
     """
     began = time.perf_counter()
     _check_arguments(mode, paper_separator, evaluations, patience)
+    gone_on_from = last_complete(learner.out / artifacts.CHECKPOINTS) or extends
+    if gone_on_from:
+        _check_processes(gone_on_from, batch_tokens, micro_batch_tokens)
     lm, merge = learner.load("csft", causal=True)
-    share = max(1, batch_tokens // processes().count)  # a step is as large with any number of processes
-    budget = Budget(min(micro_batch_tokens, share), max_tokens, epochs)
+    micro, accumulation = _cut(batch_tokens, micro_batch_tokens, processes().count)
+    budget = Budget(micro, max_tokens, epochs)
     form = Form(mode, history_length, learner.max_title_tokens, paper_separator)
     seed = learner.seed_of("csft")
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
-    course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
+    course = _course(batches, accumulation, batch_tokens, checkpoints, evaluations)
     settings = learner.settings("csft", **course, patience=patience)
     if extends:
         settings = replace(settings, warmup_share=0.0)  # it is behind
@@ -147,6 +152,22 @@ def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patienc
         raise ConfigError("csft.patience counts evaluations: set csft.evaluations as well, or leave it out")
 
 
+def _cut(batch_tokens: int, micro_batch_tokens: int, sharing: int) -> tuple[int, int]:
+    """Tokens of a micro-batch and how many make a step, which is about as large with any number of processes."""
+    micro = min(micro_batch_tokens, max(1, batch_tokens // sharing))
+    return micro, sharing * max(1, round(batch_tokens / (sharing * micro)))
+
+
+def _check_processes(checkpoint: Path, batch_tokens: int, micro_batch_tokens: int) -> None:
+    """Refuses to skip other micro-batches than those that a checkpoint has behind it."""
+    theirs, ours = processes_of(checkpoint), processes().count
+    if _cut(batch_tokens, micro_batch_tokens, theirs) != _cut(batch_tokens, micro_batch_tokens, ours):
+        raise ArtifactError(
+            f"{checkpoint} was trained by {theirs} processes, and {ours} would cut the data into other "
+            f"micro-batches: some would come twice, some never; start {theirs}, or train from the beginning"
+        )
+
+
 def _check_extends(stable: Path, settings: TrainSettings) -> None:
     taken = step_of(stable)
     if settings.stable_steps is None or taken > settings.stable_steps:
@@ -176,11 +197,9 @@ class Budget:
 
 
 def _course(
-    batches: BudgetBatches, budget: Budget, batch_tokens: int, checkpoints: int, evaluations: int
+    batches: BudgetBatches, accumulation: int, batch_tokens: int, checkpoints: int, evaluations: int
 ) -> dict[str, Any]:
-    """How many steps, of how many micro-batches, and what happens how often."""
-    sharing = processes().count
-    accumulation = sharing * max(1, round(batch_tokens / (sharing * budget.micro_batch_tokens)))
+    """How many steps, of `accumulation` micro-batches, and what happens how often."""
     steps = len(batches) // accumulation
     if steps == 0:
         raise ConfigError(
