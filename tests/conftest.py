@@ -47,6 +47,15 @@ def tiny(tiny_folder):
     return backbones.load(tiny_folder, torch.float32)
 
 
+def adding(tokenizer, template):
+    """The tokenizer, made to add tokens that it knows to every text: `~ $A` begins it with ~, as a BOS would."""
+    from tokenizers.processors import TemplateProcessing
+
+    added = [(token, tokenizer.convert_tokens_to_ids(token)) for token in template.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=added)
+    return tokenizer
+
+
 def vectors_of(lm, titles, batch_tokens=1000, pooling=MEAN, max_title_tokens=64):
     """(N, D) float32 vectors of titles, in memory, by the packed pass that `encode` makes of a catalogue."""
     return encode_tokens(

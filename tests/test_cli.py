@@ -167,6 +167,20 @@ def test_what_the_model_or_the_data_cannot_give_is_refused_before_csft(run_on, c
     assert words in err and "done   csft" not in err
 
 
+def test_views_that_the_model_cannot_give_are_refused_before_csft(run_on, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from llm2rec.lm import backbone as backbones
+
+    backbones.make_tiny_random(["Film"], tmp_path / "tiny", seed=0)
+    tokenizer = backbones.load_tokenizer(tmp_path / "tiny")
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
+    backbones.save(backbones.Backbone(GPT2LMHeadModel(config), tokenizer), tmp_path / "gpt2")
+    status, err = run_on(None, None, f"model.source={tmp_path / 'gpt2'}")
+    assert status == 1
+    assert "GPT2Model has no attention dropout" in err and "done   csft" not in err
+
+
 @pytest.mark.parametrize(("title", "words"), [("Same film", "'Same film'"), (None, "single token")])
 def test_titles_without_text_are_refused_before_csft(run_on, title, words):
     log, items = cyclic_log(users=4, items=6, events=5)

@@ -99,6 +99,20 @@ def test_a_training_that_cannot_be_extended_is_refused(short, world, tmp_path, c
         train(tmp_path / "run", world, f"csft.extends={short.folder}", *changes)
 
 
+@pytest.mark.parametrize(("processes", "refused"), [(2, False), (3, True)])
+def test_a_number_of_processes_that_makes_other_micro_batches_is_refused(
+    short, world, tmp_path, monkeypatch, processes, refused
+):
+    assert module.processes_of(short.csft / "stable") == 1
+    monkeypatch.setattr(module, "processes_of", lambda checkpoint: processes)
+    longer = tmp_path / "run", world, "csft.max_tokens=5120", f"csft.extends={short.folder}"
+    if not refused:  # two take one of the two micro-batches of a step each
+        assert steps(train(*longer)) > steps(short)
+        return
+    with pytest.raises(ArtifactError, match="stable was trained by 3 processes, and 1 would cut"):
+        train(*longer)
+
+
 def test_the_run_that_is_extended_is_found_from_the_recipe_s_folder(tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

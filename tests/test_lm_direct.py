@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES
+from conftest import TITLES, adding
 from llm2rec.errors import ConfigError
 from llm2rec.evaluation import ranking
 from llm2rec.lm import backbone as backbones
@@ -24,6 +24,7 @@ def plain_score(lm, history, item):
     """Log-likelihood of one title after a history, both in one causal pass without a cache."""
     texts = csft_texts(lm.tokenizer, NAMES, 16)
     tokens, _ = gather_texts(texts, np.array([*history, item]) - 1)
+    tokens = np.append(np.array(texts.prefix, dtype=np.int64), tokens)
     title = len(texts[item - 1])
     with torch.no_grad():
         hidden = lm.hidden_states(pack(tokens, np.array([len(tokens)])))[0]
@@ -32,7 +33,9 @@ def plain_score(lm, history, item):
     return float(log_probabilities[-title - 1 : -1].gather(1, labels[:, None]).sum())
 
 
-def test_scores_are_the_log_likelihoods_of_the_plain_way(tiny):
+@pytest.mark.parametrize("template", ["$A", "~ $A"])
+def test_scores_are_the_log_likelihoods_of_the_plain_way(tiny, template):
+    adding(tiny.tokenizer, template)
     scores = ranker(tiny, batch_titles=7).score(HISTORIES)
     assert scores.shape == (2, len(NAMES)) and scores.dtype == torch.float32
     lengths = csft_texts(tiny.tokenizer, NAMES, 16).lengths

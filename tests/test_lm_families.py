@@ -22,14 +22,16 @@ from transformers import (
     StableLmConfig,
 )
 
-from conftest import prepared_cycle, train_stage, vectors_of
+from conftest import adding, prepared_cycle, train_stage, vectors_of
 from llm2rec.errors import ArtifactError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import csft
 from llm2rec.lm.iem import contrastive, mntp
+from llm2rec.lm.packing import added_tokens
 
 FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
+BEGINNING = [LlamaConfig, MistralConfig, Gemma3TextConfig]  # whose tokenizers add a BOS
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,12 @@ def world(tmp_path_factory):
 
 
 def save_random(config_class, tokenizer, folder, **changes):
-    """A random two-layer model of a family, saved with the tokenizer of the tiny one; each vector of it random."""
+    """A random two-layer model of a family, saved with the tokenizer of the tiny one; each vector of it random.
+
+    It begins a text as that of the family does.
+    """
+    if config_class in BEGINNING:
+        adding(tokenizer, "~ $A")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     vocabulary = len(tokenizer) + 8  # transformers adds special tokens for some families
@@ -73,6 +80,13 @@ def trained(request, world, tiny_folder, tmp_path_factory):
 
 def test_every_stage_trains_for_three_steps(trained):
     assert [summary["steps"] for summary in trained[1]] == [3, 3, 3]
+
+
+def test_every_stage_keeps_what_the_tokenizer_adds(trained, request):
+    root, _ = trained
+    family = request.node.callspec.params["trained"]
+    for name in ("csft", "mntp", "iem"):
+        assert len(added_tokens(backbones.load_tokenizer(root / name))[0]) == (family in BEGINNING)
 
 
 def test_every_stage_moves_the_weights(trained):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES
+from conftest import TITLES, adding
 from llm2rec.lm import packing
-from llm2rec.lm.packing import gather_texts, pack, positions_within, token_budget_batches, tokenise
+from llm2rec.lm.packing import added_tokens, gather_texts, pack, positions_within, token_budget_batches, tokenise
 
 
 def packed_rows(texts, indices):
@@ -22,6 +22,13 @@ def test_texts_are_tokenised_once_and_gathered_in_order(tiny):
 
 def test_long_texts_are_truncated(tiny):
     assert tokenise(tiny.tokenizer, TITLES, 2, special_tokens=False).lengths.max() == 2
+
+
+def test_what_a_tokenizer_adds_before_and_behind_a_text_is_known(tiny):
+    assert added_tokens(tiny.tokenizer) == ((), ())
+    begin, end = tiny.tokenizer.convert_tokens_to_ids(["~", "<eos>"])
+    assert added_tokens(adding(tiny.tokenizer, "~ $A")) == ((begin,), ())
+    assert added_tokens(adding(tiny.tokenizer, "~ $A <eos>")) == ((begin,), (end,))
 
 
 def test_positions_restart_in_every_sequence():

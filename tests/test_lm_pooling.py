@@ -98,6 +98,11 @@ def test_an_unknown_pooling_is_refused():
         Pooling("max")
 
 
+def test_the_last_layer_comes_after_the_final_norm_by_either_number(tiny):
+    last, by_number, before = (vectors_of(tiny, TITLES, pooling=Pooling("mean", layer)) for layer in (-1, 2, 1))
+    assert np.array_equal(last, by_number) and np.abs(last - before).max() > 0.1
+
+
 @pytest.mark.parametrize("layer", [3, -2])
 def test_a_layer_that_the_model_does_not_have_is_refused(tiny, layer):
     with pytest.raises(ConfigError, match="0 .* to 2"):

@@ -61,6 +61,23 @@ def test_no_title_stands_twice_in_a_batch_of_pairs():
     assert {tuple(pair) for batch in batches for pair in batch} <= {tuple(pair) for pair in pairs}
 
 
+class Counted(np.ndarray):
+    """Pairs that count those of them that are read one by one."""
+
+    read = 0
+
+    def __getitem__(self, place):
+        Counted.read += isinstance(place, int | np.integer)
+        return super().__getitem__(place)
+
+
+def test_no_pair_is_read_once_the_batches_are_made():
+    pairs = np.random.default_rng(0).permutation(2_000).reshape(1_000, 2).view(Counted)  # all fit into batches
+    batches = distinct_batches(pairs, 10, 4, seed=0)
+    assert Counted.read == 40
+    assert np.array_equal(batches, distinct_batches(pairs, 250, 4, seed=0)[:10])
+
+
 def test_pairs_that_fill_no_batch_are_refused():
     with pytest.raises(ConfigError, match="fill 1 places of a batch of 2"):
         distinct_batches(np.array([[0, 1], [0, 2], [0, 3]]), 5, 2, seed=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import TITLES, prepared_cycle, train_stage
+from conftest import TITLES, adding, prepared_cycle, train_stage
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import packing
@@ -40,6 +40,27 @@ def test_the_labels_of_a_sample_are_its_target_the_line_break_and_eos(tiny, sepa
     batch = supervise_samples(samples_of(tiny.tokenizer, [[1, 2, 3], [5, 4]], separator), np.array([0, 1]))
     assert tiny.tokenizer.decode(batch["labels"]) == f"{space}{TITLES[2]}\n<eos>{space}{TITLES[3]}\n<eos>"
     assert torch.equal(batch["input_ids"][0][batch["rows"] + 1], batch["labels"])
+
+
+def test_a_sample_begins_as_the_tokenizer_begins_a_text_one_by_one_and_as_a_tree(tiny):
+    plain = samples_of(tiny.tokenizer, [[1, 2], [1, 2, 3]], trees=[0, 0])
+    samples = samples_of(adding(tiny.tokenizer, "~ $A"), [[1, 2], [1, 2, 3]], trees=[0, 0])
+    begin = tiny.tokenizer.convert_tokens_to_ids("~")
+    assert [samples.texts[row].tolist() for row in (0, 1)] == [[begin, *plain.texts[row]] for row in (0, 1)]
+    assert np.array_equal(samples.first_label, plain.first_label + 1)
+    labels = [supervise_trees(some, [np.arange(2)])["labels"].tolist() for some in (plain, samples)]
+    assert labels[0] == labels[1]
+    assert tree_size([samples.texts[0], samples.texts[1]]) == tree_size([plain.texts[0], plain.texts[1]]) + 1
+
+
+def test_samples_are_kept_in_half_the_memory_of_their_labels(tiny):
+    samples = samples_of(tiny.tokenizer, [[1, 2, 3], [5, 4]])
+    assert samples.texts.tokens.dtype == np.int32
+    for batch in (
+        supervise_samples(samples, np.arange(2)),
+        supervise_trees(samples, [np.arange(1), np.array([1])]),
+    ):
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
 
 
 def test_history_and_target_are_tokenised_apart(tiny):

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from conftest import TITLES, prepared_cycle, train_stage, vectors_of
+from conftest import TITLES, adding, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import VALIDATION
-from llm2rec.errors import ConfigError
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
 from llm2rec.lm.encode import encode
@@ -27,6 +27,7 @@ from llm2rec.lm.iem import (
     shuffled_batches,
 )
 from llm2rec.lm.objectives import contrastive_loss
+from llm2rec.lm.packing import tokenise
 from llm2rec.lm.pooling import embed
 from llm2rec.training import Optimizer
 
@@ -35,6 +36,16 @@ from llm2rec.training import Optimizer
 def world(tmp_path_factory):
     """Sequences and titles of the cyclic log."""
     return prepared_cycle(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny_folder, tmp_path_factory):
+    """The tiny decoder with a tokenizer that begins every text with a token of its own."""
+    lm = backbones.load(tiny_folder, torch.float32)
+    adding(lm.tokenizer, "~ $A")
+    folder = tmp_path_factory.mktemp("bos")
+    backbones.save(lm, folder)
+    return folder
 
 
 def run_csft(world, model, out, **changes):
@@ -60,6 +71,27 @@ def test_the_row_reads_as_titles_on_lines(tiny):
     assert tiny.tokenizer.decode(batch["input_ids"][0]) == f"{TITLES[1]}\n{TITLES[6]}\n"
 
 
+def test_a_row_begins_as_the_tokenizer_begins_a_text_and_the_beginning_is_no_label(tiny):
+    sequences = [np.array([2, 7]), np.array([5, 4, 1])], [1, 2]
+    plain = supervise(csft_texts(tiny.tokenizer, TITLES, 64), *sequences)
+    adding(tiny.tokenizer, "~ $A <eos>")
+    batch = supervise(csft_texts(tiny.tokenizer, TITLES, 64), *sequences)
+    tokens, rows = batch["input_ids"][0], [batch["segments"]["sequence"] == row for row in range(2)]
+    whole = [f"{TITLES[1]}\n{TITLES[6]}\n", f"{TITLES[4]}\n{TITLES[3]}\n{TITLES[0]}\n"]
+    assert [tiny.tokenizer.decode(tokens[row]) for row in rows] == [f"~{text}" for text in whole]
+    assert torch.equal(tokens[batch["rows"] + 1], batch["labels"])
+    assert torch.equal(batch["labels"], plain["labels"])
+
+
+def test_a_tokenizer_that_adds_nothing_trains_on_the_titles_alone(tiny):
+    texts = csft_texts(tiny.tokenizer, TITLES, 64)
+    batch = supervise(texts, [np.array([2, 7]), np.array([5])], [1, 1])
+    assert texts.prefix == ()
+    assert batch["input_ids"][0].tolist() == [*texts[1], *texts[6], *texts[4]]
+    alike = [distinct_texts(tiny.tokenizer, TITLES, 64, special_tokens=special) for special in (False, True)]
+    assert all(np.array_equal(one, other) for one, other in zip(*alike, strict=True))
+
+
 def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
     sequences, titles = world
     texts = csft_texts(tiny.tokenizer, titles, 64)
@@ -71,13 +103,19 @@ def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
     assert batches.targets == len(after_the_first)
 
 
-def test_the_token_budget_is_kept(tiny, world):
+@pytest.mark.parametrize("template", ["$A", "~ $A"])
+def test_the_token_budget_is_kept(tiny, world, template):
     sequences, titles = world
+    adding(tiny.tokenizer, template)
     texts = csft_texts(tiny.tokenizer, titles, 64)
     batches = WindowBatches(texts, sequences, 3, 64, max_tokens=1000, epochs=None, seed=0)
     tokens = sum(batches[i]["input_ids"].shape[1] for i in range(len(batches)))
     assert 900 < tokens <= 1000
     assert tokens == batches.tokens
+    rows = [batches[i]["segments"]["valid"].sum(dim=1) for i in range(len(batches))]
+    assert batches.longest == max(int(lengths.max()) for lengths in rows)
+    held_out = held_out_batches(texts, sequences, 3, 64, seed=0)
+    assert all(batch["input_ids"].shape[1] <= 64 or len(batch["segments"]["gather"]) == 1 for batch in held_out)
 
 
 def test_what_a_shorter_training_spends_is_counted(tiny, world):
@@ -123,6 +161,16 @@ def test_csft_moves_every_weight(world, tiny_folder, tmp_path):
     before = dict(backbones.load(tiny_folder, torch.float32).model.named_parameters())
     after = dict(backbones.load(tmp_path, torch.float32).model.named_parameters())
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_a_csft_killed_among_other_processes_is_not_resumed_with_other_micro_batches(world, tiny_folder, tmp_path):
+    run_csft(world, tiny_folder, tmp_path, checkpoints=2)
+    (complete,) = (tmp_path / "checkpoints").glob("*/complete")
+    complete.write_text(json.dumps({"seconds": 1.0, "processes": 3}))
+    with pytest.raises(ArtifactError, match=r"checkpoint-\d+ was trained by 3 processes, and 1 would cut"):
+        run_csft(world, tiny_folder, tmp_path, checkpoints=2)
+    complete.write_text(json.dumps({"seconds": 1.0}))  # as older ones are
+    assert run_csft(world, tiny_folder, tmp_path, checkpoints=2)["steps"] > 1
 
 
 def test_recomputing_activations_changes_no_weight(world, tiny_folder, tmp_path):
@@ -171,6 +219,46 @@ def test_the_unmasked_tokens_are_the_title(tiny):
     tokens[batch["rows"] + 1] = batch["labels"]
     texts = [tiny.tokenizer.decode(tokens[batch["segments"]["sequence"] == row]) for row in range(8)]
     assert set(texts) <= set(TITLES)
+
+
+def test_what_the_tokenizer_adds_stands_round_a_title_and_is_never_masked(tiny):
+    mask = tiny.tokenizer("_")["input_ids"][0]
+    added = tiny.tokenizer.convert_tokens_to_ids(["~", "<eos>"])
+    texts = distinct_texts(adding(tiny.tokenizer, "~ $A <eos>"), TITLES, 64, special_tokens=True)
+    batches = MaskedBatches(texts, mask, 5, 8, 0.9, seed=0, added=tuple(added))
+    for batch in (batches[index] for index in range(len(batches))):
+        sequence, tokens = batch["segments"]["sequence"], batch["input_ids"][0]
+        rows = [tokens[sequence == row].tolist() for row in range(8)]
+        assert all([row[0], row[-1]] == added for row in rows)
+        assert not set(batch["labels"].tolist()) & set(added)
+        assert (
+            batch["position_ids"][0][batch["rows"] + 1] == 1
+        ).any()  # the title's first token has one before it
+
+
+def test_a_title_of_nothing_but_what_is_added_is_left_out(tiny):
+    texts = tokenise(tiny.tokenizer, ["~", TITLES[0], "~~", TITLES[1]], 64, special_tokens=False)
+    batches = MaskedBatches(texts, 0, 1, 8, 0.2, seed=0, added=(tiny.tokenizer.convert_tokens_to_ids("~"),))
+    assert batches.tokens == texts.lengths[[1, 3]].sum()
+
+
+@pytest.mark.parametrize("stage", ["packed", "paper", "tree", "mntp"])
+def test_every_stage_begins_its_sequences_as_the_encoder_reads_a_title(
+    stage, world, with_bos, tmp_path, monkeypatch
+):
+    seen, hidden_states = set(), backbones.Backbone.hidden_states
+
+    def watched(lm, packed, layer=-1):
+        seen.update(packed["input_ids"][packed["position_ids"] == 0].tolist())
+        return hidden_states(lm, packed, layer)
+
+    monkeypatch.setattr(backbones.Backbone, "hidden_states", watched)
+    if stage == "mntp":
+        sizes = {"steps": 2, "batch_size": 4, "mask_share": 0.2, "checkpoints": 0}
+        train_stage(mntp, world[1], model=with_bos, out=tmp_path, **sizes)
+    else:
+        run_csft(world, with_bos, tmp_path, max_tokens=1000, mode=stage)
+    assert seen == set(backbones.load_tokenizer(tmp_path)("")["input_ids"])
 
 
 def title_batches(texts, steps, batch_size, micro_batch_tokens):
@@ -348,8 +436,32 @@ def test_causal_and_bidirectional_vectors_differ(tiny):
     assert np.abs(causal - bidirectional).max() > 1e-3
 
 
-def test_a_model_without_attention_dropout_is_refused():
-    from llm2rec.errors import ArtifactError
+@pytest.fixture(scope="module")
+def gpt2(tiny_folder, tmp_path_factory):
+    """A random GPT-2, whose attention has no dropout that can be set and whose layers have a name of their own."""
+    tokenizer = backbones.load_tokenizer(tiny_folder)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": len(tokenizer)}
+    folder = tmp_path_factory.mktemp("gpt2")
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+    backbones.save(backbones.Backbone(model, tokenizer), folder)
+    return folder
 
-    with pytest.raises(ArtifactError, match="no attention dropout"), backbones.dropout(nn.Linear(1, 1), 0.2):
-        pass
+
+def run_contrastive(world, model, out, **changes):
+    options = {"steps": 2, "batch_size": 4, "temperature": 0.1, "dropout": 0.2, "evaluations": 1, "patience": 1}
+    return train_stage(contrastive, *world, model=model, out=out, micro_batch_tokens=4096, **(options | changes))
+
+
+def test_dropout_views_of_a_model_without_attention_dropout_are_refused(world, gpt2, tmp_path):
+    with pytest.raises(ConfigError, match="GPT2Model has no attention dropout .*positives=consumed-next"):
+        run_contrastive(world, gpt2, tmp_path)
+
+
+def test_consumed_pairs_need_no_attention_dropout(world, gpt2, tmp_path):
+    assert run_contrastive(world, gpt2, tmp_path, positives="consumed-next", causal=True)["steps"] == 2
+
+
+@pytest.mark.parametrize("setting", ["compiled", "shard"])
+def test_layers_that_are_not_found_are_refused_where_they_are_needed(setting, world, gpt2, tmp_path):
+    with pytest.raises(ConfigError, match=r"GPT2Model does not name its layers .*turn them off"):
+        run_csft(world, gpt2, tmp_path, **{setting: True})

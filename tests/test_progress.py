@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from llm2rec import progress
 
@@ -37,3 +39,12 @@ def test_a_total_that_is_not_known_is_left_out(
 def test_a_short_job_stays_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress.track(range(3), "recommend", 3)) == [0, 1, 2]
     assert lines_of(capsys) == []
+
+
+def test_a_bar_runs_inside_another_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr(progress, "console", terminal)
+    with progress.bar("contrastive", 2) as training, progress.bar("encode", 3) as validation:
+        validation.advance(3)
+        training.advance()
+    assert "encode" in terminal.file.getvalue()

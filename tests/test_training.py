@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from llm2rec import checkpoints, training
@@ -63,6 +64,13 @@ def test_the_loss_is_averaged_over_the_targets_of_the_whole_step(tmp_path):
     assert torch.allclose(models[0], models[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["_clip_grad_norm", "loss_is_scaled_for_ga"])
+def test_a_release_whose_trainer_would_not_call_ours_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.delattr(transformers.Trainer, name)
+    with pytest.raises(ConfigError, match=rf"has no {name}.*transformers>=5\.19"):
+        train(network(), Numbers(), squared_error, out=tmp_path, settings=settings(), description="x")
+
+
 def test_frozen_parameters_stay_and_the_others_move(tmp_path):
     model = network()
     model[0].weight.requires_grad_(False)
@@ -104,6 +112,20 @@ def test_training_stops_when_validation_no_longer_gains(tmp_path):
         description="x",
     )
     assert summary.steps == 3
+
+
+def test_the_last_step_is_validated_though_the_steps_are_no_multiple(tmp_path):
+    values = iter([0.5, 0.9])
+    summary = train(
+        network(),
+        Numbers(),
+        squared_error,
+        out=tmp_path,
+        settings=settings(max_steps=3, evaluate_every=2),
+        evaluate=lambda: {"ndcg@10": next(values)},
+        description="x",
+    )
+    assert summary.best_step == 3
 
 
 def test_of_a_measure_that_should_fall_the_lowest_wins(tmp_path):

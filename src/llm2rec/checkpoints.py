@@ -37,9 +37,14 @@ def seconds_before(checkpoint: Path) -> float:
     return float(artifacts.read_json(checkpoint / _COMPLETE)["seconds"])
 
 
+def processes_of(checkpoint: Path) -> int:
+    """How many processes trained until a complete checkpoint; as many as now, where an old one does not say."""
+    return int(artifacts.read_json(checkpoint / _COMPLETE).get("processes", processes().count))
+
+
 def complete(checkpoint: Path, seconds: float, keep: set[str]) -> None:
     """Marks a checkpoint as complete; then, not before, all others are deleted but those named in `keep`."""
-    artifacts.write_json(checkpoint / _COMPLETE, {"seconds": seconds})
+    artifacts.write_json(checkpoint / _COMPLETE, {"seconds": seconds, "processes": processes().count})
     _delete([one for one in _all(checkpoint.parent) if one.name not in keep | {checkpoint.name}])
 
 

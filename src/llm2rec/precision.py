@@ -10,19 +10,18 @@ import torch
 from llm2rec.processes import processes
 
 DTYPES = ("auto", "float32", "bfloat16")
+SIZES = {"cpu": 512, "cuda": 4096}  # rows and columns of the matrices; over small ones a GPU only waits
 
 
 def resolve_dtype(name: str) -> torch.dtype:
     """`auto` as a dtype: bfloat16 where its matrix product is the faster one (AMX, GPU), else float32.
 
     Measured, not looked up: there are processors that list bfloat16 instructions and run them at half the
-    speed of float32. A process measures once, so that all of its trainings agree; of several processes, which
-    must all come here, the main one decides.
+    speed of float32, and GPUs that only emulate it (P100, V100, T4). A process measures once, so that all of its
+    trainings agree; of several processes, which must all come here, the main one decides.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if torch.cuda.is_available():
-        return torch.bfloat16
     return processes().agreed(_faster())
 
 
@@ -31,12 +30,16 @@ def _faster() -> torch.dtype:
     return min((torch.float32, torch.bfloat16), key=_matmul_seconds)
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    left @ right  # the first call prepares the kernel
-    best = float("inf")
-    for _ in range(repeats):
+def _matmul_seconds(dtype: torch.dtype, repeats: int = 5) -> float:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(SIZES[device], SIZES[device], dtype=dtype, device=device)
+
+    def multiply() -> float:
         began = time.perf_counter()
-        left @ right
-        best = min(best, time.perf_counter() - began)
-    return best
+        matrix @ matrix
+        if device == "cuda":
+            torch.cuda.synchronize()  # else only the launch is timed
+        return time.perf_counter() - began
+
+    multiply()  # the first call prepares the kernel
+    return min(multiply() for _ in range(repeats))

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -39,6 +40,8 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 SCHEDULES |= {"wsd": "warmup_stable_decay"}
 DECAYS = ("1-sqrt", "linear")
 TRIM_SECONDS = 30.0  # between two returns of freed memory, which takes some tenths of a second
+# Of the parent trainer, overridden or set here: a release that lacks one would ignore ours in silence.
+RELIED_ON = ("_clip_grad_norm", "get_batch_samples", "loss_is_scaled_for_ga")
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 
@@ -185,9 +188,10 @@ def train(
     Raises:
         ArtifactError: a non-finite loss or gradient, too little disk for a checkpoint, or a checkpoint that
             another number of processes shared out.
-        ConfigError: micro-batches that cannot be shared out evenly among the processes, or layers without any
-            process to share them with.
+        ConfigError: micro-batches that cannot be shared out evenly among the processes, layers without any
+            process to share them with, or a release of transformers that would train otherwise.
     """
+    _check_release()
     if len(batches) == 0:
         raise ArtifactError(f"{description}: there is not one training batch; check the data of this stage")
     if settings.accumulation % processes().count:
@@ -224,6 +228,15 @@ def train(
         best_metric=None if winner is None else float(winner[f"eval_{settings.metric}"]),
         history=state.log_history,
     )
+
+
+def _check_release() -> None:
+    missing = [name for name in RELIED_ON if not hasattr(Trainer, name)]
+    if missing:
+        raise ConfigError(
+            f"the Trainer of transformers {transformers.__version__} has no {', '.join(missing)}, which trainings "
+            "rely on; install a release that pyproject.toml allows: pip install 'transformers>=5.19'"
+        )
 
 
 class _StageTrainer(Trainer):

@@ -60,6 +60,20 @@ class Backbone:
         return self.model.get_decoder() if hasattr(self.model, "lm_head") else self.model
 
     @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, to be compiled or shared out.
+
+        Raises:
+            ConfigError: this family keeps them under another name.
+        """
+        if not hasattr(self.body, "layers"):
+            raise ConfigError(
+                f"{type(self.body).__name__} does not name its layers as `model.compile` and `shard` expect; "
+                "turn them off"
+            )
+        return self.body.layers
+
+    @property
     def head(self) -> Tensor:
         """The output embedding, (V, H)."""
         return self.model.get_output_embeddings().weight
@@ -73,7 +87,8 @@ class Backbone:
         """Hidden states of a packed row, (1, T, H); its sequences do not see each other.
 
         Args:
-            layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, after the final norm.
+            layer: 0 = the embeddings, k = what layer k gives; -1 = the last one, which by either number comes
+                after the final norm.
         """
         with attending(self.body, PACKED):
             output = self.body(
@@ -119,14 +134,14 @@ class Backbone:
         The same numbers up to rounding. Worth its minute or two in long stages only.
 
         Raises:
-            ConfigError: no C++ compiler, or gradient checkpointing, which compiled layers do not do.
+            ConfigError: no C++ compiler, gradient checkpointing, which compiled layers do not do, or as `layers`.
         """
-        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.body.layers):
+        if any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers):
             raise ConfigError("model.compile and gradient_checkpointing exclude each other; turn one of them off")
         compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
         if self.body.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
             raise ConfigError("model.compile needs a C++ compiler (g++ or clang++); install one, or turn it off")
-        for layer in self.body.layers:
+        for layer in self.layers:
             layer.compile(dynamic=True)
 
     def check_readable(self, texts: TokenisedTexts, longest: int) -> None:
@@ -276,13 +291,28 @@ def model_shape(source: str | Path) -> tuple[int, int]:
     Raises:
         ConfigError: nothing loadable there, or quantised weights.
     """
+    config = _decoder_of(source)
+    return config.hidden_size, config.num_hidden_layers
+
+
+def outline(source: str | Path) -> nn.Module:
+    """A decoder as its configuration makes it, without weights: to look at its modules.
+
+    Raises:
+        ConfigError: as `model_shape`.
+    """
+    with torch.device("meta"):
+        return AutoModel.from_config(_decoder_of(source))
+
+
+def _decoder_of(source: str | Path) -> Any:
+    """The configuration of the decoder of a model."""
     path = _loadable(source)
     try:
-        config = _configuration(path).get_text_config(decoder=True)
+        return _configuration(path).get_text_config(decoder=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot read the configuration of {path!r}: {reason}") from error
-    return config.hidden_size, config.num_hidden_layers
 
 
 def _configuration(path: str) -> Any:
@@ -388,10 +418,11 @@ def _measuring(lm: Backbone) -> Iterator[None]:
 
 @contextmanager
 def dropout(model: nn.Module, share: float) -> Iterator[None]:
-    """Sets the attention dropout of every layer for the time being; the configuration stays as it was."""
+    """Sets the attention dropout of every layer for the time being; the configuration stays as it was.
+
+    A model without one that can be set (`has_attention_dropout`) stays as it is.
+    """
     before = [layer.attention_dropout for layer in _attentions(model)]
-    if share and not before:
-        raise ArtifactError(f"{type(model).__name__} has no attention dropout to make two views with")
     for layer in _attentions(model):
         layer.attention_dropout = share
     try:
@@ -401,8 +432,15 @@ def dropout(model: nn.Module, share: float) -> Iterator[None]:
             layer.attention_dropout = value
 
 
+def has_attention_dropout(model: nn.Module) -> bool:
+    """Whether the attention of a model has a dropout that can be set; that of GPT-2 and OPT has not."""
+    return bool(_attentions(model))
+
+
 def _attentions(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    return [
+        module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float | int)
+    ]
 
 
 @contextmanager

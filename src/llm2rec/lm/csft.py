@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec import artifacts
 from llm2rec.batches import Batch, Batches
-from llm2rec.checkpoints import go_on_from, keep_stable, step_of
+from llm2rec.checkpoints import go_on_from, keep_stable, last_complete, processes_of, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
-from llm2rec.errors import ConfigError
+from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
@@ -30,6 +31,7 @@ from llm2rec.lm.learner import Learner
 from llm2rec.lm.objectives import token_loss
 from llm2rec.lm.packing import (
     TokenisedTexts,
+    added_tokens,
     gather_texts,
     pack,
     shuffled_pass,
@@ -86,16 +88,20 @@ def csft(
     Raises:
         ConfigError: the budget is smaller than one optimizer step, or ends before the decay of the training
             that it extends; arguments that exclude each other.
+        ArtifactError: what it goes on from was trained by a number of processes that makes other micro-batches.
     """
     began = time.perf_counter()
     _check_arguments(mode, paper_separator, evaluations, patience)
+    gone_on_from = last_complete(learner.out / artifacts.CHECKPOINTS) or extends
+    if gone_on_from:
+        _check_processes(gone_on_from, batch_tokens, micro_batch_tokens)
     lm, merge = learner.load("csft", causal=True)
-    share = max(1, batch_tokens // processes().count)  # a step is as large with any number of processes
-    budget = Budget(min(micro_batch_tokens, share), max_tokens, epochs)
+    micro, accumulation = _cut(batch_tokens, micro_batch_tokens, processes().count)
+    budget = Budget(micro, max_tokens, epochs)
     form = Form(mode, history_length, learner.max_title_tokens, paper_separator)
     seed = learner.seed_of("csft")
     batches, held_out = training_data(lm, sequences, titles, form, budget, seed, user_shares)
-    course = _course(batches, budget, batch_tokens, checkpoints, evaluations)
+    course = _course(batches, accumulation, batch_tokens, checkpoints, evaluations)
     settings = learner.settings("csft", **course, patience=patience)
     if extends:
         settings = replace(settings, warmup_share=0.0)  # it is behind
@@ -146,6 +152,22 @@ def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patienc
         raise ConfigError("csft.patience counts evaluations: set csft.evaluations as well, or leave it out")
 
 
+def _cut(batch_tokens: int, micro_batch_tokens: int, sharing: int) -> tuple[int, int]:
+    """Tokens of a micro-batch and how many make a step, which is about as large with any number of processes."""
+    micro = min(micro_batch_tokens, max(1, batch_tokens // sharing))
+    return micro, sharing * max(1, round(batch_tokens / (sharing * micro)))
+
+
+def _check_processes(checkpoint: Path, batch_tokens: int, micro_batch_tokens: int) -> None:
+    """Refuses to skip other micro-batches than those that a checkpoint has behind it."""
+    theirs, ours = processes_of(checkpoint), processes().count
+    if _cut(batch_tokens, micro_batch_tokens, theirs) != _cut(batch_tokens, micro_batch_tokens, ours):
+        raise ArtifactError(
+            f"{checkpoint} was trained by {theirs} processes, and {ours} would cut the data into other "
+            f"micro-batches: some would come twice, some never; start {theirs}, or train from the beginning"
+        )
+
+
 def _check_extends(stable: Path, settings: TrainSettings) -> None:
     taken = step_of(stable)
     if settings.stable_steps is None or taken > settings.stable_steps:
@@ -175,11 +197,9 @@ class Budget:
 
 
 def _course(
-    batches: BudgetBatches, budget: Budget, batch_tokens: int, checkpoints: int, evaluations: int
+    batches: BudgetBatches, accumulation: int, batch_tokens: int, checkpoints: int, evaluations: int
 ) -> dict[str, Any]:
-    """How many steps, of how many micro-batches, and what happens how often."""
-    sharing = processes().count
-    accumulation = sharing * max(1, round(batch_tokens / (sharing * budget.micro_batch_tokens)))
+    """How many steps, of `accumulation` micro-batches, and what happens how often."""
     steps = len(batches) // accumulation
     if steps == 0:
         raise ConfigError(
@@ -239,16 +259,20 @@ def training_data(
 def csft_texts(tokenizer: Any, titles: list[str], max_title_tokens: int) -> TokenisedTexts:
     r"""Each title's tokens followed by the separator's, as they stand inside a window.
 
-    Titles and separator are tokenised apart; with "\n" the joint text gives the same tokens (FACTS).
+    Titles and separator are tokenised apart, so that a title has the same tokens wherever it stands. Mostly the
+    joint text gives these as well; but Qwen2's tokenizer joins "\n" to a title's end that is no letter or digit.
     """
     plain = tokenise(tokenizer, item_texts(titles), max_title_tokens, special_tokens=False)
     separator = np.array(tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
     tokens = np.insert(plain.tokens, np.repeat(plain.offsets[1:], len(separator)), np.tile(separator, len(plain)))
-    return TokenisedTexts(tokens, plain.offsets + len(separator) * np.arange(len(plain) + 1))
+    offsets = plain.offsets + len(separator) * np.arange(len(plain) + 1)
+    return TokenisedTexts(tokens, offsets, prefix=added_tokens(tokenizer)[0])
 
 
 def supervise(texts: TokenisedTexts, item_sequences: list[np.ndarray], first_target: list[int]) -> Batch:
     """A packed row of item sequences with the positions and labels of its targets.
+
+    Each sequence stands after the prefix of the texts, which is no label.
 
     Args:
         item_sequences: item indices (1..N) of each sequence, oldest first.
@@ -263,9 +287,11 @@ def supervise(texts: TokenisedTexts, item_sequences: list[np.ndarray], first_tar
     lengths = np.bincount(owners, weights=title_lengths).astype(np.int64)
     order = np.concatenate([np.arange(len(items)) for items in item_sequences])
     is_target = np.repeat(order >= np.repeat(first_target, [len(s) for s in item_sequences]), title_lengths)
-    positions = np.flatnonzero(is_target)
+    starts, size = np.cumsum(lengths) - lengths, len(texts.prefix)
+    tokens = np.insert(tokens, np.repeat(starts, size), np.tile(texts.prefix, len(starts)))
+    positions = np.flatnonzero(np.insert(is_target, np.repeat(starts, size), False))
     return {
-        **pack(tokens, lengths),
+        **pack(tokens, lengths + size),
         "rows": torch.from_numpy(positions - 1),
         "labels": torch.from_numpy(tokens[positions]),
         "n_targets": len(positions),
@@ -331,7 +357,7 @@ class WindowBatches(BudgetBatches):
         self._items, _ = sequences.training()
         self._starts, self._ends = sequences.windows(history_length)
         running = np.concatenate([[0], np.cumsum(texts.lengths[np.asarray(self._items) - 1])])
-        lengths = running[self._ends] - running[self._starts]
+        lengths = len(texts.prefix) + running[self._ends] - running[self._starts]
         spent: dict[str, Any] = {"max_tokens": max_tokens, "epochs": epochs, "seed": seed}
         super().__init__(lengths, self._ends - self._starts - 1, micro_batch_tokens, shares=shares, **spent)
         self.longest = int(lengths.max(initial=0))
@@ -405,7 +431,7 @@ def held_out_batches(
 ) -> list[Batch]:
     """Validation events of a sample of users, each after its history; only the event's title is labelled."""
     whole = held_out_items(sequences, history_length, seed)
-    lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
+    lengths = np.array([len(texts.prefix) + int(texts.lengths[items - 1].sum()) for items in whole])
     batches = []
     for rows in token_budget_batches(lengths, micro_batch_tokens):
         members = [whole[row] for row in rows]

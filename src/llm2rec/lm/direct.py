@@ -81,8 +81,9 @@ def _lexicographic(texts: TokenisedTexts) -> np.ndarray:
 class TitleRanker:
     r"""Scores an item by the log-likelihood of its title, ended by a line break, after the titles of the history.
 
-    The layout is CSFT's mode `packed`: every title ended by "\n", nothing before the first. The sum over tokens,
-    not the mean: what the model would write is what it thinks likely as a whole. Items of one title tie.
+    The layout is CSFT's mode `packed`: every title ended by "\n", nothing before the first but what the tokenizer
+    begins a text with. The sum over tokens, not the mean: what the model would write is what it thinks likely as a
+    whole. Items of one title tie.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class TitleRanker:
         places = {title: place for place, title in enumerate(dict.fromkeys(titles))}
         self._title_of = np.array([places[title] for title in titles])  # (N,) item -> distinct title
         self._texts = csft_texts(lm.tokenizer, list(places), max_title_tokens)
-        lm.check_readable(self._texts, (history_length + 1) * int(self._texts.lengths.max()))
+        longest = len(self._texts.prefix) + (history_length + 1) * int(self._texts.lengths.max())
+        lm.check_readable(self._texts, longest)
         self._empty = np.array(lm.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
         order = _lexicographic(self._texts)
         batches = (order[begin : begin + batch_titles] for begin in range(0, len(order), batch_titles))
@@ -177,15 +179,16 @@ class TitleRanker:
     def _read(self, history: Tensor) -> _History:
         """What the model knows after the last items of a history."""
         recent = history[history > 0].cpu().numpy()[-self._history_length :]
-        prefix = gather_texts(self._texts, self._title_of[recent - 1])[0] if len(recent) else self._empty
+        titles = gather_texts(self._texts, self._title_of[recent - 1])[0] if len(recent) else self._empty
+        tokens = np.insert(titles, 0, self._texts.prefix)
         cache = DynamicCache()
         output = self._lm.body(
-            input_ids=torch.from_numpy(prefix)[None].to(self._lm.body.device),
+            input_ids=torch.from_numpy(tokens)[None].to(self._lm.body.device),
             use_cache=True,
             **{self._cache: cache},
         )
         first = torch.log_softmax((output.last_hidden_state[0, -1] @ self._lm.head.T).float(), dim=-1)
-        return _History(cache, len(prefix), first.cpu())
+        return _History(cache, len(tokens), first.cpu())
 
     def _likelihoods(self, history: _History, trees: list[list[_Level]], floor: float = -math.inf) -> Tensor:
         """Log-likelihood (T,) of the titles of some trees, on the CPU; -inf of the others.

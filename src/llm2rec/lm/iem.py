@@ -28,6 +28,7 @@ from llm2rec.lm.objectives import cached_gradient_loss, contrastive_loss, gather
 from llm2rec.lm.packing import (
     Packed,
     TokenisedTexts,
+    added_tokens,
     gather_texts,
     pack,
     positions_within,
@@ -65,10 +66,11 @@ def mntp(
     """
     lm, merge = learner.load("mntp", causal=False)
     plain, of_texts = trained_texts(titles, shares)
-    texts = tokenise(lm.tokenizer, plain, learner.max_title_tokens, special_tokens=False)
+    texts = tokenise(lm.tokenizer, plain, learner.max_title_tokens, special_tokens=True)
     lm.check_readable(texts, int(texts.lengths.max()))
     parts, mask, seed = processes().count, _mask_token(lm.tokenizer), learner.seed_of("mntp")
-    batches = MaskedBatches(texts, mask, steps, batch_size, mask_share, seed, parts, of_texts)
+    added = sum(added_tokens(lm.tokenizer), ())
+    batches = MaskedBatches(texts, mask, steps, batch_size, mask_share, seed, parts, of_texts, added)
     every = math.ceil(steps / checkpoints) if checkpoints else 0
     settings = learner.settings("mntp", max_steps=steps, accumulation=parts, checkpoint_every=every)
     summary = learner.train(lm, batches, TokenObjective(lm), settings, description="mntp")
@@ -111,17 +113,21 @@ def contrastive(
             a model switched to bidirectional attention first loses what it knows, and a short stage may not
             make up for it.
         positives: `dropout`, two views of each title by attention dropout; or `consumed-next`, the titles of
-            two items consumed one after the other in the training events. `dropout` then merely regularises.
+            two items consumed one after the other in the training events. `dropout` then merely regularises, and
+            a model whose attention has none goes without.
         shares: (N,) in [0, 1], the probability that a pass trains on a title; 0 for held-out items. None = 1.
 
     Returns:
         Summary: steps, titles a step, seconds of training, AUC before and after, the step of the best state.
 
     Raises:
+        ConfigError: dropout views of a model without attention dropout, or as `contrastive_batches`.
         ArtifactError: the exported folder cannot express the pooling, or does not give the encoder's vectors.
     """
     pooling.exported()  # refused before it is trained for
     lm, merge = learner.load("contrastive", causal=causal, head=False)
+    if steps:
+        check_views(lm.model, positives, dropout)
     length, seed = learner.max_title_tokens, learner.seed_of("contrastive")
     pairs = ValidationPairs(sequences, item_texts(titles), lm.tokenizer, length, seed, pooling)
     summary: dict[str, Any] = {"auc_before": round(pairs.auc(lm), 4)}
@@ -178,6 +184,22 @@ def check_titles(titles: list[str], model: str | Path, max_title_tokens: int) ->
         raise DataError(
             f"every title is a single token (for example {titles[0]!r}): there is no text to learn from; "
             "give titles in words"
+        )
+
+
+def check_views(model: nn.Module, positives: str, dropout: float) -> None:
+    """Refuses two views by dropout of a model whose attention has none.
+
+    Args:
+        model: with or without weights (`backbone.outline`).
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if positives == "dropout" and dropout and not backbones.has_attention_dropout(model):
+        raise ConfigError(
+            f"{type(model).__name__} has no attention dropout to make two views of a title with; use "
+            "iem.contrastive.positives=consumed-next, or another model"
         )
 
 
@@ -279,9 +301,9 @@ def shuffled_batches(shares: np.ndarray, steps: int, batch_size: int, seed: int)
 class MaskedBatches(Batches):
     """Packed titles with a share of their tokens masked; the masked tokens are the labels.
 
-    Position 0 is never masked: no position before it could predict it. A title of one token is left whole;
-    any other has at least one masked token. A step's titles come in `parts` micro-batches, one a process,
-    masked as they would be in one.
+    Never masked are position 0, because no position before it could predict it, and the tokens `added` by the
+    tokenizer. A title without another token is left out; any other has at least one masked token. A step's titles
+    come in `parts` micro-batches, one a process, masked as they would be in one.
     """
 
     def __init__(
@@ -294,13 +316,16 @@ class MaskedBatches(Batches):
         seed: int,
         parts: int = 1,
         shares: np.ndarray | None = None,
+        added: tuple[int, ...] = (),
     ) -> None:
-        usable = np.flatnonzero(texts.lengths > 1)  # some are: see check_titles
+        maskable = (positions_within(texts.lengths) > 0) & ~np.isin(texts.tokens, added)
+        usable = np.flatnonzero(np.logical_or.reduceat(maskable, texts.offsets[:-1]))  # some are: see check_titles
         tokens, lengths = gather_texts(texts, usable)
         self._texts = TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
         of_usable = np.ones(len(usable)) if shares is None else shares[usable]
         self._chosen = shuffled_batches(of_usable, steps, batch_size, seed)
         self._mask_token, self._share, self._seed, self._parts = mask_token, share, seed, parts
+        self._added = added
         self.tokens = int(sum(self._texts.lengths[chosen].sum() for chosen in self._chosen))
         if len(self._chosen[0]) < parts:
             raise ConfigError(f"{len(self._chosen[0])} titles a step cannot be shared by {parts} processes")
@@ -312,8 +337,8 @@ class MaskedBatches(Batches):
         step, part = divmod(index, self._parts)
         tokens, lengths = gather_texts(self._texts, self._chosen[step])
         generator = np.random.default_rng([self._seed, step])
-        positions = positions_within(lengths)
-        noise = np.where(positions == 0, np.inf, generator.random(len(tokens)))
+        barred = (positions_within(lengths) == 0) | np.isin(tokens, self._added)
+        noise = np.where(barred, np.inf, generator.random(len(tokens)))
         starts = np.cumsum(lengths) - lengths
         lowest = np.repeat(np.minimum.reduceat(noise, starts), lengths)
         hidden = (noise < self._share) | (noise == lowest)

@@ -85,6 +85,6 @@ class Learner:
             out=self.out,
             settings=settings,
             evaluate=evaluate,
-            sharded=lm.body.layers if self.shard else None,
+            sharded=lm.layers if self.shard else None,
             description=description,
         )

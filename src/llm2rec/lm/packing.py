@@ -21,10 +21,14 @@ SHARE_OF_ONE_BLOCK = 0.5  # at most so many of its attention shares must be left
 
 @dataclass(frozen=True)
 class TokenisedTexts:
-    """Texts as flat token ids, tokenised once: text i is `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Texts as flat token ids, tokenised once: text i is `tokens[offsets[i]:offsets[i + 1]]`.
 
-    tokens: np.ndarray  # int64 (T,)
+    prefix: ids that a sequence made of several texts begins with; () where the texts hold them already.
+    """
+
+    tokens: np.ndarray  # int64 (T,); int32 of the authors' samples, which are many
     offsets: np.ndarray  # int64 (N + 1,)
+    prefix: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -42,7 +46,7 @@ def tokenise(tokenizer: Any, texts: list[str], max_tokens: int | None, special_t
     """Token ids of each text, truncated to `max_tokens` (None: whole), in one batched call.
 
     Args:
-        special_tokens: whether the tokenizer adds what it adds to a text on its own (a BOS, say):
+        special_tokens: whether the tokenizer adds what it adds to a text on its own (`added_tokens`):
             yes for vectors, so that they equal sentence-transformers'; no inside a longer sequence.
 
     Raises:
@@ -56,6 +60,13 @@ def tokenise(tokenizer: Any, texts: list[str], max_tokens: int | None, special_t
         raise ValueError(f"text {texts[int(np.argmin(lengths))]!r} has no tokens")
     tokens = np.fromiter((token for row in ids for token in row), dtype=np.int64, count=int(lengths.sum()))
     return TokenisedTexts(tokens, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def added_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the tokenizer adds on its own before a text (a BOS, say) and behind it; often none."""
+    plain, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    begin = next(place for place in range(len(whole)) if whole[place : place + len(plain)] == plain)
+    return tuple(whole[:begin]), tuple(whole[begin + len(plain) :])
 
 
 def shorten(tokenizer: Any, texts: list[str], max_tokens: int) -> list[str]:
@@ -74,7 +85,7 @@ def shorten(tokenizer: Any, texts: list[str], max_tokens: int) -> list[str]:
 
 
 def gather_texts(texts: TokenisedTexts, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the chosen texts end to end, int64 (T,), and their lengths, int64 (len(indices),)."""
+    """Tokens of the chosen texts end to end, (T,), and their lengths, int64 (len(indices),)."""
     lengths = texts.lengths[indices]
     starts = np.repeat(texts.offsets[indices], lengths)
     return texts.tokens[starts + positions_within(lengths)], lengths

@@ -21,7 +21,8 @@ class Pooling:
 
     mode: `mean` of its tokens' states; the `last` token's; or `weighted-mean`, token i of n (from 1) weighing
         i / (1 + ... + n), for models that look back only (SGPT, Muennighoff 2022, arXiv 2202.08904).
-    layer: whose states; 0 = the embeddings, k = layer k, -1 = the last one, after the final norm.
+    layer: whose states; 0 = the embeddings, k = layer k, -1 = the last one, which by either number comes after the
+        final norm.
 
     Raises:
         ConfigError: an unknown mode.

@@ -44,7 +44,7 @@ def distinct_batches(
     while len(batches) < steps:
         before, batch, used = len(batches), list[int](), set[int]()
         order = shuffled_pass(np.ones(len(pairs)) if shares is None else shares[pairs[:, 0]], generator)
-        for row in order.tolist():
+        for row in order:
             first, second = pairs[row].tolist()
             if first in used or second in used:
                 continue
@@ -53,9 +53,11 @@ def distinct_batches(
             if len(batch) == batch_size:
                 batches.append(pairs[batch])
                 batch, used = [], set()
+                if len(batches) == steps:
+                    return batches
         if len(batches) == before:
             raise ConfigError(
                 f"the pairs consumed next to each other fill {len(batch)} places of a batch of {batch_size} "
                 "without a title twice; lower iem.contrastive.batch_size"
             )
-    return batches[:steps]
+    return batches

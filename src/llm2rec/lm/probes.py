@@ -69,7 +69,7 @@ def other_targets(targets: list[int], titles: list[str], generator: np.random.Ge
 
 
 def _perplexity(lm: Backbone, texts: TokenisedTexts, whole: list[np.ndarray]) -> float:
-    lengths = np.array([int(texts.lengths[items - 1].sum()) for items in whole])
+    lengths = np.array([len(texts.prefix) + int(texts.lengths[items - 1].sum()) for items in whole])
     batches = []
     for rows in token_budget_batches(lengths, BATCH_TOKENS):
         members = [whole[row] for row in rows]

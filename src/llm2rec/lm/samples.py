@@ -2,7 +2,7 @@ r"""The authors' training samples, one a target, laid out one by one (`paper`) o
 
 A sample is the titles of up to `history_length` items joined by ", ", then at once the target's title, "\n"
 and the end-of-sequence token; target, "\n" and that token are the labels. History and target are tokenised
-apart. Source: LLM2Rec section 3.2 and the authors' code.
+apart; a sample begins as the tokenizer begins a text. Source: LLM2Rec section 3.2 and the authors' code.
 
 What `tree` equals. Every token of a sample sees itself and the tokens before it in its own sample, at their
 own distance from its first token, in both layouts: so loss and gradients of a set of samples are those of
@@ -24,7 +24,15 @@ import torch
 from llm2rec.batches import Batch
 from llm2rec.data.sequences import Sequences
 from llm2rec.errors import ArtifactError
-from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, positions_within, shorten, tokenise
+from llm2rec.lm.packing import (
+    TokenisedTexts,
+    added_tokens,
+    gather_texts,
+    pack,
+    positions_within,
+    shorten,
+    tokenise,
+)
 from llm2rec.lm.text import item_texts
 
 JOINT = ", "
@@ -36,7 +44,8 @@ TOKENISED_AT_ONCE = 8192
 class Samples:
     """Tokenised samples: their tokens, where the labels of each begin, and whom each shares its start with.
 
-    first_label: (S,) tokens of the history, so the place of the first label. trees: (S,) number of the tree.
+    first_label: (S,) tokens up to the history's end, so the place of the first label. trees: (S,) number of the
+    tree.
     """
 
     texts: TokenisedTexts
@@ -102,14 +111,15 @@ def make_samples(
     texts = shorten(tokenizer, item_texts(titles), max_title_tokens)
     comma, space = (JOINT[0], JOINT[1:]) if separator else ("", "")
     targets = _tokenised(tokenizer, [f"{space}{text}{END}" for text in texts])
+    prefix, end = (np.array(ids, np.int32) for ids in (added_tokens(tokenizer)[0], [tokenizer.eos_token_id]))
     rows: list[np.ndarray] = []
     first_label = np.empty(len(item_sequences), dtype=np.int64)
     for begin in range(0, len(item_sequences), TOKENISED_AT_ONCE):
         chosen = item_sequences[begin : begin + TOKENISED_AT_ONCE]
         histories = [JOINT.join(texts[item - 1] for item in items[:-1]) + comma for items in chosen]
         for items, history in zip(chosen, _tokenised(tokenizer, histories), strict=True):
-            first_label[len(rows)] = len(history)
-            rows.append(np.concatenate([history, targets[items[-1] - 1], [tokenizer.eos_token_id]]))
+            first_label[len(rows)] = len(prefix) + len(history)
+            rows.append(np.concatenate([prefix, history, targets[items[-1] - 1], end]))
     lengths = np.array([len(row) for row in rows])
     return Samples(TokenisedTexts(np.concatenate(rows), np.append(0, np.cumsum(lengths))), first_label, trees)
 

@@ -72,23 +72,28 @@ def _start_of_iem(run: Run) -> Path | None:
     return run.csft if run.recipe.csft.max_tokens != 0 else None
 
 
-def _checked_mixture(run: Run, first: bool) -> Mixture:
-    """What is trained on, after the checks of what later stages need of it.
+def _checked_mixture(run: Run, start: Path | None) -> Mixture:
+    """What is trained on, after the checks of what later stages need of it and of the model.
 
     Args:
-        first: it is the model's first training: titles that it cannot tell apart are refused.
+        start: the trained model that the stage goes on with. None: this is the model's first training, and
+            titles that it cannot tell apart are refused.
 
     Raises:
         DataError: see `check_titles`.
-        ConfigError: contrastive batches that the events cannot fill.
+        ConfigError: contrastive batches that the events cannot fill, or views that the model cannot give.
     """
-    from llm2rec.lm.iem import check_titles, contrastive_pairs
+    from llm2rec.lm import backbone as backbones
+    from llm2rec.lm.iem import check_titles, check_views, contrastive_pairs
 
     mixture = load_mixture(run)
-    if first:
+    if start is None:
         check_titles(mixture.training_texts, model_path(run), run.recipe.model.max_title_tokens)
     wanted = run.recipe.iem.contrastive
-    if "llm2rec" in vector_sets(run) and wanted.positives == "consumed-next" and wanted.steps:
+    if "llm2rec" not in vector_sets(run) or not wanted.steps:
+        return mixture
+    check_views(backbones.outline(start or model_path(run)), wanted.positives, wanted.dropout)
+    if wanted.positives == "consumed-next":
         sizes = wanted.steps, wanted.batch_size, run.recipe.seed
         contrastive_pairs(mixture.sequences, mixture.texts, wanted.positives, *sizes, mixture.item_shares)
     return mixture
@@ -125,7 +130,7 @@ def _csft_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.csft import csft
 
-        mixture = _checked_mixture(run, first=True)
+        mixture = _checked_mixture(run, None)
         arguments = _arguments(run.recipe.csft)
         arguments["extends"] = _extended(run, inputs()) if run.recipe.csft.extends else None
         summary |= csft(
@@ -189,7 +194,7 @@ def _mntp_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.iem import mntp
 
-        mixture = _checked_mixture(run, first=_start_of_iem(run) is None)
+        mixture = _checked_mixture(run, start)
         summary |= mntp(
             mixture.texts,
             _learner(run, run.recipe.iem.mntp, start or model_path(run), run.mntp),
@@ -212,7 +217,7 @@ def _contrastive_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
         from llm2rec.lm.iem import contrastive
 
-        mixture = _checked_mixture(run, first=_start_of_iem(run) is None)
+        mixture = _checked_mixture(run, start)
         summary |= contrastive(
             mixture.sequences,
             mixture.texts,
