@@ -115,7 +115,7 @@ def test_the_token_budget_is_kept(tiny, world, template):
     rows = [batches[i]["segments"]["valid"].sum(dim=1) for i in range(len(batches))]
     assert batches.longest == max(int(lengths.max()) for lengths in rows)
     held_out = held_out_batches(texts, sequences, 3, 64, seed=0)
-    assert all(batch["input_ids"].shape[1] <= 64 or len(batch["segments"]["gather"]) == 1 for batch in held_out)
+    assert all(batch["input_ids"].shape[1] <= 64 or len(batch["segments"]["lengths"]) == 1 for batch in held_out)
 
 
 def test_what_a_shorter_training_spends_is_counted(tiny, world):
