@@ -352,6 +352,29 @@ def test_histories_are_cut_to_the_last_events(finished):
     assert torch.cat(seen).numpy().tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("known", [1, 2])
+def test_only_the_known_events_are_hidden_from_the_ranking(finished, known):
+    folder, found = finished("cold-start")
+    run = open_run(folder / "runs" / "all")
+    assert run.recipe.evaluation.mask_history
+    sequences, scorer = Sequences.load(run.data), load_scorer(run.domain(), "popularity", 0)
+    ranked = pl.read_parquet(folder / f"measured/known-{known}/per_user.parquet").filter(row="popularity")
+    tested = dict(ranked.select("user_id", "rank").iter_rows())
+    positions = sequences.held_out(TEST)
+    positions = positions[[str(sequences.user_ids[int(user)]) in tested for user in sequences.users_of(positions)]]
+    scores = scorer.score(torch.from_numpy(sequences.histories(positions, known).astype(np.int64)))
+    items, by_hand = np.asarray(sequences.items), []
+    for position, row in zip(positions, scores, strict=True):
+        target = int(items[position])
+        hidden = set(items[position - known : position].tolist()) - {target}
+        better = {item for item in range(1, sequences.n_items + 1) if row[item - 1] >= row[target - 1]}
+        by_hand.append(len(better - hidden))
+    assert list(tested.values()) == by_hand
+    words = "last known event alone" if known == 1 else "last 2 known events alone"
+    title = "Users with 1 known event" if known == 1 else "Users with 2 known events"
+    assert words in found["tables"][title]["protocol"]["ranking"]
+
+
 def test_context_and_text_are_averaged_with_the_times_that_context_needs(finished):
     folder, found = finished("context")
     (table,) = found["tables"].values()

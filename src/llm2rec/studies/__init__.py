@@ -267,8 +267,10 @@ def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
-    ranking = {"ranking": protocol.ranking_in_words(settings.mask_history, candidates=table.candidates)}
-    return {**content, **summary, "comparisons": compared, "protocol": ranking}
+    ranking = protocol.ranking_in_words(
+        settings.mask_history, candidates=table.candidates, known_length=table.known_length
+    )
+    return {**content, **summary, "comparisons": compared, "protocol": {"ranking": ranking}}
 
 
 def _variant(variant: Variant, run: Run) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Judged:
 
     per_user: as `protocol.per_user_table`, its rows named by the labels of the table.
     candidates: among which a target was ranked.
+    known_length: events that a user was known by, as in `protocol.evaluate`.
     """
 
     title: str
@@ -86,6 +87,7 @@ class Judged:
     reference: str
     per_user: pl.DataFrame
     candidates: str = protocol.CATALOGUE
+    known_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,12 @@ def ranked_by(
     run: Run,
     history_length: int,
     batch_size: int = 512,
+    known_length: int | None = None,
 ) -> pl.DataFrame:
-    """Ranks of the test events of `sequences` by each scorer, under the run's protocol: PER_USER_COLUMNS."""
+    """Ranks of the test events of `sequences` by each scorer, under the run's protocol: PER_USER_COLUMNS.
+
+    Lengths are those of `protocol.evaluate`.
+    """
     tables = []
     for row, seed, scorer in ranking:
         ranked = protocol.evaluate(
@@ -196,6 +202,7 @@ def ranked_by(
             batch_size=batch_size,
             description=f"rank {row}",
             mask_history=run.recipe.evaluation.mask_history,
+            known_length=known_length,
         )
         tables.append(protocol.per_user_table(ranked, sequences, row, seed))
     return pl.concat(tables)

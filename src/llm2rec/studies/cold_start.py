@@ -110,7 +110,10 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
 
 
 def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
-    """A table for each number of known events: ranks of the trained targets after the last so many alone."""
+    """A table for each number of known events: ranks of the trained targets after the last so many alone.
+
+    The others are neither seen nor hidden from the ranking: a system that knew only these would not know them.
+    """
     meaning = (
         f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
         "`text` is SASRec over LLM2Rec vectors, the other texts are over the causal means of the language model. "
@@ -123,13 +126,12 @@ def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
 
         def make(events: int = events) -> pl.DataFrame:
             tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
-            return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events)
+            return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events, known_length=events)
 
-        inputs = {**evaluated_inputs(domain), "events": events, "rows": COLD_ROWS}
+        inputs = {**evaluated_inputs(domain), "known_length": events, "rows": COLD_ROWS}
         seen = "1 known event" if events == 1 else f"{events} known events"
-        tables.append(
-            Judged(f"Users with {seen}", meaning, IDS, measured(folder, f"known-{events}", inputs, make))
-        )
+        ranked = measured(folder, f"known-{events}", inputs, make)
+        tables.append(Judged(f"Users with {seen}", meaning, IDS, ranked, known_length=events))
     return tables
 
 
