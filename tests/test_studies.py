@@ -12,7 +12,7 @@ import torch
 
 import llm2rec as lr
 from llm2rec import artifacts, comparison, pipeline, studies
-from llm2rec.data.sequences import TEST, Sequences, cold_items
+from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences, cold_items
 from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol, report
@@ -21,7 +21,7 @@ from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
-from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
+from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users, trained_items
 from llm2rec.studies.direct import sampled_users
 from llm2rec.studies.language import MNTP_STEPS, SMOOTHING
 from llm2rec.studies.worlds import THEMES, World
@@ -324,14 +324,35 @@ def test_known_users_have_that_many_events_and_a_trained_target(finished):
     folder, _ = finished("cold-start")
     domain = open_run(folder / "runs" / "all").domain()
     sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
-    chosen = known_users(sequences, cold, 5)
+    chosen = known_users(sequences, 5)
     positions = chosen.held_out(TEST)
     assert 0 < len(positions) < len(sequences.held_out(TEST))
     assert (positions - np.asarray(chosen.offsets)[chosen.users_of(positions)]).min() >= 5
     targets = {chosen.item_ids[item - 1] for item in np.asarray(chosen.items)[positions]}
     assert targets.isdisjoint(cold.to_list())
     with pytest.raises(DataError, match="after 99 or more events"):
-        known_users(sequences, cold, 99)
+        known_users(sequences, 99)
+
+
+def test_a_target_that_only_validation_and_test_name_is_not_seen_in_training():
+    parts = np.tile(np.array([TRAIN, VALIDATION, TEST], dtype=np.uint8), 2)
+    items = np.array([1, 3, 2, 2, 1, 3], dtype=np.int32)  # nobody trains on c; b is trained on by the second user
+    sequences = Sequences(items, np.array([0, 3, 6]), parts, ["a", "b", "c"], pl.Series(["u", "v"]))
+    assert trained_items(sequences).to_list() == ["a", "b"]
+    chosen = known_users(sequences, 2)
+    assert np.asarray(chosen.items)[chosen.held_out(TEST)].tolist() == [2]
+
+
+def test_targets_neither_trained_on_nor_held_out_are_in_no_table(finished, monkeypatch):
+    folder, _ = finished("cold-start")
+    cold_start = importlib.import_module("llm2rec.studies.cold_start")
+    runs = {"all": open_run(folder / "runs" / "all")}
+    trained = trained_items(Sequences.load(runs["all"].data))
+    monkeypatch.setattr(cold_start, "trained_items", lambda sequences: trained[1:])
+    tables = {table.title: table.per_user["item_id"] for table in cold_start._judge(runs, folder)}
+    for title in ("Items seen in training", "Places kept for new items: items seen"):
+        assert set(tables[title]) == set(trained[1:])
+    assert trained[0] not in set(tables["Items never seen in training"])
 
 
 def test_histories_are_cut_to_the_last_events(finished):
