@@ -586,7 +586,7 @@ def test_transfer_takes_the_domains_of_a_recipe_in_their_order(own_recipe):
     recipe = str(own_recipe("first", "second", "third"))
     study = studies.STUDIES["transfer"](False, recipe, recipe)
     for variant, roles in zip(study.variants, (["in", "out", "out"], ["in", "in", "out"]), strict=True):
-        changes = (*study.overrides, "evaluation.reference=sasrec-backbone", *variant.overrides)
+        changes = (*study.overrides, *study.fixed, "evaluation.reference=sasrec-backbone", *variant.overrides)
         loaded = studies.load_recipe(recipe, changes)
         assert [domain.role for domain in loaded.domains.values()] == roles
 
@@ -648,11 +648,22 @@ def test_a_section_that_holds_what_a_study_sets_cannot_be_overridden_as_a_whole(
         ("csft-direct", "csft.mode=paper"),
         ("context", "recommender.rows=[popularity]"),
         ("context", "evaluation.reference=sasrec-id"),
+        ("transfer", "domains.films.role=in"),
+        ("transfer", "domains.games.role=out"),
+        ("budget", "csft.schedule=cosine"),
+        ("budget", "csft.evaluations=4"),
+        ("budget", "csft.patience=2"),
     ],
 )
 def test_what_a_study_sets_itself_cannot_be_overridden(tmp_path, name, override):
     with pytest.raises(ConfigError, match=f"what the study {name!r} sets itself"):
         lr.study(name, tmp_path / "study", True, (override,))
+    assert not (tmp_path / "study").exists()
+
+
+def test_of_several_logs_a_pass_is_no_equal_budget(tmp_path):
+    with pytest.raises(ConfigError, match=r"same CSFT budget.* set csft\.max_tokens instead"):
+        lr.study("transfer", tmp_path / "study", True, ("csft.epochs=1",))
     assert not (tmp_path / "study").exists()
 
 
@@ -685,7 +696,7 @@ def test_the_real_form_of_every_study_is_a_valid_recipe(name, local, tmp_path, m
     study = studies.STUDIES[name](False, tmp_path, recipe)
     assert study.recipe == recipe and not study.worlds
     for variant in study.variants:
-        changes = (*study.overrides, "evaluation.reference=sasrec-backbone", *variant.overrides)
+        changes = (*study.overrides, *study.fixed, "evaluation.reference=sasrec-backbone", *variant.overrides)
         studies.load_recipe(study.recipe, changes)
 
 

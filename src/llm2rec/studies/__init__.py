@@ -79,9 +79,10 @@ def study(
     _refuse_single_log(name, chosen, overrides)
     _refuse_fixed(name, chosen, overrides)
     reference = f"evaluation.reference={EvaluationConfig().reference}"
-    shared = (*chosen.overrides, reference, *overrides)
+    shared = (*chosen.overrides, *chosen.fixed, reference, *overrides)
     base = load_recipe(chosen.recipe, (*shared, rows_of(["popularity"])))  # its own rows are not run
     _refuse_left_out(name, chosen, base)
+    _refuse_epochs(name, chosen, base)
     settings = {one.name: (*shared, *_share_of_budget(one, base), *one.overrides) for one in chosen.variants}
     for changes in settings.values():
         _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
@@ -142,8 +143,8 @@ def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> 
 
 
 def _refuse_fixed(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
-    """Raises ConfigError where an override sets what the study itself varies or reads: it would have no say."""
-    fixed = {"recommender.rows", "evaluation.reference"}
+    """Raises ConfigError where an override sets what the study itself varies, reads or depends on."""
+    fixed = {"recommender.rows", "evaluation.reference", *map(key_of, chosen.fixed)}
     fixed |= {key_of(override) for variant in chosen.variants for override in variant.overrides} - BUDGETS
     for override in overrides:
         key = key_of(override)
@@ -166,6 +167,15 @@ def _refuse_left_out(name: str, chosen: Study, base: Recipe) -> None:
             raise ConfigError(
                 f"study {name!r} cannot do without {key}, and it is 0; set it in {chosen.recipe} or by --set"
             )
+
+
+def _refuse_epochs(name: str, chosen: Study, base: Recipe) -> None:
+    """Raises ConfigError where variants over different logs would be trained on different numbers of tokens."""
+    if chosen.equal_tokens and base.csft.epochs is not None:
+        raise ConfigError(
+            f"study {name!r} gives every variant the same CSFT budget, and csft.epochs {base.csft.epochs:g} is "
+            "more tokens of two logs than of one; set csft.max_tokens instead"
+        )
 
 
 def _refuse_several_logs(name: str, chosen: Study, recipe: Recipe) -> None:

@@ -95,11 +95,13 @@ class Study:
     """A question, the recipes that are run to answer it, and the tables that do.
 
     Attributes:
-        recipe: the base, a shipped name or a file; `overrides` turn it into the study's base.
+        recipe: the base, a shipped name or a file; `overrides` and `fixed` turn it into the study's base.
+        fixed: overrides that the question depends on; nobody else's may set their keys.
         worlds: logs that are made for it before the first run.
         judge: finished runs by variant, and the study's folder -> tables.
         cumulative: two variants make a table already, and each further one lengthens it.
         needs: keys of budgets that must not be 0, since rows are named after what is trained with them.
+        equal_tokens: variants train on different logs with one CSFT budget, which must be one of tokens.
     """
 
     question: str
@@ -110,6 +112,8 @@ class Study:
     worlds: tuple[World, ...] = ()
     cumulative: bool = False
     needs: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    equal_tokens: bool = False
 
 
 def base_recipe() -> str:
