@@ -108,6 +108,26 @@ def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_on
     assert [list(table["rows"]) for table in found["tables"].values()] == 2 * [["no CSFT", *tokens]]
 
 
+@pytest.mark.parametrize(("batch_tokens", "words"), [(1024, "is 1 step"), (8192, "under one step")])
+def test_a_share_of_an_epoch_that_is_too_short_is_refused_before_any_other_variant(
+    own_recipe, tmp_path, batch_tokens, words
+):
+    changes = ("csft.epochs=8", f"csft.batch_tokens={batch_tokens}", "csft.warmup_share=0")
+    with pytest.raises(ConfigError, match=words):
+        lr.study("budget", tmp_path / "study", overrides=changes, recipe=own_recipe())
+    (run,) = (tmp_path / "study/runs").iterdir()
+    assert run.name == "csft-1-48" and not any((run / name).exists() for name in ("iem", "recommender"))
+
+
+def test_the_smallest_share_of_epochs_is_trained_first_and_once(tmp_path):
+    changes = (*(one for one in TINY if "csft.max_tokens" not in one), "csft.epochs=2")
+    found = lr.study("budget", tmp_path / "study", True, changes)
+    runs = tmp_path / "study/runs"
+    assert [event for stage, event in events(runs / "csft-1-4") if stage == "csft"] == ["run", "done", "keep"]
+    assert ("data/main", "share") in events(runs / "none")
+    assert all(len(table["rows"]) == 3 for table in found["tables"].values())
+
+
 def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
     folder, _ = finished("ablation")
     assert ("csft", "run") in events(folder / "runs" / "steps")

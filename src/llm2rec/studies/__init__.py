@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def study(
             world.write(folder / WORLD)
         runs: dict[str, Run] = {}
         beside = _runs_beside(folder)
+        beside = [*_begun_share(chosen, base, folder, settings, beside), *beside]
         for variant in chosen.variants:
             progress.say(f"study  {name}, {variant.name}: {variant.meaning}")
             siblings = [run.folder for run in runs.values()] + beside
@@ -131,6 +132,29 @@ def _share_of_budget(variant: Variant, base: Recipe) -> tuple[str, ...]:
             f"{math.ceil(least / variant.csft_share):,} or more, or csft.batch_tokens lower"
         )
     return (f"csft.max_tokens={tokens}",)
+
+
+def _begun_share(
+    chosen: Study, base: Recipe, folder: Path, settings: Mapping[str, tuple[str, ...]], siblings: Sequence[Path]
+) -> list[Path]:
+    """The run of the first and smallest share of `csft.epochs`, until its CSFT: only then its steps are known.
+
+    Raises:
+        ConfigError: they are too few for the next share to go on from.
+    """
+    smallest = next((one for one in chosen.variants if one.csft_share is not None), None)
+    if base.csft.epochs is None or smallest is None:
+        return []
+    progress.say(f"steps of the smallest share of csft.epochs: {smallest.name}")
+    place = folder / RUNS / smallest.name
+    run = pipeline.run(chosen.recipe, place, settings[smallest.name], siblings=siblings, until="csft")
+    steps = artifacts.require(run.csft, "csft").summary["steps"]
+    if steps < LEAST_STEPS:
+        raise ConfigError(
+            f"{smallest.name}: its share of csft.epochs {base.csft.epochs:g} is {steps} step of csft.batch_tokens "
+            f"{base.csft.batch_tokens:,}, {LEAST_STEPS} are the least; raise the one or lower the other"
+        )
+    return [place]
 
 
 def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
