@@ -421,6 +421,12 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
         lr.compare([finished.folder, copied])
 
 
+def test_compare_says_where_a_history_competes_as_the_evaluation_does(copied, world):
+    rerun(copied, world, "evaluation.mask_history=false")
+    ranking = lr.compare([copied], against="markov")["ranking"]
+    assert "though no user of this log consumes one twice" in ranking
+
+
 def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
     recipe = copied / "recipe.yaml"
     assert "mask_history: true" in recipe.read_text()

@@ -520,12 +520,20 @@ def test_runs_over_other_catalogues_are_refused_with_the_first_other_item(floors
         comparison.compare(list(runs.values()))
 
 
+@pytest.mark.parametrize(("repeats", "said"), [("keep", False), ("keep-first", True)])
+def test_a_table_says_where_a_history_competes_that_can_hold_no_target(floors, repeats, said):
+    run = floors(repeats, 40, "evaluation.mask_history=false", f"data.filters.repeats={repeats}")
+    table = gathered({"one": run}, [Entry("popularity", "one", "popularity")])
+    found = studies._statistics(Judged("title", "meaning", "popularity", table), run)
+    assert ("though no user of this log consumes one twice" in found["protocol"]["ranking"]) is said
+
+
 def test_runs_over_other_splits_are_refused_with_the_first_other_event(floors):
     runs = {"one": floors("one", 40), "two": floors("two", 40, "data.split.holdout=2")}
     table = gathered(runs, [Entry(name, name, "popularity") for name in runs])
     tested = Judged("title", "meaning", "one", table)
     with pytest.raises(ArtifactError, match="test events of .* differ: .*first: user 'u0000'"):
-        studies._statistics(tested, runs["one"].recipe.evaluation)
+        studies._statistics(tested, runs["one"])
 
 
 def test_a_row_that_a_variant_lacks_is_named_with_those_it_has(floors):

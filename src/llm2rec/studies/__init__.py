@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from llm2rec import artifacts, pipeline, progress
 from llm2rec.artifacts import SUPERSEDED
 from llm2rec.config import TINY_RANDOM, EvaluationConfig, Recipe
+from llm2rec.data.sequences import Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.ranking import metric_names
@@ -265,8 +266,7 @@ def _runs_beside(folder: Path) -> list[Path]:
 
 def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
     """What the finished runs of a study say."""
-    settings = next(iter(runs.values())).recipe.evaluation
-    tables = {table.title: _statistics(table, settings) for table in chosen.judge(runs, folder)}
+    tables = {table.title: _statistics(table, next(iter(runs.values()))) for table in chosen.judge(runs, folder)}
     return {
         "question": chosen.question,
         "facts": _facts(runs),
@@ -295,14 +295,22 @@ def _facts(runs: Mapping[str, Run]) -> dict[str, Any]:
     }
 
 
-def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
-    """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
+def _statistics(table: Judged, run: Run) -> dict[str, Any]:
+    """Metrics of a table's rows, each tested against the reference, as in `metrics.json`.
+
+    Args:
+        run: any of the study's; all have the same test events and protocol.
+    """
+    settings = run.recipe.evaluation
     summary = protocol.summarise(table.per_user, metric_names(settings.k), settings.bootstrap_samples)
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
     ranking = protocol.ranking_in_words(
-        settings.mask_history, candidates=table.candidates, known_length=table.known_length
+        settings.mask_history,
+        protocol.never_repeats(Sequences.load(run.domain(table.domain).data)),
+        table.candidates,
+        table.known_length,
     )
     return {**content, **summary, "comparisons": compared, "protocol": {"ranking": ranking}}
 

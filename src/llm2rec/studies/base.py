@@ -80,6 +80,7 @@ class Judged:
     per_user: as `protocol.per_user_table`, its rows named by the labels of the table.
     candidates: among which a target was ranked.
     known_length: events that a user was known by, as in `protocol.evaluate`.
+    domain: whose test events they are, of a study over several.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Judged:
     per_user: pl.DataFrame
     candidates: str = protocol.CATALOGUE
     known_length: int | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True)

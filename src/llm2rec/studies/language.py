@@ -211,6 +211,7 @@ class _OfDomains:
                 f"{words[0].upper()}{words[1:]}; recommenders are trained on {domain} in every row.",
                 "LLM2Rec on one",
                 gathered(runs, ENTRIES_OF_TRANSFER, domain),
+                domain=domain,
             )
             for domain, words in zip(self.domains, seen, strict=True)
         ]
