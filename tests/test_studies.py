@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -726,6 +728,22 @@ def test_the_real_form_of_every_study_is_a_valid_recipe(name, local, tmp_path, m
     for variant in study.variants:
         changes = (*study.overrides, *study.fixed, "evaluation.reference=sasrec-backbone", *variant.overrides)
         studies.load_recipe(study.recipe, changes)
+
+
+def test_the_budget_that_the_readme_gives_the_demo_is_the_one_it_wants(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **named):
+        raise Begun
+
+    monkeypatch.setattr(pipeline, "run", begin)
+    with pytest.raises(ConfigError, match=r"set csft\.max_tokens to 196,608 or more"):
+        lr.study("budget", tmp_path / "refused", recipe="demo")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (override,) = re.findall(r"the demo wants `--set (csft\.max_tokens=\d+)`", readme)
+    with pytest.raises(Begun):
+        lr.study("budget", tmp_path / "begun", overrides=(override,), recipe="demo")
 
 
 @pytest.mark.parametrize("name", THEMES)
