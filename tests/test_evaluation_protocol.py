@@ -200,6 +200,14 @@ def test_masking_hides_the_whole_history_but_not_the_target(masked, rank):
     assert ranked["rank"].to_list() == [rank]  # 5, 4, 3, 2, 1 without masking; 5, 4, 1 with it
 
 
+@pytest.mark.parametrize(("known_length", "rank"), [(1, 4), (2, 4), (3, 3), (9, 3)])
+def test_masking_hides_no_more_than_the_user_is_known_by(known_length, rank):
+    ranked = protocol.evaluate(HighestFirst(5), repeating(), TEST, 1, mask_history=True, known_length=known_length)
+    assert ranked["rank"].to_list() == [
+        rank
+    ]  # 5, 4, 2, 1 without the last event, or the last two: 1 is the target
+
+
 @pytest.mark.parametrize(("masked", "listed"), [(False, [1, 2, 3]), (True, [4, 5, 0])])
 def test_recommended_lists_stand_beside_the_ranks(masked, listed):
     ranked = protocol.evaluate(LowestFirst(5), repeating(), TEST, 1, mask_history=masked, list_length=3)
@@ -223,6 +231,9 @@ def test_the_protocol_says_whether_the_history_competes():
     assert "history compete as well" in protocol.ranking_in_words(False)
     assert "consumes one twice" in protocol.ranking_in_words(False, none_repeats=True)
     assert "consumes one twice" not in protocol.ranking_in_words(True, none_repeats=True)
+    assert "without the items of the user's last 3 known events alone" in protocol.ranking_in_words(
+        True, known_length=3
+    )
 
 
 def test_fewer_than_thirty_users_are_not_compared():

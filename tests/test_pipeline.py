@@ -364,6 +364,20 @@ def test_an_average_has_the_weight_that_validation_chooses(copied, world):
     assert lr.recommend(copied, ["i03", "i04"], k=1, row="sasrec-llm2rec+average")[0].item_id == "i05"
 
 
+def test_the_weight_that_every_seed_chooses_is_shown(copied, world, monkeypatch):
+    weights = iter((0.3, 0.2))
+    monkeypatch.setattr("llm2rec.rec.average.best_weight", lambda by_weight: next(weights))
+    rows = "recommender.rows=[sasrec-id, sasrec-llm2rec, sasrec-llm2rec+average]"
+    changes = "recommender.max_epochs=1", "recommender.seeds=2", "evaluation.reference=sasrec-id"
+    rerun(copied, world, rows, *changes)
+    run = lr.open_run(copied)
+    choice = run.metrics()["validation"]["sasrec-llm2rec+average"]
+    assert choice["chosen"] == "30 % ids, 20 % ids"
+    fits = [artifacts.require(run.recommender("sasrec-llm2rec+average", seed), "fit").summary for seed in (0, 1)]
+    by_seed = [fit["validation"]["30 % ids"] for fit in fits]
+    assert by_seed[0] != by_seed[1] and choice["ndcg@10"]["30 % ids"] == pytest.approx(sum(by_seed) / 2)
+
+
 def test_an_average_is_served_and_evaluated_with_its_saved_weight(copied, world, monkeypatch):
     monkeypatch.setattr("llm2rec.rec.average.best_weight", lambda by_weight: 0.3)
     rows = "recommender.rows=[sasrec-id, sasrec-llm2rec, sasrec-llm2rec+average]"
@@ -488,6 +502,20 @@ def test_compare_needs_neither_the_raw_data_nor_the_weights(copied, tmp_path):
     for stage in ("backbone", "csft", "mntp", "iem"):
         shutil.rmtree(copied / stage)
     assert lr.compare([copied], against="markov")["comparisons"]
+
+
+def test_compare_says_where_a_history_competes_as_the_evaluation_does(copied, world):
+    rerun(copied, world, "evaluation.mask_history=false")
+    ranking = lr.compare([copied], against="markov")["ranking"]
+    assert "though no user of this log consumes one twice" in ranking
+
+
+def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
+    recipe = copied / "recipe.yaml"
+    assert "mask_history: true" in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace("mask_history: true", "mask_history: false"))
+    assert not lr.open_run(copied).recipe.evaluation.mask_history
+    assert "without the items of the user's" in lr.compare([copied], against="markov")["ranking"]
 
 
 def test_a_list_looks_at_as_many_events_as_the_training_did(copied, world):

@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -12,7 +14,7 @@ import torch
 
 import llm2rec as lr
 from llm2rec import artifacts, comparison, pipeline, studies
-from llm2rec.data.sequences import TEST, Sequences, cold_items
+from llm2rec.data.sequences import TEST, TRAIN, VALIDATION, Sequences, cold_items
 from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.evaluation import protocol, report
@@ -21,7 +23,7 @@ from llm2rec.rec.average import ScoreAverage, best_weight, validation_by_weight
 from llm2rec.runs import open_run
 from llm2rec.serve.recommender import load_scorer
 from llm2rec.studies.base import Entry, Judged, Study, Variant, gathered, over_world, ranked_by, rows_of, scorers
-from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users
+from llm2rec.studies.cold_start import AS_SCORED, PLACES, known_users, trained_items
 from llm2rec.studies.direct import sampled_users
 from llm2rec.studies.language import MNTP_STEPS, SMOOTHING
 from llm2rec.studies.worlds import THEMES, World
@@ -106,6 +108,26 @@ def test_the_budgets_are_shares_of_the_one_that_is_set_each_going_on_from_the_on
     assert runs["csft-1-1"].recipe.csft.extends == str(runs["csft-1-4"].folder)
     tokens = [f"{artifacts.require(run.csft, 'csft').summary['tokens']:,} tokens" for run in runs.values()]
     assert [list(table["rows"]) for table in found["tables"].values()] == 2 * [["no CSFT", *tokens]]
+
+
+@pytest.mark.parametrize(("batch_tokens", "words"), [(1024, "is 1 step"), (8192, "under one step")])
+def test_a_share_of_an_epoch_that_is_too_short_is_refused_before_any_other_variant(
+    own_recipe, tmp_path, batch_tokens, words
+):
+    changes = ("csft.epochs=8", f"csft.batch_tokens={batch_tokens}", "csft.warmup_share=0")
+    with pytest.raises(ConfigError, match=words):
+        lr.study("budget", tmp_path / "study", overrides=changes, recipe=own_recipe())
+    (run,) = (tmp_path / "study/runs").iterdir()
+    assert run.name == "csft-1-48" and not any((run / name).exists() for name in ("iem", "recommender"))
+
+
+def test_the_smallest_share_of_epochs_is_trained_first_and_once(tmp_path):
+    changes = (*(one for one in TINY if "csft.max_tokens" not in one), "csft.epochs=2")
+    found = lr.study("budget", tmp_path / "study", True, changes)
+    runs = tmp_path / "study/runs"
+    assert [event for stage, event in events(runs / "csft-1-4") if stage == "csft"] == ["run", "done", "keep"]
+    assert ("data/main", "share") in events(runs / "none")
+    assert all(len(table["rows"]) == 3 for table in found["tables"].values())
 
 
 def test_variants_share_the_stages_whose_inputs_are_the_same(finished):
@@ -324,14 +346,35 @@ def test_known_users_have_that_many_events_and_a_trained_target(finished):
     folder, _ = finished("cold-start")
     domain = open_run(folder / "runs" / "all").domain()
     sequences, cold = Sequences.load(domain.data), cold_items(domain.data)
-    chosen = known_users(sequences, cold, 5)
+    chosen = known_users(sequences, 5)
     positions = chosen.held_out(TEST)
     assert 0 < len(positions) < len(sequences.held_out(TEST))
     assert (positions - np.asarray(chosen.offsets)[chosen.users_of(positions)]).min() >= 5
     targets = {chosen.item_ids[item - 1] for item in np.asarray(chosen.items)[positions]}
     assert targets.isdisjoint(cold.to_list())
     with pytest.raises(DataError, match="after 99 or more events"):
-        known_users(sequences, cold, 99)
+        known_users(sequences, 99)
+
+
+def test_a_target_that_only_validation_and_test_name_is_not_seen_in_training():
+    parts = np.tile(np.array([TRAIN, VALIDATION, TEST], dtype=np.uint8), 2)
+    items = np.array([1, 3, 2, 2, 1, 3], dtype=np.int32)  # nobody trains on c; b is trained on by the second user
+    sequences = Sequences(items, np.array([0, 3, 6]), parts, ["a", "b", "c"], pl.Series(["u", "v"]))
+    assert trained_items(sequences).to_list() == ["a", "b"]
+    chosen = known_users(sequences, 2)
+    assert np.asarray(chosen.items)[chosen.held_out(TEST)].tolist() == [2]
+
+
+def test_targets_neither_trained_on_nor_held_out_are_in_no_table(finished, monkeypatch):
+    folder, _ = finished("cold-start")
+    cold_start = importlib.import_module("llm2rec.studies.cold_start")
+    runs = {"all": open_run(folder / "runs" / "all")}
+    trained = trained_items(Sequences.load(runs["all"].data))
+    monkeypatch.setattr(cold_start, "trained_items", lambda sequences: trained[1:])
+    tables = {table.title: table.per_user["item_id"] for table in cold_start._judge(runs, folder)}
+    for title in ("Items seen in training", "Places kept for new items: items seen"):
+        assert set(tables[title]) == set(trained[1:])
+    assert trained[0] not in set(tables["Items never seen in training"])
 
 
 def test_histories_are_cut_to_the_last_events(finished):
@@ -350,6 +393,29 @@ def test_histories_are_cut_to_the_last_events(finished):
     ranked_by([("recorder", 0, Recorder())], sequences, run, history_length=2)
     expected = sequences.histories(sequences.held_out(TEST), 2)
     assert torch.cat(seen).numpy().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_only_the_known_events_are_hidden_from_the_ranking(finished, known):
+    folder, found = finished("cold-start")
+    run = open_run(folder / "runs" / "all")
+    assert run.recipe.evaluation.mask_history
+    sequences, scorer = Sequences.load(run.data), load_scorer(run.domain(), "popularity", 0)
+    ranked = pl.read_parquet(folder / f"measured/known-{known}/per_user.parquet").filter(row="popularity")
+    tested = dict(ranked.select("user_id", "rank").iter_rows())
+    positions = sequences.held_out(TEST)
+    positions = positions[[str(sequences.user_ids[int(user)]) in tested for user in sequences.users_of(positions)]]
+    scores = scorer.score(torch.from_numpy(sequences.histories(positions, known).astype(np.int64)))
+    items, by_hand = np.asarray(sequences.items), []
+    for position, row in zip(positions, scores, strict=True):
+        target = int(items[position])
+        hidden = set(items[position - known : position].tolist()) - {target}
+        better = {item for item in range(1, sequences.n_items + 1) if row[item - 1] >= row[target - 1]}
+        by_hand.append(len(better - hidden))
+    assert list(tested.values()) == by_hand
+    words = "last known event alone" if known == 1 else "last 2 known events alone"
+    title = "Users with 1 known event" if known == 1 else "Users with 2 known events"
+    assert words in found["tables"][title]["protocol"]["ranking"]
 
 
 def test_context_and_text_are_averaged_with_the_times_that_context_needs(finished):
@@ -456,12 +522,20 @@ def test_runs_over_other_catalogues_are_refused_with_the_first_other_item(floors
         comparison.compare(list(runs.values()))
 
 
+@pytest.mark.parametrize(("repeats", "said"), [("keep", False), ("keep-first", True)])
+def test_a_table_says_where_a_history_competes_that_can_hold_no_target(floors, repeats, said):
+    run = floors(repeats, 40, "evaluation.mask_history=false", f"data.filters.repeats={repeats}")
+    table = gathered({"one": run}, [Entry("popularity", "one", "popularity")])
+    found = studies._statistics(Judged("title", "meaning", "popularity", table), run)
+    assert ("though no user of this log consumes one twice" in found["protocol"]["ranking"]) is said
+
+
 def test_runs_over_other_splits_are_refused_with_the_first_other_event(floors):
     runs = {"one": floors("one", 40), "two": floors("two", 40, "data.split.holdout=2")}
     table = gathered(runs, [Entry(name, name, "popularity") for name in runs])
     tested = Judged("title", "meaning", "one", table)
     with pytest.raises(ArtifactError, match="test events of .* differ: .*first: user 'u0000'"):
-        studies._statistics(tested, runs["one"].recipe.evaluation)
+        studies._statistics(tested, runs["one"])
 
 
 def test_a_row_that_a_variant_lacks_is_named_with_those_it_has(floors):
@@ -542,7 +616,7 @@ def test_transfer_takes_the_domains_of_a_recipe_in_their_order(own_recipe):
     recipe = str(own_recipe("first", "second", "third"))
     study = studies.STUDIES["transfer"](False, recipe, recipe)
     for variant, roles in zip(study.variants, (["in", "out", "out"], ["in", "in", "out"]), strict=True):
-        changes = (*study.overrides, "evaluation.reference=sasrec-backbone", *variant.overrides)
+        changes = (*study.overrides, *study.fixed, "evaluation.reference=sasrec-backbone", *variant.overrides)
         loaded = studies.load_recipe(recipe, changes)
         assert [domain.role for domain in loaded.domains.values()] == roles
 
@@ -604,11 +678,22 @@ def test_a_section_that_holds_what_a_study_sets_cannot_be_overridden_as_a_whole(
         ("csft-direct", "csft.mode=paper"),
         ("context", "recommender.rows=[popularity]"),
         ("context", "evaluation.reference=sasrec-id"),
+        ("transfer", "domains.films.role=in"),
+        ("transfer", "domains.games.role=out"),
+        ("budget", "csft.schedule=cosine"),
+        ("budget", "csft.evaluations=4"),
+        ("budget", "csft.patience=2"),
     ],
 )
 def test_what_a_study_sets_itself_cannot_be_overridden(tmp_path, name, override):
     with pytest.raises(ConfigError, match=f"what the study {name!r} sets itself"):
         lr.study(name, tmp_path / "study", True, (override,))
+    assert not (tmp_path / "study").exists()
+
+
+def test_of_several_logs_a_pass_is_no_equal_budget(tmp_path):
+    with pytest.raises(ConfigError, match=r"same CSFT budget.* set csft\.max_tokens instead"):
+        lr.study("transfer", tmp_path / "study", True, ("csft.epochs=1",))
     assert not (tmp_path / "study").exists()
 
 
@@ -641,8 +726,24 @@ def test_the_real_form_of_every_study_is_a_valid_recipe(name, local, tmp_path, m
     study = studies.STUDIES[name](False, tmp_path, recipe)
     assert study.recipe == recipe and not study.worlds
     for variant in study.variants:
-        changes = (*study.overrides, "evaluation.reference=sasrec-backbone", *variant.overrides)
+        changes = (*study.overrides, *study.fixed, "evaluation.reference=sasrec-backbone", *variant.overrides)
         studies.load_recipe(study.recipe, changes)
+
+
+def test_the_budget_that_the_readme_gives_the_demo_is_the_one_it_wants(tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def begin(*_, **named):
+        raise Begun
+
+    monkeypatch.setattr(pipeline, "run", begin)
+    with pytest.raises(ConfigError, match=r"set csft\.max_tokens to 196,608 or more"):
+        lr.study("budget", tmp_path / "refused", recipe="demo")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (override,) = re.findall(r"the demo wants `--set (csft\.max_tokens=\d+)`", readme)
+    with pytest.raises(Begun):
+        lr.study("budget", tmp_path / "begun", overrides=(override,), recipe="demo")
 
 
 @pytest.mark.parametrize("name", THEMES)

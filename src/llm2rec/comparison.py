@@ -90,7 +90,8 @@ def _shared_ranking(runs: Mapping[str, Run], domain: str | None) -> str:
             f"ranks with and without the items of the history cannot be compared (evaluation.mask_history of "
             f"{values}); evaluate again with one setting"
         )
-    return protocol.ranking_in_words(next(iter(masked.values())))
+    first = next(iter(runs.values()))
+    return str(first.metrics(domain)["protocol"]["ranking"])
 
 
 def _data_content(run: Run, domain: str | None) -> str:

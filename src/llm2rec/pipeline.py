@@ -28,6 +28,7 @@ def run(
     overrides: tuple[str, ...] = (),
     fresh: bool = False,
     siblings: Sequence[Path] = (),
+    until: str = VERBS[-1],
 ) -> Run:
     """Runs a whole recipe and returns the finished run.
 
@@ -42,6 +43,7 @@ def run(
         fresh: rerun every stage; to go on with a fresh run that was interrupted, leave it out.
         siblings: run folders whose finished stages are taken over where their inputs are the same; what the first
             of them measured `dtype: auto` to be holds here as well.
+        until: the last of VERBS to be carried out; called again without it, the run goes on.
 
     Raises:
         Llm2RecError: whatever is wrong with recipe, data, model or folder, before the first training.
@@ -71,7 +73,7 @@ def run(
             ):
                 artifacts.move_aside(folder / name, folder)
         _agree_on_dtype(started, siblings)
-        _carry_out(started, VERBS, siblings)
+        _carry_out(started, VERBS[: VERBS.index(until) + 1], siblings)
     return started
 
 

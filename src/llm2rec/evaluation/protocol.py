@@ -75,11 +75,12 @@ def evaluate(
     description: str | None = "ranking",
     mask_history: bool = False,
     list_length: int = 0,
+    known_length: int | None = None,
 ) -> pl.DataFrame:
     """Rank of every held-out event of `part` over the whole catalogue: user_index, item_index, rank.
 
     Full ranking: nothing is sampled. One row an event, in the order of `sequences`. Whether items of the
-    history compete is said by `ranking_in_words(mask_history)`.
+    history compete is said by `ranking_in_words`.
 
     Args:
         scorer: anything with `n_items` and `score`; a `Ranker` is asked for ranks where no list is wanted.
@@ -93,6 +94,8 @@ def evaluate(
         list_length: above 0, a column `recommended` holds the best items of each event, an array of this
             many item_index, best first, filled up with 0. With `mask_history` the lists, which know no
             target, lack every known item: a repeated target is then ranked but never listed.
+        known_length: events before the target that the user is known by, at most: `mask_history` hides no others;
+            None: all of them.
 
     Raises:
         ValueError: the scorer knows another number of items, or a score is not finite.
@@ -110,7 +113,7 @@ def evaluate(
         for start in starts if description is None else track(starts, description, len(starts)):
             batch = slice(start, start + batch_size)
             histories = seen(scorer, sequences, positions[batch], history_length)
-            known = known_items(sequences, positions[batch]) if mask_history else None
+            known = known_items(sequences, positions[batch], known_length) if mask_history else None
             wanted = torch.from_numpy(targets[batch].astype(np.int64))
             if isinstance(scorer, Ranker) and not list_length:
                 found[batch] = scorer.ranks(wanted, known, *histories).cpu().numpy()
@@ -142,18 +145,26 @@ def never_repeats(sequences: Sequences) -> bool:
     return int(events.select(pl.struct("user", "item").n_unique()).item()) == events.height
 
 
-def ranking_in_words(mask_history: bool, none_repeats: bool = False, candidates: str = CATALOGUE) -> str:
+def ranking_in_words(
+    mask_history: bool,
+    none_repeats: bool = False,
+    candidates: str = CATALOGUE,
+    known_length: int | None = None,
+) -> str:
     """What competes with a target, for the `protocol` entry of `metrics.json`.
 
     Args:
         none_repeats: see `never_repeats`; then rows that put items of the history first lose places that no target
             can have, which is said.
         candidates: among which a target is ranked.
+        known_length: as in `evaluate`.
     """
     if mask_history:
+        known = "whole known history"
+        if known_length is not None:
+            known = "last known event alone" if known_length == 1 else f"last {known_length} known events alone"
         return (
-            f"full, over {candidates} without the items of the user's whole known history, "
-            "unless such an item is the target"
+            f"full, over {candidates} without the items of the user's {known}, unless such an item is the target"
         )
     competing = f"full, over {candidates}; items of the history compete as well"
     if none_repeats:
@@ -282,10 +293,12 @@ def recall_curves(per_user: pl.DataFrame, up_to: int = 50) -> dict[str, list[tup
     return {row: list(zip(cutoffs, values, strict=True)) for row, values in means.items()}
 
 
-def known_items(sequences: Sequences, positions: np.ndarray) -> Tensor:
-    """(B, L) int64 item_index of all the user's events before each position, padded with 0."""
+def known_items(sequences: Sequences, positions: np.ndarray, known_length: int | None = None) -> Tensor:
+    """(B, L) int64 item_index of the user's events before each position, all or the last so many, 0-padded."""
     before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
-    return torch.from_numpy(sequences.histories(positions, max(1, int(before.max()))).astype(np.int64))
+    longest = max(1, int(before.max()))
+    length = longest if known_length is None else min(known_length, longest)
+    return torch.from_numpy(sequences.histories(positions, length).astype(np.int64))
 
 
 def _metric_summary(values: np.ndarray, low: float, high: float) -> MetricSummary:

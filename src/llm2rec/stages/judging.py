@@ -148,11 +148,21 @@ def _list_metrics(
 
 
 def validation_choices(run: Run, domain: Domain) -> dict[str, dict[str, Any]]:
-    """Row -> which of its variants validation chose, with the validation NDCG@10 of each."""
+    """Row -> which of its variants validation chose, with the validation NDCG@10 of each, averaged over seeds.
+
+    A weight is chosen for each seed by itself: where they differ, `chosen` names that of every seed in order.
+    """
     rows = [row.name for row in trained_rows(run) if len(row_variants(row)) > 1]
     rows += [row.name for row in averaged_rows(run)]
-    chosen = {row: fitted(domain, row, 0) for row in rows}
-    return {row: {"chosen": one["chosen"], "ndcg@10": one["validation"]} for row, one in chosen.items()}
+    seeds = range(run.recipe.recommender.seeds)
+    return {row: _choice([fitted(domain, row, seed) for seed in seeds]) for row in rows}
+
+
+def _choice(fits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the trainings of all seeds chose for a row."""
+    chosen = [fit["chosen"] for fit in fits]
+    values = {name: sum(fit["validation"][name] for fit in fits) / len(fits) for name in fits[0]["validation"]}
+    return {"chosen": chosen[0] if len(set(chosen)) == 1 else ", ".join(chosen), "ndcg@10": values}
 
 
 def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:

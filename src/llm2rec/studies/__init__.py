@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from llm2rec import artifacts, pipeline, progress
 from llm2rec.artifacts import SUPERSEDED
 from llm2rec.config import TINY_RANDOM, EvaluationConfig, Recipe
+from llm2rec.data.sequences import Sequences
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.evaluation import protocol, report
 from llm2rec.evaluation.ranking import metric_names
@@ -79,9 +80,10 @@ def study(
     _refuse_single_log(name, chosen, overrides)
     _refuse_fixed(name, chosen, overrides)
     reference = f"evaluation.reference={EvaluationConfig().reference}"
-    shared = (*chosen.overrides, reference, *overrides)
+    shared = (*chosen.overrides, *chosen.fixed, reference, *overrides)
     base = load_recipe(chosen.recipe, (*shared, rows_of(["popularity"])))  # its own rows are not run
     _refuse_left_out(name, chosen, base)
+    _refuse_epochs(name, chosen, base)
     settings = {one.name: (*shared, *_share_of_budget(one, base), *one.overrides) for one in chosen.variants}
     for changes in settings.values():
         _refuse_several_logs(name, chosen, load_recipe(chosen.recipe, changes))  # said before anything is written
@@ -94,6 +96,7 @@ def study(
             world.write(folder / WORLD)
         runs: dict[str, Run] = {}
         beside = _runs_beside(folder)
+        beside = [*_begun_share(chosen, base, folder, settings, beside), *beside]
         for variant in chosen.variants:
             progress.say(f"study  {name}, {variant.name}: {variant.meaning}")
             siblings = [run.folder for run in runs.values()] + beside
@@ -132,6 +135,29 @@ def _share_of_budget(variant: Variant, base: Recipe) -> tuple[str, ...]:
     return (f"csft.max_tokens={tokens}",)
 
 
+def _begun_share(
+    chosen: Study, base: Recipe, folder: Path, settings: Mapping[str, tuple[str, ...]], siblings: Sequence[Path]
+) -> list[Path]:
+    """The run of the first and smallest share of `csft.epochs`, until its CSFT: only then its steps are known.
+
+    Raises:
+        ConfigError: they are too few for the next share to go on from.
+    """
+    smallest = next((one for one in chosen.variants if one.csft_share is not None), None)
+    if base.csft.epochs is None or smallest is None:
+        return []
+    progress.say(f"steps of the smallest share of csft.epochs: {smallest.name}")
+    place = folder / RUNS / smallest.name
+    run = pipeline.run(chosen.recipe, place, settings[smallest.name], siblings=siblings, until="csft")
+    steps = artifacts.require(run.csft, "csft").summary["steps"]
+    if steps < LEAST_STEPS:
+        raise ConfigError(
+            f"{smallest.name}: its share of csft.epochs {base.csft.epochs:g} is {steps} step of csft.batch_tokens "
+            f"{base.csft.batch_tokens:,}, {LEAST_STEPS} are the least; raise the one or lower the other"
+        )
+    return [place]
+
+
 def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
     """Raises ConfigError where a study over several logs is given one: it would be left out without a word."""
     of_one = [override for override in overrides if override.strip().startswith("data.")]
@@ -142,8 +168,8 @@ def _refuse_single_log(name: str, chosen: Study, overrides: tuple[str, ...]) -> 
 
 
 def _refuse_fixed(name: str, chosen: Study, overrides: tuple[str, ...]) -> None:
-    """Raises ConfigError where an override sets what the study itself varies or reads: it would have no say."""
-    fixed = {"recommender.rows", "evaluation.reference"}
+    """Raises ConfigError where an override sets what the study itself varies, reads or depends on."""
+    fixed = {"recommender.rows", "evaluation.reference", *map(key_of, chosen.fixed)}
     fixed |= {key_of(override) for variant in chosen.variants for override in variant.overrides} - BUDGETS
     for override in overrides:
         key = key_of(override)
@@ -166,6 +192,15 @@ def _refuse_left_out(name: str, chosen: Study, base: Recipe) -> None:
             raise ConfigError(
                 f"study {name!r} cannot do without {key}, and it is 0; set it in {chosen.recipe} or by --set"
             )
+
+
+def _refuse_epochs(name: str, chosen: Study, base: Recipe) -> None:
+    """Raises ConfigError where variants over different logs would be trained on different numbers of tokens."""
+    if chosen.equal_tokens and base.csft.epochs is not None:
+        raise ConfigError(
+            f"study {name!r} gives every variant the same CSFT budget, and csft.epochs {base.csft.epochs:g} is "
+            "more tokens of two logs than of one; set csft.max_tokens instead"
+        )
 
 
 def _refuse_several_logs(name: str, chosen: Study, recipe: Recipe) -> None:
@@ -231,8 +266,7 @@ def _runs_beside(folder: Path) -> list[Path]:
 
 def _answer(chosen: Study, runs: Mapping[str, Run], folder: Path) -> dict[str, Any]:
     """What the finished runs of a study say."""
-    settings = next(iter(runs.values())).recipe.evaluation
-    tables = {table.title: _statistics(table, settings) for table in chosen.judge(runs, folder)}
+    tables = {table.title: _statistics(table, next(iter(runs.values()))) for table in chosen.judge(runs, folder)}
     return {
         "question": chosen.question,
         "facts": _facts(runs),
@@ -261,14 +295,24 @@ def _facts(runs: Mapping[str, Run]) -> dict[str, Any]:
     }
 
 
-def _statistics(table: Judged, settings: EvaluationConfig) -> dict[str, Any]:
-    """Metrics of a table's rows, each tested against the reference, as in `metrics.json`."""
+def _statistics(table: Judged, run: Run) -> dict[str, Any]:
+    """Metrics of a table's rows, each tested against the reference, as in `metrics.json`.
+
+    Args:
+        run: any of the study's; all have the same test events and protocol.
+    """
+    settings = run.recipe.evaluation
     summary = protocol.summarise(table.per_user, metric_names(settings.k), settings.bootstrap_samples)
     compared = protocol.compare_rows(table.per_user, table.reference, settings.bootstrap_samples)
     users = table.per_user["user_id"].n_unique()
     content = {"meaning": table.meaning, "reference": table.reference, "users": users}
-    ranking = {"ranking": protocol.ranking_in_words(settings.mask_history, candidates=table.candidates)}
-    return {**content, **summary, "comparisons": compared, "protocol": ranking}
+    ranking = protocol.ranking_in_words(
+        settings.mask_history,
+        protocol.never_repeats(Sequences.load(run.domain(table.domain).data)),
+        table.candidates,
+        table.known_length,
+    )
+    return {**content, **summary, "comparisons": compared, "protocol": {"ranking": ranking}}
 
 
 def _variant(variant: Variant, run: Run) -> dict[str, Any]:

@@ -79,6 +79,8 @@ class Judged:
 
     per_user: as `protocol.per_user_table`, its rows named by the labels of the table.
     candidates: among which a target was ranked.
+    known_length: events that a user was known by, as in `protocol.evaluate`.
+    domain: whose test events they are, of a study over several.
     """
 
     title: str
@@ -86,6 +88,8 @@ class Judged:
     reference: str
     per_user: pl.DataFrame
     candidates: str = protocol.CATALOGUE
+    known_length: int | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ class Study:
     """A question, the recipes that are run to answer it, and the tables that do.
 
     Attributes:
-        recipe: the base, a shipped name or a file; `overrides` turn it into the study's base.
+        recipe: the base, a shipped name or a file; `overrides` and `fixed` turn it into the study's base.
+        fixed: overrides that the question depends on; nobody else's may set their keys.
         worlds: logs that are made for it before the first run.
         judge: finished runs by variant, and the study's folder -> tables.
         cumulative: two variants make a table already, and each further one lengthens it.
         needs: keys of budgets that must not be 0, since rows are named after what is trained with them.
+        equal_tokens: variants train on different logs with one CSFT budget, which must be one of tokens.
     """
 
     question: str
@@ -108,6 +114,8 @@ class Study:
     worlds: tuple[World, ...] = ()
     cumulative: bool = False
     needs: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    equal_tokens: bool = False
 
 
 def base_recipe() -> str:
@@ -184,8 +192,12 @@ def ranked_by(
     run: Run,
     history_length: int,
     batch_size: int = 512,
+    known_length: int | None = None,
 ) -> pl.DataFrame:
-    """Ranks of the test events of `sequences` by each scorer, under the run's protocol: PER_USER_COLUMNS."""
+    """Ranks of the test events of `sequences` by each scorer, under the run's protocol: PER_USER_COLUMNS.
+
+    Lengths are those of `protocol.evaluate`.
+    """
     tables = []
     for row, seed, scorer in ranking:
         ranked = protocol.evaluate(
@@ -196,6 +208,7 @@ def ranked_by(
             batch_size=batch_size,
             description=f"rank {row}",
             mask_history=run.recipe.evaluation.mask_history,
+            known_length=known_length,
         )
         tables.append(protocol.per_user_table(ranked, sequences, row, seed))
     return pl.concat(tables)

@@ -57,6 +57,9 @@ def cold_start(small: bool, folder: Path, recipe: str) -> Study:
 
     Vectors of the language model before and after CSFT stand beside LLM2Rec's: do its stages pay where ids fail?
     Where ids know nothing, the untrained model's vectors are the reference.
+
+    Seen in training are targets with training events, never seen those that are held out. Targets that only
+    validation and test name are neither: IEM reads their titles, recommenders know them as wrong answers.
     """
     world = World("games", users=240, events=10)
     share = 0.3 if small else 0.1
@@ -80,6 +83,7 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
     run = runs[ONLY]
     domain = run.domain()
     whole = gathered(runs, entries_of(ONLY, COLD_ROWS))
+    is_seen = pl.col("item_id").is_in(trained_items(Sequences.load(domain.data)).implode())
     is_cold = pl.col("item_id").is_in(cold_items(domain.data).cast(pl.String).implode())
     kept = _with_places(run, domain, folder)
     listed = f"Lists of {LISTED} by `text`, as `recommend --new-items` makes them: what is not listed ranks last."
@@ -87,9 +91,10 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
         *_of_known_users(run, domain, folder),
         Judged(
             "Items seen in training",
-            "Targets with training events, after whole histories.",
+            "Targets with training events, after whole histories. Targets without any that were not held out are "
+            "in no table: trainings know them as titles and as wrong answers.",
             IDS,
-            whole.filter(~is_cold),
+            whole.filter(is_seen),
         ),
         Judged(
             "Items never seen in training",
@@ -99,18 +104,21 @@ def _judge(runs: Runs, folder: Path) -> list[Judged]:
         ),
         Judged(
             "Items never seen, among themselves",
-            "The same targets, ranked among the held-out items alone: what the vectors say of them.",
+            "The same targets, ranked among items without training events alone: what the vectors say of them.",
             UNTRAINED,
             _among_new(run, domain, folder),
             "the items without training events",
         ),
-        Judged("Places kept for new items: items seen", listed, AS_SCORED, kept.filter(~is_cold)),
+        Judged("Places kept for new items: items seen", listed, AS_SCORED, kept.filter(is_seen)),
         Judged("Places kept for new items: items never seen", listed, AS_SCORED, kept.filter(is_cold)),
     ]
 
 
 def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
-    """A table for each number of known events: ranks of the trained targets after the last so many alone."""
+    """A table for each number of known events: ranks of the trained targets after the last so many alone.
+
+    The others are neither seen nor hidden from the ranking: a system that knew only these would not know them.
+    """
     meaning = (
         f"Users with at least {max(KNOWN_EVENTS)} known events, their histories cut to the last so many. "
         "`text` is SASRec over LLM2Rec vectors, the other texts are over the causal means of the language model. "
@@ -122,33 +130,37 @@ def _of_known_users(run: Run, domain: Domain, folder: Path) -> list[Judged]:
             continue  # no recommender looks so far back: the table would be the one before
 
         def make(events: int = events) -> pl.DataFrame:
-            tested = known_users(Sequences.load(domain.data), cold_items(domain.data), max(KNOWN_EVENTS))
-            return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events)
+            tested = known_users(Sequences.load(domain.data), max(KNOWN_EVENTS))
+            return ranked_by(scorers(run, domain, COLD_ROWS), tested, run, events, known_length=events)
 
-        inputs = {**evaluated_inputs(domain), "events": events, "rows": COLD_ROWS}
+        inputs = {**evaluated_inputs(domain), "known_length": events, "rows": COLD_ROWS}
         seen = "1 known event" if events == 1 else f"{events} known events"
-        tables.append(
-            Judged(f"Users with {seen}", meaning, IDS, measured(folder, f"known-{events}", inputs, make))
-        )
+        ranked = measured(folder, f"known-{events}", inputs, make)
+        tables.append(Judged(f"Users with {seen}", meaning, IDS, ranked, known_length=events))
     return tables
 
 
-def known_users(sequences: Sequences, cold: pl.Series, events: int) -> Sequences:
-    """The sequences with the test events that have so many events before them and a target that is not cold.
+def trained_items(sequences: Sequences) -> pl.Series:
+    """Ids of the items with training events."""
+    return pl.Series(sequences.item_ids, dtype=pl.String).filter(pl.Series(sequences.training_counts() > 0))
+
+
+def known_users(sequences: Sequences, events: int) -> Sequences:
+    """The sequences with the test events that have so many events before them and a target seen in training.
 
     Raises:
         DataError: there is none.
     """
     positions = sequences.held_out(TEST)
     before = positions - np.asarray(sequences.offsets)[sequences.users_of(positions)]
-    wanted = (before >= events) & ~_has_cold_target(sequences, cold)
+    wanted = (before >= events) & _has_target_among(sequences, trained_items(sequences))
     return with_test_events(sequences, wanted, f"of a trained item after {events} or more events")
 
 
-def _has_cold_target(sequences: Sequences, cold: pl.Series) -> np.ndarray:
-    """Of each test event whether its target is held out from training, (T,) bool."""
-    is_cold = np.isin(sequences.item_ids, cold.cast(pl.String).to_list())
-    targets: np.ndarray = is_cold[np.asarray(sequences.items)[sequences.held_out(TEST)] - 1]
+def _has_target_among(sequences: Sequences, item_ids: pl.Series) -> np.ndarray:
+    """Of each test event whether its target is one of the items, (T,) bool."""
+    is_one = np.isin(sequences.item_ids, item_ids.cast(pl.String).to_list())
+    targets: np.ndarray = is_one[np.asarray(sequences.items)[sequences.held_out(TEST)] - 1]
     return targets
 
 
@@ -157,7 +169,7 @@ def _among_new(run: Run, domain: Domain, folder: Path) -> pl.DataFrame:
 
     def make() -> pl.DataFrame:
         sequences = Sequences.load(domain.data)
-        wanted = _has_cold_target(sequences, cold_items(domain.data))
+        wanted = _has_target_among(sequences, cold_items(domain.data))
         tested = with_test_events(sequences, wanted, "of a held-out item")
         new = is_new(domain, sequences.n_items)
         ranking = [(row, seed, _AmongNew(scorer, new)) for row, seed, scorer in scorers(run, domain, COLD_ROWS)]

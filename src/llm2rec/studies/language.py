@@ -155,12 +155,8 @@ def budget(small: bool, folder: Path, recipe: str) -> Study:
     return Study(
         question="From which budget on does CSFT help, and how much of it is left after IEM?",
         recipe=recipe,
-        overrides=(
-            *((*SMALL, *over_world(world, folder)) if small else ()),
-            "csft.schedule=wsd",
-            "csft.evaluations=0",
-            "csft.patience=null",
-        ),
+        overrides=(*SMALL, *over_world(world, folder)) if small else (),
+        fixed=("csft.schedule=wsd", "csft.evaluations=0", "csft.patience=null"),
         variants=tuple(variants),
         judge=_judge_budget,
         needs=("csft.checkpoints",),  # without them nothing is kept that the next share could go on from
@@ -215,13 +211,14 @@ class _OfDomains:
                 f"{words[0].upper()}{words[1:]}; recommenders are trained on {domain} in every row.",
                 "LLM2Rec on one",
                 gathered(runs, ENTRIES_OF_TRANSFER, domain),
+                domain=domain,
             )
             for domain, words in zip(self.domains, seen, strict=True)
         ]
 
 
 def transfer(small: bool, folder: Path, recipe: str) -> Study:
-    """CSFT and IEM on one domain or on a mix with the same budget, judged inside and outside of both.
+    """CSFT and IEM on one domain or on a mix with the same budget of tokens, judged inside and outside of both.
 
     Raises:
         ConfigError: a recipe whose domains are not three.
@@ -230,11 +227,11 @@ def transfer(small: bool, folder: Path, recipe: str) -> Study:
     (first, second, third), origins = _domains(recipe)
     made = tuple(part for world in worlds for part in over_world(world, folder, f"domains.{world.name}"))
     rows = rows_of(["sasrec-backbone-bidirectional", "sasrec-csft-bidirectional", "sasrec-llm2rec"])
-    roles = (f"domains.{first}.role=in", f"domains.{third}.role=out")
     return Study(
         question="Does a language model trained on one log, or on several, serve another one?",
         recipe=recipe,
-        overrides=("data=null", *((*SMALL, *made) if small else origins), rows, *roles),
+        overrides=("data=null", *((*SMALL, *made) if small else origins), rows),
+        fixed=(f"domains.{first}.role=in", f"domains.{third}.role=out"),
         variants=(
             Variant("one", f"the language model is trained on {first} alone", (f"domains.{second}.role=out",)),
             Variant(
@@ -242,6 +239,7 @@ def transfer(small: bool, folder: Path, recipe: str) -> Study:
             ),
         ),
         judge=_OfDomains((first, second, third)),
+        equal_tokens=True,
         worlds=worlds,
     )
 
