@@ -36,6 +36,7 @@ from llm2rec.data import sources
 from llm2rec.data.sequences import Sequences
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import ConfigError
+from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm import samples as sampling
 from llm2rec.lm.backbone import Backbone
@@ -293,7 +294,7 @@ def dropped_out(lm: Backbone, run: Run) -> Run:
     """The same with the attention dropout that makes two views."""
 
     def with_dropout() -> float:
-        with backbones.dropout(lm.model, plain.DROPOUT):
+        with attention.dropout(lm.model, plain.DROPOUT):
             return run()
 
     return with_dropout

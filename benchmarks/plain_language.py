@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llm2rec.lm import backbone as backbones
+from llm2rec.lm import attention
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.objectives import contrastive_loss
 from llm2rec.lm.samples import Samples
@@ -129,7 +129,7 @@ def contrastive(
 
     def run() -> float:
         began = time.perf_counter()
-        with backbones.dropout(lm.model, DROPOUT):
+        with attention.dropout(lm.model, DROPOUT):
             loop.step([lambda: contrastive_loss(view(), view(), temperature)])
         return len(titles) / (time.perf_counter() - began)
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from conftest import TITLES
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, tokenise
@@ -77,7 +78,7 @@ RULES = {
 def test_attention_at_once_equals_attention_in_tiles(rule, groups):
     ways = [
         attended(way, RULES[rule], groups=groups)
-        for way in (backbones._attend_at_once, backbones._attend_in_tiles)
+        for way in (attention._attend_at_once, attention._attend_in_tiles)
     ]
     for ours, torchs in zip(*ways, strict=True):
         assert ours.abs().max() > 0.1  # premise
@@ -85,35 +86,35 @@ def test_attention_at_once_equals_attention_in_tiles(rule, groups):
 
 
 def test_attention_at_once_in_bfloat16_is_about_as_near_to_float32_as_torchs():
-    exact = attended(backbones._attend_at_once, None)
+    exact = attended(attention._attend_at_once, None)
 
     def errors(attend):
         rounded = attended(attend, None, dtype=torch.bfloat16)
         return [float((one - whole).norm() / whole.norm()) for one, whole in zip(rounded, exact, strict=True)]
 
-    for ours, torchs in zip(errors(backbones._attend_at_once), errors(backbones._attend_in_tiles), strict=True):
+    for ours, torchs in zip(errors(attention._attend_at_once), errors(attention._attend_in_tiles), strict=True):
         assert 0 < ours < 1.5 * torchs
 
 
 def test_a_cell_that_sees_nothing_gives_finite_gradients():
     seen = RULES["bidirectional"] & torch.tensor([True] * 5 + [False] * 2)[:, None]
-    assert all(torch.isfinite(one).all() for one in attended(backbones._attend_at_once, seen))
+    assert all(torch.isfinite(one).all() for one in attended(attention._attend_at_once, seen))
 
 
 def test_attention_at_once_drops_shares_and_keeps_their_mean():
     torch.manual_seed(0)
-    mixed = torch.stack([attended(backbones._attend_at_once, None, dropout=0.3)[0] for _ in range(400)])
-    whole = attended(backbones._attend_at_once, None)[0]
+    mixed = torch.stack([attended(attention._attend_at_once, None, dropout=0.3)[0] for _ in range(400)])
+    whole = attended(attention._attend_at_once, None)[0]
     assert mixed.std(0).mean() > 0.1
     assert (mixed.mean(0) - whole).abs().mean() < 0.05
 
 
 def test_long_sequences_keep_no_scores(monkeypatch):
     ways = []
-    monkeypatch.setattr(backbones, "LONGEST_AT_ONCE", 4)
+    monkeypatch.setattr(attention, "LONGEST_AT_ONCE", 4)
     for name in ("_attend_at_once", "_attend_in_tiles"):
-        way = getattr(backbones, name)
-        monkeypatch.setattr(backbones, name, lambda *a, way=way, name=name: ways.append(name) or way(*a))
+        way = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, way=way, name=name: ways.append(name) or way(*a))
     lm = Backbone(random_model(LlamaConfig).eval(), None)
     for length in (4, 5):
         lm.hidden_states(pack(np.arange(5, 5 + length), np.array([length])))
@@ -156,7 +157,7 @@ def test_bidirectional_attention_survives_saving(tiny, tmp_path):
 
 def test_dropout_holds_inside_the_block_only(tiny):
     layers = [layer for layer in tiny.model.modules() if hasattr(layer, "attention_dropout")]
-    with backbones.dropout(tiny.model, 0.2):
+    with attention.dropout(tiny.model, 0.2):
         assert {layer.attention_dropout for layer in layers} == {0.2}
     assert {layer.attention_dropout for layer in layers} == {0.0}
 

@@ -12,6 +12,7 @@ from conftest import TITLES, adding, prepared_cycle, train_stage, vectors_of
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError
+from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
 from llm2rec.lm.encode import encode
@@ -302,7 +303,7 @@ def test_dropout_makes_two_different_views(tiny):
     batch = title_batches(texts, 1, 8, 100_000)[0]
 
     tiny.model.train()
-    with backbones.dropout(tiny.model, 0.5):
+    with attention.dropout(tiny.model, 0.5):
         views = embed(tiny, batch["chunks"]["chunk0"]).chunk(2)
     assert not torch.allclose(views[0], views[1])
     assert torch.isfinite(contrastive_loss(*views, 0.1))

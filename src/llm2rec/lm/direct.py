@@ -19,7 +19,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.lm.backbone import Backbone, attending
+from llm2rec.lm.attention import attending
+from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import csft_texts
 from llm2rec.lm.packing import TokenisedTexts, gather_texts
 from llm2rec.lm.text import SEPARATOR

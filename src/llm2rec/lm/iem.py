@@ -18,6 +18,7 @@ from torch import nn
 from llm2rec.batches import Batch, Batches
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
+from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.csft import TokenObjective
@@ -158,7 +159,7 @@ def _train(
     def measure() -> dict[str, float]:
         return {"auc": pairs.auc(lm)}
 
-    with backbones.dropout(lm.model, dropout):
+    with attention.dropout(lm.model, dropout):
         trained = learner.train(lm, batches, objective, settings, description="contrastive", evaluate=measure)
     summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
     return summary | {"train_seconds": round(trained.seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
@@ -196,7 +197,7 @@ def check_views(model: nn.Module, positives: str, dropout: float) -> None:
     Raises:
         ConfigError: it has none.
     """
-    if positives == "dropout" and dropout and not backbones.has_attention_dropout(model):
+    if positives == "dropout" and dropout and not attention.has_attention_dropout(model):
         raise ConfigError(
             f"{type(model).__name__} has no attention dropout to make two views of a title with; use "
             "iem.contrastive.positives=consumed-next, or another model"
