@@ -510,14 +510,6 @@ def test_compare_says_where_a_history_competes_as_the_evaluation_does(copied, wo
     assert "though no user of this log consumes one twice" in ranking
 
 
-def test_compare_says_how_ranks_were_measured_whatever_the_recipe_has_become(copied, world):
-    recipe = copied / "recipe.yaml"
-    assert "mask_history: true" in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace("mask_history: true", "mask_history: false"))
-    assert not lr.open_run(copied).recipe.evaluation.mask_history
-    assert "without the items of the user's" in lr.compare([copied], against="markov")["ranking"]
-
-
 def test_a_list_looks_at_as_many_events_as_the_training_did(copied, world):
     run, history = lr.open_run(copied), ["i01", "i02", "i03", "i04"]
     data = run.recipe.data.model_copy(update={"history_length": 1})
