@@ -219,7 +219,7 @@ def minimal_flops(lm: Backbone, batches: BudgetBatches) -> float:
     )
     total = 0.0
     for batch in (batches[number] for number in range(len(batches))):
-        lengths = batch["segments"]["valid"].sum(1)
+        lengths = batch["segments"]["lengths"]
         seen = int((lengths * (lengths + 1) // 2).sum())
         total += 6 * matrices * batch["input_ids"].shape[1] + 6 * lm.head.numel() * batch["n_targets"]
         total += 3 * 4 * config.num_hidden_layers * width * seen
