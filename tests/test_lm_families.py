@@ -184,7 +184,12 @@ def test_a_head_that_is_more_than_one_matrix_is_refused(config_class, changes, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_of_one_matrix_gives_the_logits(config_class, dtype, tokenizer, tmp_path):
     save_random(config_class, tokenizer, tmp_path, initializer_range=0.5)
-    backbones.load(tmp_path, dtype)
+    lm, ids = backbones.load(tmp_path, dtype), torch.arange(5, 11)[None]
+    with torch.no_grad():
+        logits = lm.model(input_ids=ids, use_cache=False).logits.float()
+        ours = (lm.body(input_ids=ids, use_cache=False).last_hidden_state @ lm.head.T).float()
+    assert logits.std() > 0.1  # premise
+    assert (ours - logits).norm() <= backbones.rounding(dtype) * logits.norm()
 
 
 def test_an_encoder_is_no_decoder(tokenizer, tmp_path):
