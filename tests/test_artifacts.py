@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
 
 import pytest
 
@@ -281,3 +283,18 @@ def test_a_place_without_room_for_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"cannot write to .*file \(Not a directory\); make it writable"):
         artifacts.require_writable(tmp_path / "file")
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch):
+    said = Queue()
+    monkeypatch.setattr(artifacts.progress, "say", said.put)
+
+    def wait():
+        with artifacts.turn(tmp_path / "films.lock"):
+            return said.empty()
+
+    with ThreadPoolExecutor(1) as pool:
+        with artifacts.turn(tmp_path / "films.lock"):
+            waiting = pool.submit(wait)
+            assert "waiting for another process" in said.get(timeout=20)
+        assert waiting.result(20)

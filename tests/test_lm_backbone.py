@@ -1,3 +1,4 @@
+import json
 from contextlib import nullcontext
 from functools import partial
 
@@ -173,6 +174,14 @@ def test_a_model_that_lacks_weights_is_refused(tiny, tmp_path, head):
     backbones.save(tiny, tmp_path)
     with pytest.raises(ArtifactError, match=r"lacks 9 of the weights .*layers\.1\.input_layernorm\.weight"):
         backbones.load(tmp_path, torch.float32, head=head)
+
+
+def test_weights_of_another_shape_than_the_configuration_says_are_refused(tiny, tmp_path):
+    backbones.save(tiny, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(ArtifactError, match=r"down_proj\.weight is \(16, \d+\), by config.json it is \(16, 48\)"):
+        backbones.load(tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -397,7 +397,11 @@ def turn(lock: Path) -> Iterator[None]:
     """Waits until no other process is inside `turn` with the same file, then keeps others waiting."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.say(f"waiting for another process, which holds {lock}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 

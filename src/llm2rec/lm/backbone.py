@@ -201,8 +201,8 @@ def load(source: str | Path, dtype: torch.dtype, *, head: bool = True) -> Backbo
 
     Raises:
         ConfigError: nothing loadable there, or quantised weights.
-        ArtifactError: weights are missing; the tokenizer has no token to pad with, or knows more tokens than the
-            model; the model's logits are not its hidden states times one matrix.
+        ArtifactError: weights are missing or of another shape; the tokenizer has no token to pad with, or knows
+            more tokens than the model; the model's logits are not its hidden states times one matrix.
     """
     path = _loadable(source)
     kind = AutoModelForCausalLM if head else AutoModel
@@ -229,9 +229,16 @@ def _pretrained(kind: Any, path: str, **options: Any) -> Any:
     """A model of transformers with all its weights: transformers itself makes up those that are missing.
 
     Raises:
-        ArtifactError: weights are missing.
+        ArtifactError: weights are missing, or have another shape than the configuration says.
     """
-    model, found = kind.from_pretrained(path, output_loading_info=True, **options)
+    model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    misshapen = sorted(found["mismatched_keys"])
+    if misshapen:
+        name, held, expected = misshapen[0]
+        raise ArtifactError(
+            f"{path}: {name} is {tuple(held)}, by config.json it is {tuple(expected)}; they belong to two models; "
+            "fetch both again"
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise ArtifactError(
