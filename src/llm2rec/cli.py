@@ -101,7 +101,7 @@ def csft(run_folder: RunFolder) -> None:
 
 @app.command()
 def iem(run_folder: RunFolder) -> None:
-    """Stage 3: the language model becomes a bidirectional item encoder."""
+    """Stage 3: the language model becomes an item encoder (MNTP, contrastive)."""
     lr.iem(run_folder)
 
 

@@ -171,14 +171,14 @@ class OptimizerConfig(Section):
     """What every language stage sets for its optimizer (AdamW)."""
 
     learning_rate: Rate = Field(1e-4, description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of AdamW")
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="of the learning rate; wsd: warm-up, stable, decay"
     )
     decay_share: Annotated[float, Field(gt=0, le=1)] = Field(0.2, description="last share of the steps, under wsd")
     decay: Literal["1-sqrt", "linear"] = Field("1-sqrt", description="shape of that decay")
-    max_grad_norm: Rate = 1.0
+    max_grad_norm: Rate = Field(1.0, description="longer gradients are cut to this length")
 
     @model_validator(mode="after")
     def _shares_of_wsd(self) -> OptimizerConfig:
@@ -192,9 +192,12 @@ class OptimizerConfig(Section):
 class LoraConfig(Section):
     """Low-rank adapters, trained in the place of the weights and merged (extra `lora`)."""
 
-    rank: Positive = 16
-    alpha: Rate = 32.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rank: Positive = Field(16, description="of each adapter")
+    alpha: Rate = Field(32.0, description="what an adapter adds is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="linear maps of a layer that get an adapter, by name",
+    )
 
 
 class LanguageConfig(OptimizerConfig):
@@ -307,7 +310,7 @@ class EncodeConfig(Section):
     text_encoders: dict[EncoderName, str] = Field(
         READY_ENCODERS,
         description="ready text encoders by the name that rows have them under: a public one (`llm2rec models "
-        "list`), a hub id, a SentenceTransformer folder, or `csft/` (read causally) or `iem/` of another run",
+        "list`), a hub id, a SentenceTransformer folder, or `csft/` (read causally), `mntp/` or `iem/` of another run",
     )
     shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
 
@@ -333,44 +336,42 @@ class EncodeConfig(Section):
 class CourseConfig(Section):
     """The course of a recommender's training, which each row may have of its own."""
 
-    max_epochs: Positive = 16
+    max_epochs: Positive = Field(
+        16, description="passes over the training events; the best one by validation is kept"
+    )
     patience: Positive = Field(
         16, description="epochs without a gain in validation NDCG@10 before stopping; a falling rate wants none"
     )
     batch_size: Positive = Field(128, description="windows a step; each supervises up to history_length items")
-    learning_rate: Rate = 2e-3
+    learning_rate: Rate = Field(2e-3, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine",
         description="of the learning rate; one that falls over max_epochs needs half as many as a constant one",
     )
     warmup_share: Share = Field(0.1, description="share of the steps with linearly rising learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    dropout: Share = 0.3
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="of AdamW")
+    dropout: Share = Field(0.3, description="in the recommender (paper: 0.3)")
 
 
 class RecommenderConfig(CourseConfig):
     """The sequential recommender (paper section 4.1: 2 layers, 2 heads, 128 wide, dropout 0.3)."""
 
-    rows: tuple[str, ...] = (
-        "popularity",
-        "markov",
-        "sasrec-id",
-        "sasrec-backbone",
-        "sasrec-csft",
-        "sasrec-llm2rec",
+    rows: tuple[str, ...] = Field(
+        ("popularity", "markov", "sasrec-id", "sasrec-backbone", "sasrec-csft", "sasrec-llm2rec"),
+        description='what is compared (README, "Rows")',
     )
     seeds: Positive = Field(1, description="trainings of each row, with seeds 0, 1, ...")
     loss: Literal["full", "sampled_softmax", "gbce"] = Field("full", description="of the next item")
     targets: Literal["all", "last"] = Field("all", description="positions of a window that are supervised")
     negatives: Positive = Field(256, description="sampled items a step; the full softmax samples none")
-    sampling: Literal["uniform", "popularity"] = "uniform"
+    sampling: Literal["uniform", "popularity"] = Field("uniform", description="how negatives are drawn")
     calibration: Annotated[float, Field(ge=0, le=1)] = Field(0.75, description="of gBCE, its t")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the matrix products of training; auto takes the faster; ranking is float32"
     )
-    hidden_size: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 2
+    hidden_size: Positive = Field(128, description="width of the recommender (paper: 128)")
+    layers: Positive = Field(2, description="of the recommender (paper: 2)")
+    heads: Positive = Field(2, description="of attention, in SASRec and eSASRec (paper: 2)")
     adapter: Literal["linear", "mlp"] = Field(
         "mlp", description="from item vectors to hidden_size (paper: linear, which holds text back)"
     )
@@ -467,7 +468,9 @@ class Recipe(Section):
         "sampled or held out; recommenders have `recommender.seeds`",
     )
     data: DataConfig | None = Field(None, description="the log; this, or several `domains`")
-    domains: dict[DomainName, DomainConfig] | None = None
+    domains: dict[DomainName, DomainConfig] | None = Field(
+        None, description="several logs by name, which share the language model"
+    )
     model: ModelConfig
     csft: CsftConfig
     iem: IemConfig
