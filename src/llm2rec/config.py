@@ -310,7 +310,8 @@ class EncodeConfig(Section):
     text_encoders: dict[EncoderName, str] = Field(
         READY_ENCODERS,
         description="ready text encoders by the name that rows have them under: a public one (`llm2rec models "
-        "list`), a hub id, a SentenceTransformer folder, or `csft/` (read causally), `mntp/` or `iem/` of another run",
+        "list`), a hub id, a SentenceTransformer folder, or `csft/` (read causally), `mntp/` or `iem/` of "
+        "another run",
     )
     shard_texts: Positive = Field(65_536, description="titles in memory, and what a killed encoding loses")
 
