@@ -131,7 +131,7 @@ def load_moments(optimizer: torch.optim.Optimizer, checkpoint: Path, device: tor
 
 def require_disk(model: nn.Module, out: Path) -> None:
     """Raises ArtifactError where `out` has too little space for the checkpoints of a training of `model`."""
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    needed = 4 * (stored + 3 * trained)  # up to three kept and one being written; moments and compensation
+    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # bytes of either optimizer
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 4 * (weights + moments)  # up to three kept and one being written
     artifacts.require_disk(out, needed, "checkpoints of this stage")

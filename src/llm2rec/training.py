@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from llm2rec import artifacts, checkpoints, memory, progress
+from llm2rec import artifacts, checkpoints, memory, optimizers, progress
 from llm2rec.batches import Batch, Batches, Numbered, only
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.loggers import NO_LOGGERS, PROJECT, Loggers
@@ -309,7 +309,9 @@ class _StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = _adamw(self.model, self.args, set(self.get_decay_parameter_names(self.model)))
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups = _weights_of(self.model, self.args.weight_decay, decayed)
+            self.optimizer = optimizers.adamw(groups, self.args.learning_rate)
         return self.optimizer
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -437,19 +439,13 @@ def _arguments(folder: Path, settings: TrainSettings, evaluates: bool) -> Traini
     )
 
 
-def _adamw(model: nn.Module, arguments: TrainingArguments, decayed: set[str]) -> torch.optim.Optimizer:
-    """AdamW: fused for float32 weights, with Kahan summation for bfloat16 ones, which lose small updates."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _weights_of(model: nn.Module, decay: float, decayed: set[str]) -> list[dict[str, Any]]:
+    """The weights that are trained, as the groups of an optimizer: those named in `decayed` apart."""
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in trained:  # one group holds either whole tensors or parts of tensors
-        kinds.setdefault((name in decayed, is_shared(parameter)), []).append(parameter)
-    decay = arguments.weight_decay
-    groups = [{"params": kinds[kind], "weight_decay": decay if kind[0] else 0.0} for kind in sorted(kinds)[::-1]]
-    if any(parameter.dtype == torch.bfloat16 for _, parameter in trained):
-        from optimi import AdamW
-
-        return AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, kahan_sum=True)
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:  # one group holds either whole tensors or parts of tensors
+            kinds.setdefault((name in decayed, is_shared(parameter)), []).append(parameter)
+    return [{"params": kinds[kind], "weight_decay": decay if kind[0] else 0.0} for kind in sorted(kinds)[::-1]]
 
 
 def _best(state: TrainerState, settings: TrainSettings) -> int:
