@@ -20,7 +20,7 @@ LEVELS = [
     {"runs"},
     {"data"},
     {"evaluation"},
-    {"softmax", "sharding", "checkpoints", "precision", "memory", "batches"},
+    {"softmax", "sharding", "optimizers", "checkpoints", "precision", "memory", "batches"},
     {"training"},
     {"lm", "rec"},
     {"models"},
