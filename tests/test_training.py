@@ -35,7 +35,8 @@ class Numbers(Batches):
 
 
 def squared_error(model, batch):
-    return ((model(batch["x"])[:, 0] - batch["x"].sum(1)) ** 2).sum()
+    x = batch["x"].to(next(model.parameters()).dtype)
+    return ((model(x)[:, 0] - x.sum(1)) ** 2).sum()
 
 
 def network(dropout=0.0):
@@ -198,13 +199,14 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("killed_at", [2, 5, 8, 11])
 @pytest.mark.parametrize("evaluates", [False, True])
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, evaluates):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, evaluates, dtype):
     def run(folder, model, objective):
         options = settings(max_steps=12, checkpoint_every=2, evaluate_every=2 * evaluates, patience=9)
         evaluate = (lambda: {"ndcg@10": float(weights(model).sum())}) if evaluates else None
         return train(model, Numbers(), objective, out=folder, settings=options, evaluate=evaluate, description="x")
 
-    whole = network(dropout=0.5)
+    whole = network(dropout=0.5).to(dtype)
     expected = run(tmp_path / "whole", whole, squared_error)
     calls = iter(range(100))
 
@@ -214,8 +216,8 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, killed_at, eval
         return squared_error(model, batch)
 
     with pytest.raises(Killed):
-        run(tmp_path / "killed", network(dropout=0.5), until_killed)
-    resumed = network(dropout=0.5)
+        run(tmp_path / "killed", network(dropout=0.5).to(dtype), until_killed)
+    resumed = network(dropout=0.5).to(dtype)
     summary = run(tmp_path / "killed", resumed, squared_error)
     assert torch.equal(weights(whole), weights(resumed))
     assert summary.best_step == expected.best_step
