@@ -14,7 +14,7 @@ from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
-from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
+from llm2rec.lm.csft import Form, WindowBatches, csft, csft_texts, held_out_items, last_title_batches, supervise
 from llm2rec.lm.encode import encode
 from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
@@ -104,6 +104,12 @@ def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
     assert batches.targets == len(after_the_first)
 
 
+def held_out_batches(tiny, world, micro_batch_tokens):
+    sequences, titles = world
+    form = Form("packed", 3, 64, False)
+    return last_title_batches(tiny.tokenizer, titles, held_out_items(sequences, 3, 0), form, micro_batch_tokens)
+
+
 @pytest.mark.parametrize("template", ["$A", "~ $A"])
 def test_the_token_budget_is_kept(tiny, world, template):
     sequences, titles = world
@@ -114,7 +120,7 @@ def test_the_token_budget_is_kept(tiny, world, template):
     assert 900 < tokens <= 1000
     assert tokens == batches.tokens
     assert batches.longest == max(int(batches[i]["segments"]["lengths"].max()) for i in range(len(batches)))
-    held_out = held_out_batches(texts, sequences, 3, 64, seed=0)
+    held_out = held_out_batches(tiny, world, 64)
     assert all(batch["input_ids"].shape[1] <= 64 or len(batch["segments"]["lengths"]) == 1 for batch in held_out)
 
 
@@ -137,8 +143,7 @@ def test_a_csft_that_stops_early_reports_the_tokens_it_was_trained_on(world, tin
 
 def test_held_out_text_ends_with_the_validation_title_alone_labelled(tiny, world):
     sequences, titles = world
-    texts = csft_texts(tiny.tokenizer, titles, 64)
-    batches = held_out_batches(texts, sequences, 3, 10_000, seed=0)
+    batches = held_out_batches(tiny, world, 10_000)
     labels = tiny.tokenizer.decode(torch.cat([batch["labels"] for batch in batches])).splitlines()
     validated = np.asarray(sequences.items)[sequences.held_out(VALIDATION)]
     assert sorted(labels) == sorted(titles[item - 1] for item in validated)
