@@ -9,7 +9,7 @@ from llm2rec.errors import ConfigError
 from llm2rec.evaluation import ranking
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft_texts
-from llm2rec.lm.direct import TitleRanker
+from llm2rec.lm.direct import TitleRanker, _log_probabilities
 from llm2rec.lm.packing import gather_texts, pack
 
 NAMES = [f"{title} and the night road" if number % 3 else title[4:] for number, title in enumerate(TITLES)]
@@ -73,6 +73,21 @@ def told_apart(lm):
         lm.head.mul_(40)
     direct = ranker(lm, batch_titles=7)
     return direct, direct.score(HISTORIES)
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_log_probabilities_of_bfloat16_are_those_of_its_logits_and_never_above_zero(monkeypatch, at_once):
+    generator = torch.Generator().manual_seed(0)
+    head = (torch.randn(500, 64, generator=generator) / 8).bfloat16()
+    rows, tokens = torch.arange(200) // 2, torch.randint(500, (200,), generator=generator)
+    towards = torch.nn.functional.normalize(head[tokens[::2]].float(), dim=1)
+    states = (torch.randn(100, 64, generator=generator) + 12 * towards).bfloat16()
+    monkeypatch.setattr("llm2rec.lm.direct.LOGITS_BYTES", at_once * 4 * len(head))
+    found = _log_probabilities(states, head, rows, tokens)
+    assert found[::2].exp().mean() > 0.5  # else none comes near 0
+    assert found.max() <= 0
+    expected = (states @ head.T).float().log_softmax(dim=1)[rows, tokens]
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)  # rounded otherwise by another batch
 
 
 @pytest.mark.parametrize("exclude", [None, torch.tensor([[1, 7, 7], [2, 0, 0]])])

@@ -241,12 +241,23 @@ class TitleRanker:
 
 
 def _log_probabilities(states: Tensor, head: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability (M,) float32, on the CPU, of each token after the state of its row of `states` (r, H)."""
+    """Log-probability (M,) float32, <= 0, on the CPU, of each token after the state of its row of `states` (r, H).
+
+    A token's logit is one of those that its row is normalised by, rounded alike: an exact one beside rounded ones
+    gives probabilities above 1.
+
+    Args:
+        rows: (M,) rising.
+    """
     at_once = max(1, LOGITS_BYTES // (4 * len(head)))
-    normaliser = torch.cat([(chunk @ head.T).float().logsumexp(dim=1) for chunk in states.split(at_once)])
-    rows, tokens = rows.to(head.device), tokens.to(head.device)
-    scores = (states[rows].float() * nn.functional.embedding(tokens, head).float()).sum(dim=1)
-    return (scores - normaliser[rows]).cpu()
+    chunks = states.split(at_once)
+    sizes = torch.bincount(rows // at_once, minlength=len(chunks)).tolist()
+    rows, tokens = (rows % at_once).to(head.device), tokens.to(head.device)
+    found = []
+    for chunk, own, following in zip(chunks, rows.split(sizes), tokens.split(sizes), strict=True):
+        logits = (chunk @ head.T).float()
+        found.append(logits[own, following] - logits.logsumexp(dim=1)[own])
+    return torch.cat(found).cpu()
 
 
 def _attend_after_history(
