@@ -471,3 +471,19 @@ def test_consumed_pairs_need_no_attention_dropout(world, gpt2, tmp_path):
 def test_layers_that_are_not_found_are_refused_where_they_are_needed(setting, world, gpt2, tmp_path):
     with pytest.raises(ConfigError, match=r"GPT2Model does not name its layers .*turn them off"):
         run_csft(world, gpt2, tmp_path, **{setting: True})
+
+
+def test_a_contrastive_stage_that_does_harm_says_so(world, tiny_folder, tmp_path, monkeypatch, capsys):
+    measured = iter([0.7, 0.5, 0.6, 0.6])  # before, twice on the way, the best in the end
+    monkeypatch.setattr(ValidationPairs, "auc", lambda *args: next(measured))
+    summary = run_contrastive(world, tiny_folder, tmp_path, steps=2, evaluations=2)
+    assert summary["best_step"] == 2
+    assert "lowered the AUC of validation pairs from 0.7 to 0.6; lower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("learning_rate", "harm"), [(3.0, True), (1e-2, False)])
+def test_a_csft_that_does_harm_says_so(world, tiny_folder, tmp_path, capsys, learning_rate, harm):
+    optimizer = Optimizer(learning_rate=learning_rate)
+    summary = run_csft(world, tiny_folder, tmp_path, optimizer=optimizer, evaluations=2)
+    assert (summary["perplexity_after"] > summary["perplexity_before"]) == harm
+    assert ("csft raised the perplexity of held-out titles from " in capsys.readouterr().err) == harm

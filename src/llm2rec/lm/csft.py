@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm2rec import artifacts
+from llm2rec import artifacts, progress
 from llm2rec.batches import Batch, Batches
 from llm2rec.checkpoints import go_on_from, keep_stable, last_complete, processes_of, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
@@ -74,7 +74,8 @@ def csft(
         max_tokens, epochs: the budget, exactly one of them.
         paper_separator: modes `paper` and `tree` only; see `samples.make_samples`.
         evaluations: held-out perplexities in the course of the stage; with any, the weights with the lowest
-            one win, and checkpoints are written then instead of `checkpoints` times.
+            one win (of those, not of the model that the stage started from), and checkpoints are written then
+            instead of `checkpoints` times.
         patience: evaluations without a gain before the stage stops.
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
         extends: what a shorter training under `wsd`, with equal arguments beside budget, warm-up and decay, had
@@ -126,6 +127,7 @@ def _train(
     summary = learner.train(lm, batches, objective, settings, description="csft", evaluate=measure)
     merge()
     after = perplexity(lm, held_out)
+    _say_of_harm(round(before, 3), round(after, 3))
     backbones.save_once(lm, learner.out)
     if settings.stable_steps:
         keep_stable(learner.out, settings.stable_steps)
@@ -139,6 +141,14 @@ def _train(
         "perplexity_before": round(before, 3),
         "perplexity_after": round(after, 3),
     }
+
+
+def _say_of_harm(before: float, after: float) -> None:
+    if after > before:
+        progress.say(
+            f"note: csft raised the perplexity of held-out titles from {before} to {after}; lower "
+            "csft.learning_rate, or leave the stage out (csft.max_tokens=0)"
+        )
 
 
 def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patience: int | None) -> None:
