@@ -1,5 +1,6 @@
 """The language stages on a tiny random decoder: labels, masks, batches, what moves and what is written."""
 
+import gc
 import json
 import math
 
@@ -14,6 +15,7 @@ from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
+from llm2rec.lm import export as exporting
 from llm2rec.lm.csft import Form, WindowBatches, csft, csft_texts, held_out_items, last_title_batches, supervise
 from llm2rec.lm.encode import encode
 from llm2rec.lm.export import export
@@ -425,6 +427,33 @@ def test_exporting_a_bfloat16_encoder_warns_of_nothing(tiny_folder, tmp_path, ca
     lm.set_causal(False)
     export(lm, TITLES, 64, tmp_path / "encoder")
     assert caplog.text == ""
+
+
+def test_an_export_holds_one_model_at_a_time_beside_the_trained_one(tiny_folder, tmp_path, monkeypatch):
+    lm = backbones.load(tiny_folder, torch.bfloat16, head=False)
+    gc.collect()
+
+    def alive():
+        return sum(type(one) is type(lm.model) for one in gc.get_objects())
+
+    def counting(function):
+        return lambda *given: counted.append(alive()) or function(*given)
+
+    before, counted = alive(), []
+    monkeypatch.setattr(exporting, "_reread", counting(exporting._reread))
+    monkeypatch.setattr(exporting, "encode_tokens", counting(exporting.encode_tokens))
+    export(lm, TITLES, 16, tmp_path / "exported")
+    assert counted == [before, before + 1]
+
+
+def test_the_copy_that_an_export_is_checked_by_shares_the_weights_that_are_exact(tiny_folder):
+    for dtype, shared in ((torch.bfloat16, False), (torch.float32, True)):
+        model = backbones.load(tiny_folder, dtype).model
+        copied = exporting._in_host_memory(model)
+        assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight  # tied, as they were
+        for own, other in zip(model.parameters(), copied.parameters(), strict=True):
+            assert (own.dtype, other.dtype) == (dtype, torch.float32) and own.requires_grad
+            assert torch.equal(own.float(), other) and (own.data_ptr() == other.data_ptr()) == shared
 
 
 def test_vectors_do_not_depend_on_the_batch(tiny):
