@@ -125,6 +125,25 @@ def test_a_model_without_its_head_is_refused(tiny_folder):
         ranker(backbones.load(tiny_folder, torch.float32, head=False))
 
 
-def test_histories_beyond_the_context_are_refused_before_anything_is_ranked(tiny):
-    with pytest.raises(ConfigError, match="reads at most"):
-        ranker(tiny, history_length=100_000)
+def test_histories_beyond_the_context_are_refused_before_anything_is_ranked(tiny, monkeypatch):
+    direct = ranker(tiny, history_length=3)
+    lengths = csft_texts(tiny.tokenizer, NAMES, 16).lengths
+    longest = max(int(lengths[row[row > 0] - 1].sum()) for row in HISTORIES) + int(lengths.max())
+    assert longest < 4 * lengths.max()  # premise: no history holds the longest titles alone
+    tiny.body.config.max_position_embeddings = longest
+    direct.score(HISTORIES)
+    tiny.body.config.max_position_embeddings = longest - 1
+    monkeypatch.setattr(direct, "_read", lambda history: 1 / 0)
+    for ask in (direct.score, lambda histories: direct.ranks(torch.tensor([1, 2]), None, histories)):
+        with pytest.raises(ConfigError, match=f"has {longest} tokens, the model reads at most {longest - 1}"):
+            ask(HISTORIES.flip(0))
+
+
+def test_a_catalogue_is_refused_for_histories_that_are_asked_for_not_for_those_that_might_be(tiny):
+    assert ranker(tiny, history_length=100_000).score(HISTORIES).isfinite().all()
+
+
+def test_a_title_beyond_the_context_is_refused_at_once(tiny):
+    tiny.body.config.max_position_embeddings = 8
+    with pytest.raises(ConfigError, match="reads at most 8"):
+        ranker(tiny)
