@@ -436,7 +436,10 @@ class ContrastiveObjective:
 
 
 class ValidationPairs:
-    """Held-out co-consumption: (last training item, validation item) of a sample of users."""
+    """Held-out co-consumption: (the item before it, validation item) of a sample of validation events.
+
+    The item before is what the same user consumed last, in validation too where several of his events are.
+    """
 
     def __init__(
         self,
