@@ -257,3 +257,15 @@ def test_importing_the_room_needs_no_torch():
     probe = "import sys, llm2rec.data.sources, llm2rec.data.sequences; print('torch' in sys.modules)"
     with subprocess.Popen([sys.executable, "-c", probe], stdout=subprocess.PIPE, text=True) as process:
         assert process.communicate()[0].strip() == "False"
+
+
+def test_the_commit_of_a_hub_id_is_that_of_the_cache(tmp_path, monkeypatch):
+    cached = tmp_path / "models--some--model"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert sources.hub_commit("some/model") == "abc"
+    named = next(iter(sources.MODELS))
+    assert [sources.hub_commit(other) for other in ("other/model", str(tmp_path), named)] == [None] * 3

@@ -10,9 +10,11 @@ from torch import nn
 
 from conftest import TITLES, vectors_of
 from llm2rec.errors import ConfigError
+from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import TokenObjective
 from llm2rec.lm.packing import pack
+from llm2rec.lm.pooling import embed
 
 with_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="no C++ compiler"
@@ -78,6 +80,23 @@ def test_compiled_layers_give_the_vectors_of_plain_ones(tiny_folder):
     compiled.compile_layers()
     one, other = (vectors_of(lm, TITLES, 100) for lm in (plain, compiled))
     assert np.abs(one - other).max() < 1e-5
+
+
+@pytest.mark.slow
+@with_compiler
+def test_compiled_layers_drop_out_the_same_with_and_without_gradients(tiny_folder):
+    lm = backbones.load_for_training(tiny_folder, torch.float32, causal=False, head=False, compiled=True)
+    lm.model.train()
+
+    def vectors(seed, gradients):  # a contrastive step encodes a chunk without gradients, then again with them
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(gradients):
+            return embed(lm, batch([5, 9, 3])).detach()
+
+    with attention.dropout(lm.model, 0.5):
+        first, other = (vectors(seed, gradients=False) for seed in (0, 1))
+        assert not torch.allclose(first, other, atol=1e-2)  # premise: there is dropout
+        assert torch.allclose(first, vectors(0, gradients=True), atol=1e-5)
 
 
 def test_compiled_layers_are_saved_as_plain_ones(tiny_folder, tmp_path, traced):

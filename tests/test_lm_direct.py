@@ -9,7 +9,7 @@ from llm2rec.errors import ConfigError
 from llm2rec.evaluation import ranking
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import csft_texts
-from llm2rec.lm.direct import TitleRanker
+from llm2rec.lm.direct import TitleRanker, _log_probabilities
 from llm2rec.lm.packing import gather_texts, pack
 
 NAMES = [f"{title} and the night road" if number % 3 else title[4:] for number, title in enumerate(TITLES)]
@@ -75,6 +75,21 @@ def told_apart(lm):
     return direct, direct.score(HISTORIES)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_log_probabilities_of_bfloat16_are_those_of_its_logits_and_never_above_zero(monkeypatch, at_once):
+    generator = torch.Generator().manual_seed(0)
+    head = (torch.randn(500, 64, generator=generator) / 8).bfloat16()
+    rows, tokens = torch.arange(200) // 2, torch.randint(500, (200,), generator=generator)
+    towards = torch.nn.functional.normalize(head[tokens[::2]].float(), dim=1)
+    states = (torch.randn(100, 64, generator=generator) + 12 * towards).bfloat16()
+    monkeypatch.setattr("llm2rec.lm.direct.LOGITS_BYTES", at_once * 4 * len(head))
+    found = _log_probabilities(states, head, rows, tokens)
+    assert found[::2].exp().mean() > 0.5  # else none comes near 0
+    assert found.max() <= 0
+    expected = (states @ head.T).float().log_softmax(dim=1)[rows, tokens]
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)  # rounded otherwise by another batch
+
+
 @pytest.mark.parametrize("exclude", [None, torch.tensor([[1, 7, 7], [2, 0, 0]])])
 def test_ranks_are_those_of_the_scores(tiny, exclude):
     direct, scores = told_apart(tiny)
@@ -110,6 +125,25 @@ def test_a_model_without_its_head_is_refused(tiny_folder):
         ranker(backbones.load(tiny_folder, torch.float32, head=False))
 
 
-def test_histories_beyond_the_context_are_refused_before_anything_is_ranked(tiny):
-    with pytest.raises(ConfigError, match="reads at most"):
-        ranker(tiny, history_length=100_000)
+def test_histories_beyond_the_context_are_refused_before_anything_is_ranked(tiny, monkeypatch):
+    direct = ranker(tiny, history_length=3)
+    lengths = csft_texts(tiny.tokenizer, NAMES, 16).lengths
+    longest = max(int(lengths[row[row > 0] - 1].sum()) for row in HISTORIES) + int(lengths.max())
+    assert longest < 4 * lengths.max()  # premise: no history holds the longest titles alone
+    tiny.body.config.max_position_embeddings = longest
+    direct.score(HISTORIES)
+    tiny.body.config.max_position_embeddings = longest - 1
+    monkeypatch.setattr(direct, "_read", lambda history: 1 / 0)
+    for ask in (direct.score, lambda histories: direct.ranks(torch.tensor([1, 2]), None, histories)):
+        with pytest.raises(ConfigError, match=f"has {longest} tokens, the model reads at most {longest - 1}"):
+            ask(HISTORIES.flip(0))
+
+
+def test_a_catalogue_is_refused_for_histories_that_are_asked_for_not_for_those_that_might_be(tiny):
+    assert ranker(tiny, history_length=100_000).score(HISTORIES).isfinite().all()
+
+
+def test_a_title_beyond_the_context_is_refused_at_once(tiny):
+    tiny.body.config.max_position_embeddings = 8
+    with pytest.raises(ConfigError, match="reads at most 8"):
+        ranker(tiny)

@@ -125,6 +125,12 @@ def test_the_way_of_pooling_is_recorded(tiny_folder, tmp_path):
     assert names == ["mean", "last of layer 1"]
 
 
+def test_where_vectors_come_from_is_recorded_with_them(tiny_folder, tmp_path):
+    run(tiny_folder, tmp_path)
+    recorded = {"name": "x", "model": str(tiny_folder), "causal": False, "pooling": "mean", "dtype": "float32"}
+    assert ItemEmbeddings.load(tmp_path).provenance == recorded
+
+
 def test_a_missing_layer_is_refused(tiny_folder, tmp_path):
     with pytest.raises(ConfigError, match="layer 9"):
         run(tiny_folder, tmp_path, pooling=Pooling("mean", 9))

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
-from conftest import prepared_cycle
+from conftest import prepared_cycle, train_stage
 from llm2rec.evaluation.probes import NothingToMeasure
+from llm2rec.lm import backbone as backbones
+from llm2rec.lm.csft import Form, csft
 from llm2rec.lm.probes import next_title_perplexity, other_targets
 
 
@@ -34,6 +37,18 @@ def test_one_title_alone_has_no_other_to_compare_with():
 
 def test_both_perplexities_repeat_with_their_seed(tiny, tmp_path):
     sequences, titles = prepared_cycle(tmp_path, users=12, items=12, events=6)
-    options = {"history_length": 3, "max_title_tokens": 16}
-    first, again, other = (next_title_perplexity(tiny, sequences, titles, **options, seed=s) for s in (0, 0, 1))
+    form = Form("packed", 3, 16, False)
+    first, again, other = (next_title_perplexity(tiny, sequences, titles, form, seed) for seed in (0, 0, 1))
     assert first == again and first["random"] != other["random"] and min(first.values()) >= 1
+
+
+@pytest.mark.parametrize(("mode", "separator"), [("packed", False), ("paper", True), ("tree", False)])
+def test_csft_is_probed_in_the_layout_that_it_was_trained_in(tiny_folder, tmp_path, mode, separator):
+    sequences, titles = prepared_cycle(tmp_path / "world", users=12, items=12, events=6)
+    options = {"mode": mode, "paper_separator": separator, "history_length": 3, "checkpoints": 0}
+    options |= {"max_tokens": 6000, "epochs": None, "batch_tokens": 256, "micro_batch_tokens": 256}
+    out = tmp_path / "csft"
+    summary = train_stage(csft, sequences, titles, model=tiny_folder, out=out, **options)
+    lm = backbones.load(out, torch.float32)
+    found = next_title_perplexity(lm, sequences, titles, Form(mode, 3, 16, separator), seed=0)
+    assert found["true"] == pytest.approx(summary["perplexity_after"], abs=1e-3)

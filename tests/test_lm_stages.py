@@ -1,5 +1,6 @@
 """The language stages on a tiny random decoder: labels, masks, batches, what moves and what is written."""
 
+import gc
 import json
 import math
 
@@ -14,7 +15,8 @@ from llm2rec.data.sequences import VALIDATION
 from llm2rec.errors import ArtifactError, ConfigError
 from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
-from llm2rec.lm.csft import WindowBatches, csft, csft_texts, held_out_batches, supervise
+from llm2rec.lm import export as exporting
+from llm2rec.lm.csft import Form, WindowBatches, csft, csft_texts, held_out_items, last_title_batches, supervise
 from llm2rec.lm.encode import encode
 from llm2rec.lm.export import export
 from llm2rec.lm.iem import (
@@ -104,6 +106,12 @@ def test_every_training_target_is_supervised_once_an_epoch(tiny, world):
     assert batches.targets == len(after_the_first)
 
 
+def held_out_batches(tiny, world, micro_batch_tokens):
+    sequences, titles = world
+    form = Form("packed", 3, 64, False)
+    return last_title_batches(tiny.tokenizer, titles, held_out_items(sequences, 3, 0), form, micro_batch_tokens)
+
+
 @pytest.mark.parametrize("template", ["$A", "~ $A"])
 def test_the_token_budget_is_kept(tiny, world, template):
     sequences, titles = world
@@ -114,7 +122,7 @@ def test_the_token_budget_is_kept(tiny, world, template):
     assert 900 < tokens <= 1000
     assert tokens == batches.tokens
     assert batches.longest == max(int(batches[i]["segments"]["lengths"].max()) for i in range(len(batches)))
-    held_out = held_out_batches(texts, sequences, 3, 64, seed=0)
+    held_out = held_out_batches(tiny, world, 64)
     assert all(batch["input_ids"].shape[1] <= 64 or len(batch["segments"]["lengths"]) == 1 for batch in held_out)
 
 
@@ -137,8 +145,7 @@ def test_a_csft_that_stops_early_reports_the_tokens_it_was_trained_on(world, tin
 
 def test_held_out_text_ends_with_the_validation_title_alone_labelled(tiny, world):
     sequences, titles = world
-    texts = csft_texts(tiny.tokenizer, titles, 64)
-    batches = held_out_batches(texts, sequences, 3, 10_000, seed=0)
+    batches = held_out_batches(tiny, world, 10_000)
     labels = tiny.tokenizer.decode(torch.cat([batch["labels"] for batch in batches])).splitlines()
     validated = np.asarray(sequences.items)[sequences.held_out(VALIDATION)]
     assert sorted(labels) == sorted(titles[item - 1] for item in validated)
@@ -422,6 +429,33 @@ def test_exporting_a_bfloat16_encoder_warns_of_nothing(tiny_folder, tmp_path, ca
     assert caplog.text == ""
 
 
+def test_an_export_holds_one_model_at_a_time_beside_the_trained_one(tiny_folder, tmp_path, monkeypatch):
+    lm = backbones.load(tiny_folder, torch.bfloat16, head=False)
+    gc.collect()
+
+    def alive():
+        return sum(type(one) is type(lm.model) for one in gc.get_objects())
+
+    def counting(function):
+        return lambda *given: counted.append(alive()) or function(*given)
+
+    before, counted = alive(), []
+    monkeypatch.setattr(exporting, "_reread", counting(exporting._reread))
+    monkeypatch.setattr(exporting, "encode_tokens", counting(exporting.encode_tokens))
+    export(lm, TITLES, 16, tmp_path / "exported")
+    assert counted == [before, before + 1]
+
+
+def test_the_copy_that_an_export_is_checked_by_shares_the_weights_that_are_exact(tiny_folder):
+    for dtype, shared in ((torch.bfloat16, False), (torch.float32, True)):
+        model = backbones.load(tiny_folder, dtype).model
+        copied = exporting._in_host_memory(model)
+        assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight  # tied, as they were
+        for own, other in zip(model.parameters(), copied.parameters(), strict=True):
+            assert (own.dtype, other.dtype) == (dtype, torch.float32) and own.requires_grad
+            assert torch.equal(own.float(), other) and (own.data_ptr() == other.data_ptr()) == shared
+
+
 def test_vectors_do_not_depend_on_the_batch(tiny):
     tiny.set_causal(False)
     one = vectors_of(tiny, TITLES, batch_tokens=1)
@@ -466,3 +500,19 @@ def test_consumed_pairs_need_no_attention_dropout(world, gpt2, tmp_path):
 def test_layers_that_are_not_found_are_refused_where_they_are_needed(setting, world, gpt2, tmp_path):
     with pytest.raises(ConfigError, match=r"GPT2Model does not name its layers .*turn them off"):
         run_csft(world, gpt2, tmp_path, **{setting: True})
+
+
+def test_a_contrastive_stage_that_does_harm_says_so(world, tiny_folder, tmp_path, monkeypatch, capsys):
+    measured = iter([0.7, 0.5, 0.6, 0.6])  # before, twice on the way, the best in the end
+    monkeypatch.setattr(ValidationPairs, "auc", lambda *args: next(measured))
+    summary = run_contrastive(world, tiny_folder, tmp_path, steps=2, evaluations=2)
+    assert summary["best_step"] == 2
+    assert "lowered the AUC of validation pairs from 0.7 to 0.6; lower" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("learning_rate", "harm"), [(3.0, True), (1e-2, False)])
+def test_a_csft_that_does_harm_says_so(world, tiny_folder, tmp_path, capsys, learning_rate, harm):
+    optimizer = Optimizer(learning_rate=learning_rate)
+    summary = run_csft(world, tiny_folder, tmp_path, optimizer=optimizer, evaluations=2)
+    assert (summary["perplexity_after"] > summary["perplexity_before"]) == harm
+    assert ("csft raised the perplexity of held-out titles from " in capsys.readouterr().err) == harm

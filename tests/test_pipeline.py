@@ -19,6 +19,7 @@ import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts, comparison, precision
 from llm2rec.config import RecommenderConfig, SplitConfig
+from llm2rec.data import sources
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
@@ -307,6 +308,22 @@ def test_what_rows_left_behind_is_not_shown(copied, world):
         "embeddings/main/backbone-causal",
         "recommender/main/sasrec-backbone-causal/seed-0",
     }
+
+
+def test_the_commit_of_a_hub_model_is_recorded_and_another_one_is_said(copied, world, monkeypatch, capsys):
+    few = "recommender.rows=[markov, sasrec-csft-causal]", "recommender.max_epochs=1", "csft.max_tokens=2000"
+    monkeypatch.setattr(sources, "hub_commit", lambda source: "a" * 40)
+    rerun(copied, world, *few)
+    assert artifacts.read_manifest(copied / "csft").summary["hub"] == f"tiny-random@{'a' * 40}"
+    assert "hub" not in artifacts.read_manifest(copied / "embeddings/main/csft-causal").summary
+    assert "the hub now has" not in capsys.readouterr().err
+    monkeypatch.setattr(sources, "hub_commit", lambda source: "b" * 40)
+    more = "recommender.rows=[markov, sasrec-csft-causal, sasrec-backbone-causal]"
+    shutil.rmtree(copied / "embeddings/main/backbone-causal")  # to be made again
+    ran = [stage for stage, _ in rerun(copied, world, *few, more)]
+    assert "csft" not in ran  # a commit alone costs no training
+    said = capsys.readouterr().err
+    assert f"csft was made from tiny-random@{'a' * 40}, the hub now has {'b' * 40}" in said
 
 
 def test_titles_held_out_are_among_what_mntp_is_made_from(copied, world):

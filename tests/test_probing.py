@@ -192,6 +192,14 @@ def test_a_run_in_which_another_process_works_is_not_probed(copied, nothing_comp
         lr.probe(copied)
 
 
+def test_a_csft_of_samples_has_the_perplexity_that_its_stage_measured(tmp_path):
+    log = walks([[(user + step) % 6 for step in range(6)] for user in range(12)])
+    changes = ("recommender.rows=[popularity, sasrec-csft-causal]", "csft.mode=tree", "csft.max_tokens=6000")
+    found = little(tmp_path, log, named(6), *changes)
+    measured = artifacts.read_manifest(tmp_path / "run" / "csft").summary["perplexity_after"]
+    assert found["language_model"]["csft"]["true"] == pytest.approx(measured, rel=1e-3)
+
+
 def test_where_every_test_event_repeats_the_one_before_pairs_are_left_out(tmp_path):
     log = walks([[*((user + step) % 6 for step in range(5)), (user + 4) % 6] for user in range(12)])
     found = little(tmp_path, log, named(6))

@@ -147,6 +147,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     """Every language model of the run, and why what was left out."""
     from llm2rec.lm import backbone as backbones
     from llm2rec.lm.backbone import future_sensitivity
+    from llm2rec.lm.csft import Form
     from llm2rec.lm.probes import next_title_perplexity
     from llm2rec.precision import resolve_dtype
 
@@ -154,6 +155,8 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     if not models:
         return {}, {"language models": "no row of this run is made by the language model"}
     dtype = resolve_dtype(dtype_of(run, run.recipe.model.dtype))
+    trained, longest = run.recipe.csft, run.recipe.model.max_title_tokens
+    form = Form(trained.mode, domain.config.history_length, longest, trained.paper_separator)
     found: dict[str, dict[str, float]] = {}
     left_out: Reasons = {}
     for name, path in models.items():
@@ -165,14 +168,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
         found[name] = {"future_sensitivity": future_sensitivity(lm)}
         try:
             if writes:
-                found[name] |= next_title_perplexity(
-                    lm,
-                    loaded.sequences,
-                    loaded.texts,
-                    history_length=domain.config.history_length,
-                    max_title_tokens=run.recipe.model.max_title_tokens,
-                    seed=run.recipe.seed,
-                )
+                found[name] |= next_title_perplexity(lm, loaded.sequences, loaded.texts, form, run.recipe.seed)
         except NothingToMeasure as reason:
             left_out[PERPLEXITY] = str(reason)
         del lm  # before the next one is loaded

@@ -169,6 +169,16 @@ def _check_hub(key: str, name: str, known: str) -> None:
         raise ConfigError(f"{key}: the hub cannot be asked for {name!r} ({error}); {known}") from error
 
 
+def hub_commit(source: str) -> str | None:
+    """The commit of a hub id that the hub's cache holds: what was loaded last. None of what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source in {**MODELS, **TEXT_ENCODERS} or Path(source).exists():
+        return None
+    held = try_to_load_from_cache(source, "config.json")
+    return Path(held).parent.name if isinstance(held, str) else None
+
+
 def data_content_hash(name: str) -> str:
     """The content hash of a data set: the registered one (nothing is read), else the recorded one.
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llm2rec import artifacts
+from llm2rec import artifacts, progress
 from llm2rec.batches import Batch, Batches
 from llm2rec.checkpoints import go_on_from, keep_stable, last_complete, processes_of, step_of
 from llm2rec.data.sequences import VALIDATION, Sequences
@@ -74,7 +74,8 @@ def csft(
         max_tokens, epochs: the budget, exactly one of them.
         paper_separator: modes `paper` and `tree` only; see `samples.make_samples`.
         evaluations: held-out perplexities in the course of the stage; with any, the weights with the lowest
-            one win, and checkpoints are written then instead of `checkpoints` times.
+            one win (of those, not of the model that the stage started from), and checkpoints are written then
+            instead of `checkpoints` times.
         patience: evaluations without a gain before the stage stops.
         user_shares: (U,) in (0, 1], the probability that a pass trains on a sequence of the user; None = 1.
         extends: what a shorter training under `wsd`, with equal arguments beside budget, warm-up and decay, had
@@ -126,6 +127,7 @@ def _train(
     summary = learner.train(lm, batches, objective, settings, description="csft", evaluate=measure)
     merge()
     after = perplexity(lm, held_out)
+    _say_of_harm(round(before, 3), round(after, 3))
     backbones.save_once(lm, learner.out)
     if settings.stable_steps:
         keep_stable(learner.out, settings.stable_steps)
@@ -139,6 +141,14 @@ def _train(
         "perplexity_before": round(before, 3),
         "perplexity_after": round(after, 3),
     }
+
+
+def _say_of_harm(before: float, after: float) -> None:
+    if after > before:
+        progress.say(
+            f"note: csft raised the perplexity of held-out titles from {before} to {after}; lower "
+            "csft.learning_rate, or leave the stage out (csft.max_tokens=0)"
+        )
 
 
 def _check_arguments(mode: str, paper_separator: bool, evaluations: int, patience: int | None) -> None:
@@ -185,6 +195,13 @@ class Form:
     history_length: int
     max_title_tokens: int
     paper_separator: bool
+
+    def samples(
+        self, tokenizer: Any, titles: list[str], item_sequences: list[np.ndarray], trees: np.ndarray
+    ) -> Samples:
+        """`make_samples` in this form, which is not `packed`."""
+        options: dict[str, Any] = {"max_title_tokens": self.max_title_tokens, "separator": self.paper_separator}
+        return sampling.make_samples(tokenizer, titles, item_sequences, trees, **options)
 
 
 @dataclass(frozen=True)
@@ -239,18 +256,15 @@ def training_data(
         texts = csft_texts(lm.tokenizer, titles, form.max_title_tokens)
         owners = np.searchsorted(offsets, sequences.windows(form.history_length)[0], side="right") - 1
         batches = WindowBatches(texts, sequences, form.history_length, micro, shares=shares[owners], **spent)
-        held_out = held_out_batches(texts, sequences, form.history_length, micro, seed)
     else:
-        options: dict[str, Any] = {"max_title_tokens": form.max_title_tokens, "separator": form.paper_separator}
         items, trees = sampling.training_items(sequences, form.history_length)
-        samples = sampling.make_samples(lm.tokenizer, titles, items, trees, **options)
+        samples = form.samples(lm.tokenizer, titles, items, trees)
         texts = samples.texts
         owned = np.repeat(shares, np.maximum(np.diff(offsets) - 1, 0))  # a target each event but the first
         batches = SampleBatches(samples, micro, shared=form.mode == "tree", shares=owned, **spent)
-        items = held_out_items(sequences, form.history_length, seed)
-        apart = sampling.make_samples(lm.tokenizer, titles, items, np.arange(len(items)), **options)
-        chosen = token_budget_batches(apart.texts.lengths, micro)
-        held_out = [sampling.supervise_samples(apart, rows) for rows in chosen]
+    held_out = last_title_batches(
+        lm.tokenizer, titles, held_out_items(sequences, form.history_length, seed), form, micro
+    )
     evaluated = max(int(batch["segments"]["lengths"].max()) for batch in held_out)
     lm.check_readable(texts, max(batches.longest, evaluated))
     return batches, held_out
@@ -426,17 +440,29 @@ class TokenObjective:
         return token_loss(self._lm.hidden_states(batch), self._lm.head, batch["rows"], batch["labels"])
 
 
-def held_out_batches(
-    texts: TokenisedTexts, sequences: Sequences, history_length: int, micro_batch_tokens: int, seed: int
+def last_title_batches(
+    tokenizer: Any, titles: list[str], item_sequences: list[np.ndarray], form: Form, micro_batch_tokens: int
 ) -> list[Batch]:
-    """Validation events of a sample of users, each after its history; only the event's title is labelled."""
-    whole = held_out_items(sequences, history_length, seed)
+    """Packed rows of item sequences as CSFT in this form reads them; only each last item's title is labelled.
+
+    Args:
+        titles: (N,) title of item_index i + 1.
+        item_sequences: item indices (1..N) of each, at least two. Trees are read as the samples that they share.
+    """
+    used, places = np.unique(np.concatenate(item_sequences), return_inverse=True)  # few of the catalogue
+    titles = [titles[item - 1] for item in used]
+    sizes = [len(items) for items in item_sequences]
+    whole = np.split(places + 1, np.cumsum(sizes)[:-1])
+    if form.mode != "packed":
+        samples = form.samples(tokenizer, titles, whole, np.arange(len(whole)))
+        chosen = token_budget_batches(samples.texts.lengths, micro_batch_tokens)
+        return [sampling.supervise_samples(samples, rows) for rows in chosen]
+    texts = csft_texts(tokenizer, titles, form.max_title_tokens)
     lengths = np.array([len(texts.prefix) + int(texts.lengths[items - 1].sum()) for items in whole])
-    batches = []
-    for rows in token_budget_batches(lengths, micro_batch_tokens):
-        members = [whole[row] for row in rows]
-        batches.append(supervise(texts, members, [len(items) - 1 for items in members]))
-    return batches
+    return [
+        supervise(texts, [whole[row] for row in rows], [sizes[row] - 1 for row in rows])
+        for rows in token_budget_batches(lengths, micro_batch_tokens)
+    ]
 
 
 def held_out_items(sequences: Sequences, history_length: int, seed: int) -> list[np.ndarray]:

@@ -105,7 +105,7 @@ class TitleRanker:
             batch_titles: distinct titles of a tree; each may carry the keys and values of its tokens along.
 
         Raises:
-            ConfigError: the model has no head; arguments below 1; a history of such titles is beyond its context.
+            ConfigError: the model has no head; arguments below 1; a title is beyond its context.
             ArtifactError: the model does not attend causally, or lacks a token.
         """
         if not hasattr(lm.model, "lm_head"):
@@ -122,9 +122,8 @@ class TitleRanker:
         places = {title: place for place, title in enumerate(dict.fromkeys(titles))}
         self._title_of = np.array([places[title] for title in titles])  # (N,) item -> distinct title
         self._texts = csft_texts(lm.tokenizer, list(places), max_title_tokens)
-        longest = len(self._texts.prefix) + (history_length + 1) * int(self._texts.lengths.max())
-        lm.check_readable(self._texts, longest)
         self._empty = np.array(lm.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        self.check_histories(torch.zeros(1, 0, dtype=torch.int64))
         order = _lexicographic(self._texts)
         batches = (order[begin : begin + batch_titles] for begin in range(0, len(order), batch_titles))
         self._trees = [_tree(self._texts, titles) for titles in batches]
@@ -134,6 +133,16 @@ class TitleRanker:
         """Items in the catalogue, N."""
         return len(self._title_of)
 
+    def check_histories(self, histories: Tensor) -> None:
+        """Checks, before anything is computed, that the model can read any title after each of these histories.
+
+        Raises:
+            ConfigError: a history with the longest title is beyond its context, or a sliding window.
+            ArtifactError: the model lacks a token.
+        """
+        longest = max((len(self._tokens(row)) for row in histories), default=0)
+        self._lm.check_readable(self._texts, longest + int(self._texts.lengths.max()))
+
     def score(self, histories: Tensor) -> Tensor:
         """(B, N) float32 log-likelihoods in nats, <= 0; column j is of item_index j + 1.
 
@@ -141,7 +150,11 @@ class TitleRanker:
 
         Args:
             histories: (B, L) int64 item_index, left-aligned, 0 = padding.
+
+        Raises:
+            ConfigError, ArtifactError: as `check_histories`, of all before the first is read.
         """
+        self.check_histories(histories)
         items = torch.from_numpy(self._title_of)
         with torch.inference_mode():
             return torch.stack([self._likelihoods(self._read(row), self._trees)[items] for row in histories])
@@ -156,7 +169,11 @@ class TitleRanker:
             targets: (B,) int64 item_index.
             exclude: (B, L) item_index that do not compete, padded with 0, or None; a target among them still does.
             histories: as in `score`.
+
+        Raises:
+            ConfigError, ArtifactError: as `score`.
         """
+        self.check_histories(histories)
         found = []
         with torch.inference_mode():
             for row, history in enumerate(histories):
@@ -177,12 +194,15 @@ class TitleRanker:
         found[own] = floor
         return int(items[found >= floor].sum())
 
-    def _read(self, history: Tensor) -> _History:
-        """What the model knows after the last items of a history."""
+    def _tokens(self, history: Tensor) -> np.ndarray:
+        """How the last items of a history read, (t,) int64."""
         recent = history[history > 0].cpu().numpy()[-self._history_length :]
         titles = gather_texts(self._texts, self._title_of[recent - 1])[0] if len(recent) else self._empty
-        tokens = np.insert(titles, 0, self._texts.prefix)
-        cache = DynamicCache()
+        return np.insert(titles, 0, self._texts.prefix)
+
+    def _read(self, history: Tensor) -> _History:
+        """What the model knows after the last items of a history."""
+        tokens, cache = self._tokens(history), DynamicCache()
         output = self._lm.body(
             input_ids=torch.from_numpy(tokens)[None].to(self._lm.body.device),
             use_cache=True,
@@ -241,12 +261,23 @@ class TitleRanker:
 
 
 def _log_probabilities(states: Tensor, head: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability (M,) float32, on the CPU, of each token after the state of its row of `states` (r, H)."""
+    """Log-probability (M,) float32, <= 0, on the CPU, of each token after the state of its row of `states` (r, H).
+
+    A token's logit is one of those that its row is normalised by, rounded alike: an exact one beside rounded ones
+    gives probabilities above 1.
+
+    Args:
+        rows: (M,) rising.
+    """
     at_once = max(1, LOGITS_BYTES // (4 * len(head)))
-    normaliser = torch.cat([(chunk @ head.T).float().logsumexp(dim=1) for chunk in states.split(at_once)])
-    rows, tokens = rows.to(head.device), tokens.to(head.device)
-    scores = (states[rows].float() * nn.functional.embedding(tokens, head).float()).sum(dim=1)
-    return (scores - normaliser[rows]).cpu()
+    chunks = states.split(at_once)
+    sizes = torch.bincount(rows // at_once, minlength=len(chunks)).tolist()
+    rows, tokens = (rows % at_once).to(head.device), tokens.to(head.device)
+    found = []
+    for chunk, own, following in zip(chunks, rows.split(sizes), tokens.split(sizes), strict=True):
+        logits = (chunk @ head.T).float()
+        found.append(logits[own, following] - logits.logsumexp(dim=1)[own])
+    return torch.cat(found).cpu()
 
 
 def _attend_after_history(

@@ -24,7 +24,7 @@ from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, to_device, token_budget_batches, tokenise
 from llm2rec.lm.pooling import MEAN, Pooling, embed
-from llm2rec.lm.text import item_texts, template_hash
+from llm2rec.lm.text import item_texts
 from llm2rec.processes import processes
 from llm2rec.training import default_device
 
@@ -75,7 +75,7 @@ def encode(
         lm.compile_layers()
     pooling.check_layer(lm)
     provenance = {"name": name, "model": str(model), "causal": causal, "pooling": str(pooling)}
-    provenance |= {"dtype": str(dtype).removeprefix("torch."), "template": template_hash()}
+    provenance |= {"dtype": str(dtype).removeprefix("torch.")}
 
     def vectors_of(texts: list[str]) -> np.ndarray:
         tokens = tokenise(lm.tokenizer, texts, max_title_tokens, special_tokens=True)
@@ -114,7 +114,7 @@ def encode_by_text_encoder(
         encoder = SentenceTransformer(str(model), device=str(default_device()))
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"encode.text_encoders.{name}: {model} is no SentenceTransformer ({error})") from error
-    provenance = {"name": name, "model": str(model), "template": template_hash()}
+    provenance = {"name": name, "model": str(model)}
 
     def vectors_of(texts: list[str]) -> np.ndarray:
         order = np.argsort([-len(text) for text in texts], kind="stable")

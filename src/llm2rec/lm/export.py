@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from llm2rec import artifacts
 from llm2rec.errors import ArtifactError
@@ -15,6 +16,7 @@ from llm2rec.lm.encode import encode_tokens
 from llm2rec.lm.packing import tokenise
 from llm2rec.lm.pooling import MEAN, MODES, Pooling
 from llm2rec.lm.text import item_texts
+from llm2rec.memory import release
 from llm2rec.processes import processes
 
 POOLING = "1_Pooling/config.json"
@@ -56,6 +58,25 @@ def export(lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, po
 def _export(
     lm: Backbone, titles: list[str], max_title_tokens: int, out: Path, pooling: Pooling, mode: str
 ) -> None:
+    _write(lm, max_title_tokens, out, mode)
+    release()  # models of sentence-transformers are reference cycles
+    sample = item_texts(titles)[:16]
+    # Both in float32: in bfloat16 two kernels differ as much as either does from float32, which is a lot where a
+    # model was made bidirectional and hardly trained (cosine 0.93 at worst on SmolLM2-135M).
+    theirs = _reread(out, sample)
+    release()
+    tokens = tokenise(lm.tokenizer, sample, max_title_tokens, special_tokens=True)
+    exact = Backbone(_in_host_memory(lm.model), lm.tokenizer)
+    ours = torch.from_numpy(encode_tokens(exact, tokens, 4096, "check", pooling))
+    similarity = torch.nn.functional.cosine_similarity(ours, theirs).min().item()
+    if similarity < 0.999:
+        raise ArtifactError(
+            f"the exported encoder {out} gives other vectors than the trained one (cosine {similarity:.4f}); "
+            "this version of sentence-transformers reads the model's attention, pooling or tokenizer otherwise"
+        )
+
+
+def _write(lm: Backbone, max_title_tokens: int, out: Path, mode: str) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling as STPooling
     from sentence_transformers.sentence_transformer.modules import Transformer
@@ -67,17 +88,24 @@ def _export(
             modules=[transformer, STPooling(lm.body.config.hidden_size, pooling_mode=mode)], device="cpu"
         )
         encoder.save(str(out))
-    sample = item_texts(titles)[:16]
-    # Both in float32: in bfloat16 two kernels differ as much as either does from float32, which is a lot where a
-    # model was made bidirectional and hardly trained (cosine 0.93 at worst on SmolLM2-135M).
-    reloaded = SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": torch.float32})
-    theirs = torch.from_numpy(reloaded.encode(sample, convert_to_numpy=True, show_progress_bar=False))
-    tokens = tokenise(lm.tokenizer, sample, max_title_tokens, special_tokens=True)
-    exact = Backbone(copy.deepcopy(lm.model).float(), lm.tokenizer)
-    ours = torch.from_numpy(encode_tokens(exact, tokens, 4096, "check", pooling))
-    similarity = torch.nn.functional.cosine_similarity(ours, theirs).min().item()
-    if similarity < 0.999:
-        raise ArtifactError(
-            f"the exported encoder {out} gives other vectors than the trained one (cosine {similarity:.4f}); "
-            "this version of sentence-transformers reads the model's attention, pooling or tokenizer otherwise"
-        )
+
+
+def _reread(folder: Path, sample: list[str]) -> Tensor:
+    """What sentence-transformers makes of texts by a folder, in float32: (n, D)."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
+    return torch.from_numpy(encoder.encode(sample, convert_to_numpy=True, show_progress_bar=False))
+
+
+def _in_host_memory(model: nn.Module) -> nn.Module:
+    """A model in float32 on the CPU beside the given one, whose device may have no room for another.
+
+    Weights that already are so are shared.
+    """
+    there: dict[int, Tensor] = {
+        id(weight): nn.Parameter(weight.detach().to("cpu", torch.float32), requires_grad=False)
+        for weight in model.parameters()
+    }
+    there |= {id(buffer): buffer.detach().cpu() for buffer in model.buffers()}
+    return copy.deepcopy(model, there).float()

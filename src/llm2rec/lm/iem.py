@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llm2rec import progress
 from llm2rec.batches import Batch, Batches
 from llm2rec.data.sequences import VALIDATION, Sequences
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -107,7 +108,8 @@ def contrastive(
     """Trains the item encoder and writes it as a SentenceTransformer folder.
 
     Validation is the AUC of held-out co-consumption: how often the item a user consumed next is nearer to
-    the item before it than what another user consumed next. The best state wins.
+    the item before it than what another user consumed next. The best validated state wins, also where all are
+    worse than the model that the stage started from, which is said then.
 
     Args:
         causal: whether the encoder's tokens see only those before them, as the model was pretrained. Ours, because
@@ -140,6 +142,7 @@ def contrastive(
         settings = learner.settings("contrastive", **course)
         objective = ContrastiveObjective(lm, temperature, pooling)
         summary |= _train(lm, batches, objective, pairs, dropout, settings, learner)
+        _say_of_harm(summary["auc_before"], summary["auc_after"])
     merge()
     export(lm, titles, length, learner.out, pooling)
     return summary
@@ -163,6 +166,14 @@ def _train(
         trained = learner.train(lm, batches, objective, settings, description="contrastive", evaluate=measure)
     summary = {"steps": trained.steps, "best_step": trained.best_step, "batch_size": batches.batch_size}
     return summary | {"train_seconds": round(trained.seconds, 1), "auc_after": round(pairs.auc(lm), 4)}
+
+
+def _say_of_harm(before: float, after: float) -> None:
+    if after < before:
+        progress.say(
+            f"note: the contrastive stage lowered the AUC of validation pairs from {before} to {after}; lower "
+            "iem.contrastive.learning_rate, or leave the stage out (iem.contrastive.steps=0)"
+        )
 
 
 def distinct_texts(
@@ -425,7 +436,10 @@ class ContrastiveObjective:
 
 
 class ValidationPairs:
-    """Held-out co-consumption: (last training item, validation item) of a sample of users."""
+    """Held-out co-consumption: (the item before it, validation item) of a sample of validation events.
+
+    The item before is what the same user consumed last, in validation too where several of his events are.
+    """
 
     def __init__(
         self,

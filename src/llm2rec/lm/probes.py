@@ -9,20 +9,13 @@ import numpy as np
 from llm2rec.data.sequences import Sequences
 from llm2rec.evaluation.probes import NothingToMeasure
 from llm2rec.lm.backbone import Backbone
-from llm2rec.lm.csft import csft_texts, held_out_items, perplexity, supervise
-from llm2rec.lm.packing import TokenisedTexts, token_budget_batches
+from llm2rec.lm.csft import Form, held_out_items, last_title_batches, perplexity
 
 BATCH_TOKENS = 2048
 
 
 def next_title_perplexity(
-    lm: Backbone,
-    sequences: Sequences,
-    titles: list[str],
-    *,
-    history_length: int,
-    max_title_tokens: int,
-    seed: int,
+    lm: Backbone, sequences: Sequences, titles: list[str], form: Form, seed: int
 ) -> dict[str, float]:
     """Perplexity per token of the `true` next title after its history, and of a `random` one, both >= 1.
 
@@ -32,16 +25,19 @@ def next_title_perplexity(
 
     Args:
         titles: (N,) title of item_index i + 1.
+        form: that CSFT trains in; in another one its perplexity says nothing of what it learned.
         seed: of the sample and of the random titles.
 
     Raises:
         NothingToMeasure: fewer than two different titles come next.
     """
-    true = held_out_items(sequences, history_length, seed)
+    true = held_out_items(sequences, form.history_length, seed)
     others = other_targets([int(items[-1]) for items in true], titles, np.random.default_rng(seed))
     random = [np.append(items[:-1], other) for items, other in zip(true, others, strict=True)]
-    texts = csft_texts(lm.tokenizer, titles, max_title_tokens)
-    return {"true": _perplexity(lm, texts, true), "random": _perplexity(lm, texts, random)}
+    return {
+        name: perplexity(lm, last_title_batches(lm.tokenizer, titles, whole, form, BATCH_TOKENS))
+        for name, whole in (("true", true), ("random", random))
+    }
 
 
 def other_targets(targets: list[int], titles: list[str], generator: np.random.Generator) -> list[int]:
@@ -66,12 +62,3 @@ def other_targets(targets: list[int], titles: list[str], generator: np.random.Ge
         if names[other] == names[place]:
             dealt[place] = int(generator.choice([one for one in targets if titles[one - 1] != names[place]]))
     return dealt
-
-
-def _perplexity(lm: Backbone, texts: TokenisedTexts, whole: list[np.ndarray]) -> float:
-    lengths = np.array([len(texts.prefix) + int(texts.lengths[items - 1].sum()) for items in whole])
-    batches = []
-    for rows in token_budget_batches(lengths, BATCH_TOKENS):
-        members = [whole[row] for row in rows]
-        batches.append(supervise(texts, members, [len(items) - 1 for items in members]))
-    return perplexity(lm, batches)

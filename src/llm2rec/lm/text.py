@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
 SEPARATOR = "\n"
-TEMPLATE = "{title}"
 
 
 def item_texts(titles: list[str]) -> list[str]:
@@ -13,9 +10,4 @@ def item_texts(titles: list[str]) -> list[str]:
 
     A line break inside a title would read as the end of the title: CSFT ends every title with "\n".
     """
-    return [" ".join(TEMPLATE.format(title=title).split()) for title in titles]
-
-
-def template_hash() -> str:
-    """Hash of everything that turns an item into text; recorded with the vectors."""
-    return hashlib.sha256(f"{TEMPLATE}|{SEPARATOR}".encode()).hexdigest()[:16]
+    return [" ".join(title.split()) for title in titles]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm2rec import artifacts, processes
+from llm2rec import artifacts, processes, progress
 from llm2rec.artifacts import Inputs, flatten
 from llm2rec.config import TINY_RANDOM, LanguageConfig, OptimizerConfig
 from llm2rec.data import sources
@@ -141,6 +141,7 @@ def _csft_stage(run: Run) -> Stage:
             user_shares=mixture.user_shares,
             **arguments,
         )
+        _record_commit(run, run.recipe.model.source, summary)
 
     return Stage("csft", run.csft, inputs, execute, shared=True)
 
@@ -201,6 +202,8 @@ def _mntp_stage(run: Run) -> Stage:
             shares=mixture.item_shares,
             **_arguments(run.recipe.iem.mntp),
         )
+        if start is None:
+            _record_commit(run, run.recipe.model.source, summary)
 
     return Stage("iem", run.mntp, inputs, execute, shared=True)
 
@@ -227,6 +230,8 @@ def _contrastive_stage(run: Run) -> Stage:
             shares=mixture.item_shares,
             **_arguments(run.recipe.iem.contrastive),
         )
+        if start is None:
+            _record_commit(run, run.recipe.model.source, summary)
 
     return Stage("iem", run.iem, inputs, execute, shared=True)
 
@@ -251,6 +256,26 @@ def _learner(run: Run, section: LanguageConfig, model: str | Path, out: Path) ->
         loggers=loggers_of(run),
         compiled=run.recipe.model.compile,
     )
+
+
+def _record_commit(run: Run, source: str, summary: Summary) -> None:
+    """Notes in a summary at which commit a hub id was loaded, and says where the run had it at another one.
+
+    A note, no input: a commit may change a page only, and finished trainings are not to be lost for that.
+    """
+    commit = sources.hub_commit(source)
+    if commit is None:
+        return
+    summary["hub"] = f"{source}@{commit}"
+    vectors = [domain.embeddings(name) for domain in run.domains for name in vector_sets(run)]
+    for folder in (run.csft, run.mntp, run.iem, *vectors):
+        manifest = artifacts.read_manifest(folder)
+        before = str(manifest.summary.get("hub", "")) if manifest else ""
+        if before.startswith(f"{source}@") and before != summary["hub"]:
+            progress.say(
+                f"note: {folder.relative_to(run.folder)} was made from {before}, the hub now has {commit}; where "
+                "its weights or tokenizer changed, run again with --fresh"
+            )
 
 
 def _arguments(section: LanguageConfig) -> dict[str, Any]:
@@ -329,5 +354,7 @@ def _encode_stage(run: Run, domain: Domain, name: str) -> Stage:
     def execute(summary: Summary) -> None:
         loaded = load_domain(run, domain)
         summary |= encode_texts(run, name, loaded.item_ids, loaded.texts, domain.embeddings(name))
+        if name not in trained:
+            _record_commit(run, run.recipe.encode.text_encoders.get(name, run.recipe.model.source), summary)
 
     return Stage("encode", domain.embeddings(name), inputs, execute, shared=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+import torch
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
@@ -97,7 +98,9 @@ def _ranked_directly(run: Run, domain: Domain, users: np.ndarray, label: str, fo
 
     @cache
     def ranker() -> TitleRanker:
-        return _ranker(run, domain, label)
+        made, positions = _ranker(run, domain, label), sequences.held_out(TEST)[np.isin(owners, users)]
+        made.check_histories(torch.from_numpy(sequences.histories(positions, length)))  # before hours are spent
+        return made
 
     def ranked(part: np.ndarray) -> pl.DataFrame:
         chosen = with_test_events(sequences, np.isin(owners, part), "of a sampled user")
