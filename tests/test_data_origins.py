@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llm2rec as lr
+from llm2rec import artifacts
 from llm2rec.config import ColumnsConfig, DataConfig
 from llm2rec.data import origins, readers
 from llm2rec.data.description import _histogram
@@ -219,17 +220,25 @@ def test_describe_counts_warns_and_checks(tmp_path):
     assert any("'brief'" in warning for warning in described.warnings)
 
 
-def test_describe_of_a_recipe_applies_its_filters(tmp_path):
+def test_describe_of_a_recipe_says_what_its_filters_leave(tmp_path):
     rows = [(f"u{user}", f"i{event % (3 + user)}", event) for user in range(4) for event in range(6)]
     pl.DataFrame(rows, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
-    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(6)], "title": list("abcdef")})
+    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(6)], "title": ["a", "b", "c", "", "same", "same"]})
+    items = items.with_columns(pl.col("title").replace("", "&nbsp;"))  # no text, of an item too rare to stay
     items.write_csv(tmp_path / "items.csv")
     (tmp_path / "mine.yaml").write_text(
         "data: {interactions: log.csv, items: items.csv, filters: {k_core: 4}}\nmodel: {source: tiny-random}\n"
         "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
     )
     (described,) = lr.data.describe(tmp_path / "mine.yaml").values()
+    prepared = lr.run(tmp_path / "mine.yaml", tmp_path / "run", until="prepare")
+    summary = artifacts.require(prepared.domains[0].data, "prepare").summary
+    for name in ("users", "items", "events"):
+        assert described.facts[name] == summary[name]
     assert described.facts["left out: events of items too rare"] > 0
+    assert described.facts["items"] == 3 and described.facts["text_characters_max"] == 1
+    assert described.facts["density"] == round(summary["events"] / (summary["users"] * 3), 6)
+    assert not any("different texts" in warning for warning in described.warnings)
 
 
 def test_describe_takes_overrides_of_a_recipe_only(tmp_path):

@@ -14,7 +14,7 @@ import polars as pl
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
-from llm2rec.data.sequences import part_counts, split_log
+from llm2rec.data.sequences import consumed, part_counts, split_log
 from llm2rec.data.splits import Split, check_parts, too_short
 from llm2rec.data.tables import ITEM, MOMENT, TIME, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
@@ -81,12 +81,14 @@ def _configs(what: str, items: str | Path | None, overrides: tuple[str, ...]) ->
 
 def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -> Description:
     log, catalogue, dropped = origins.read(config)
+    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
+    check_known_items(log, catalogue, config.origin)
+    if config.filters.k_core > 1:
+        catalogue = consumed(catalogue, log)
     texts = item_texts(catalogue, config.text)
     facts = _text_facts(catalogue, texts)
     if config.categories:
         facts["categories"] = len({label for labels in catalogue.labels(config.categories) for label in labels})
-    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
-    check_known_items(log, catalogue, config.origin)
     tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().sum()).item()
     facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
     warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)

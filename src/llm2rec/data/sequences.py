@@ -171,9 +171,8 @@ def prepare(
     check_known_items(interactions, catalogue, origin)
     kept, parts, cold, dropped = split_log(interactions, split, short_histories)
     if only_consumed:
-        present = kept.ids(ITEM).gather(np.flatnonzero(kept.counts(ITEM)))
-        catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
-        cold = cold.filter(cold.is_in(present.implode()))
+        catalogue = consumed(catalogue, kept)
+        cold = cold.filter(cold.is_in(catalogue.frame[ITEM].implode()))
     sequences = _flat(kept, parts, catalogue)
     check_leakage(sequences, kept, split=split, cold=cold)
     _write(sequences, kept, catalogue, cold, out)
@@ -183,6 +182,12 @@ def prepare(
     if len(cold):
         summary["cold_items"] = len(cold)
     return summary | {"dropped": dropped} if dropped else summary
+
+
+def consumed(catalogue: Catalogue, log: Interactions) -> Catalogue:
+    """The items that have an event: all that a k-core leaves of a catalogue."""
+    present = log.ids(ITEM).gather(np.flatnonzero(log.counts(ITEM)))
+    return Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
 
 
 def split_log(
