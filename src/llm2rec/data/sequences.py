@@ -155,8 +155,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Splits the events, checks the split and writes `out`.
 
-    Writes `interactions.parquet`, `catalogue.parquet`, `cold.parquet` and `sequences/`; the same input gives the
-    same bytes.
+    Writes `interactions.parquet`, `catalogue.parquet`, `cold.parquet` and `sequences/`; the same events give the
+    same bytes, whoever and whatever was removed beside them.
 
     Args:
         only_consumed: leave items without an event out of the catalogue (after a k-core).
@@ -237,7 +237,7 @@ def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequenc
 
 def _write(sequences: Sequences, log: Interactions, catalogue: Catalogue, cold: pl.Series, out: Path) -> None:
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    Interactions(log.frame.select(USER, ITEM, TIME)).write(out / "interactions.parquet")
+    Interactions(log.frame.select(USER, ITEM, TIME)).of_present_ids().write(out / "interactions.parquet")
     catalogue.write(out / "catalogue.parquet")
     cold.to_frame(ITEM).write_parquet(out / "cold.parquet")
     for name in ARRAYS:

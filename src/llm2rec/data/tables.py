@@ -118,6 +118,16 @@ class Interactions:
         mask = pl.Series(rows)
         return Interactions(self.frame.filter(mask) if mask.dtype == pl.Boolean else self.frame[mask])
 
+    def of_present_ids(self) -> Interactions:
+        """The same events, where `ids` are those with an event alone."""
+        narrowed = []
+        for name in (USER, ITEM):
+            has_event = self.counts(name) > 0
+            present = self.ids(name).gather(np.flatnonzero(has_event))
+            places = (np.cumsum(has_event) - 1)[self.codes(name)]
+            narrowed.append(present.cast(pl.Enum(present)).gather(places).alias(name))
+        return Interactions(self.frame.with_columns(narrowed))
+
     def write(self, path: Path) -> None:
         """Writes parquet."""
         self.frame.write_parquet(path, row_group_size=_EVENTS_A_GROUP)
