@@ -165,6 +165,17 @@ def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
         assert not (folder / artifacts.CHECKPOINTS).exists()
 
 
+def test_checkpoints_are_resumed_where_only_a_key_differs_that_is_not_read(tmp_path):
+    folder, unread = tmp_path / "csft", frozenset({"negatives"})
+    interrupt(folder, tmp_path, {"lr": 1, "negatives": 256})
+    other = {"lr": 1, "negatives": 999}
+    assert artifacts.decide(folder, other).reasons == ("interrupted", "negatives")
+    assert artifacts.decide(folder, other, unread).reasons == ("interrupted",)
+    with artifacts.stage(folder, "csft", other, tmp_path, unread):
+        assert (folder / artifacts.CHECKPOINTS / "checkpoint-1" / "weights").read_text() == "hours"
+    assert artifacts.require(folder, "csft").inputs == other
+
+
 def test_equal_outputs_have_equal_fingerprints_whatever_the_inputs(tmp_path):
     finish(tmp_path / "one", tmp_path, {"a": 1})
     finish(tmp_path / "two", tmp_path, {"a": 2})

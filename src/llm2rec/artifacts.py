@@ -217,8 +217,8 @@ def decide(folder: Path, inputs: Inputs, unread: frozenset[str] = frozenset()) -
     except ArtifactError:
         return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
-        return Decision(False, _unfinished(folder / STARTED, inputs))
-    differing = tuple(key for key in changed(manifest.inputs, inputs) if key not in unread)
+        return Decision(False, _unfinished(folder / STARTED, inputs, unread))
+    differing = changed(manifest.inputs, inputs, unread)
     if differing:
         return Decision(False, differing)
     damaged = _damaged(folder, manifest)
@@ -228,18 +228,18 @@ def decide(folder: Path, inputs: Inputs, unread: frozenset[str] = frozenset()) -
 _MISSING = object()
 
 
-def changed(before: Inputs, inputs: Inputs) -> tuple[str, ...]:
-    """The keys whose values differ, sorted."""
-    keys = sorted(before.keys() | inputs.keys())
+def changed(before: Inputs, inputs: Inputs, unread: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The keys whose values differ, sorted, but those that nothing looks at."""
+    keys = sorted((before.keys() | inputs.keys()) - unread)
     return tuple(key for key in keys if before.get(key, _MISSING) != inputs.get(key, _MISSING))
 
 
-def _unfinished(started: Path, inputs: Inputs) -> tuple[str, ...]:
+def _unfinished(started: Path, inputs: Inputs, unread: frozenset[str]) -> tuple[str, ...]:
     """Why a stage without a manifest runs: it never ran, or it was interrupted, perhaps with other inputs."""
     if not started.exists():
         return ("not run yet",)
     before = _inputs_at_start(started)
-    return ("interrupted", *(() if before is None else changed(before, inputs)))
+    return ("interrupted", *(() if before is None else changed(before, inputs, unread)))
 
 
 def _damaged(folder: Path, manifest: Manifest) -> list[str]:
@@ -253,17 +253,23 @@ def _intact(path: Path, output: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator[dict[str, Any]]:
+def stage(
+    folder: Path, name: str, inputs: Inputs, run_folder: Path, unread: frozenset[str] = frozenset()
+) -> Iterator[dict[str, Any]]:
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
     Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
     resume from; anything else in the folder is moved to `run_folder/superseded`, an interrupted stage with its
     checkpoints, which are deleted once the stage is finished. A block that fails before it has written anything
     (its checks) leaves what was there: the finished stage, the interrupted one, or a stage that never ran.
+
+    Args:
+        unread: keys of the inputs that the stage does not look at: inputs that differ there are the same.
     """
     started = folder / STARTED
     aside = None
-    if (folder / MANIFEST).exists() or _inputs_at_start(started) != inputs:
+    before = None if (folder / MANIFEST).exists() else _inputs_at_start(started)
+    if before is None or changed(before, inputs, unread):
         aside = move_aside(folder, run_folder)
         write_json(started, inputs)
     summary: dict[str, Any] = {}
