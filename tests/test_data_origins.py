@@ -199,6 +199,26 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path):
         origins.read(DataConfig(folder=tmp_path, layout="netflix"))
 
 
+def test_a_folder_in_a_layout_is_what_its_reader_may_open_and_nothing_deeper(tmp_path):
+    (tmp_path / "train").mkdir()
+    names = ("u.data", "u.item", "train/csft.csv")
+    for name in names:
+        (tmp_path / name).write_text(name)
+
+    def content():
+        return origins.content_hash(DataConfig(folder=tmp_path))["folder"]
+
+    before = content()
+    assert before == artifacts.hash_json({name: artifacts.hash_file(tmp_path / name) for name in names})
+    artifacts.write_text(tmp_path / "runs" / "mine" / "log.jsonl", "what a run beside its data writes")
+    (tmp_path / "runs" / "gone").symlink_to(tmp_path / "nowhere")
+    assert content() == before
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        assert content() != before
+        (tmp_path / name).write_text(name)
+
+
 def test_a_folder_in_no_layout_says_what_to_give_instead(tmp_path):
     with pytest.raises(DataError, match="data.interactions and data.items"):
         origins.read(DataConfig(folder=tmp_path))
