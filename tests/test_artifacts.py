@@ -242,6 +242,19 @@ def test_a_damaged_manifest_is_an_artifact_error(tmp_path, content):
         artifacts.read_manifest(tmp_path)
 
 
+def test_a_large_input_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
+    weights, read = tmp_path / "weights", []
+    hash_file = artifacts.hash_file
+    monkeypatch.setattr(artifacts, "hash_file", lambda path: read.append(path) or hash_file(path))
+    weights.write_text("before")
+    hashes = {artifacts.hash_file_once(weights) for _ in range(3)}
+    assert len(read) == 1
+    times = weights.stat()
+    artifacts.write_text(weights, "behind")  # as many bytes
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert artifacts.hash_file_once(weights) == hash_file(weights) and hash_file(weights) not in hashes
+
+
 def test_flatten_gives_dotted_keys():
     assert artifacts.flatten("csft", {"a": {"b": 1}, "c": [2]}) == {"csft.a.b": 1, "csft.c": [2]}
 

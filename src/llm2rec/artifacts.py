@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_file_once(path: Path) -> str:
+    """`hash_file` of large inputs, weights above all: a file is read again only where it was written since."""
+    state = path.stat()
+    return _hash_as_of(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _hash_as_of(path: Path, state: tuple[int, ...]) -> str:
+    return hash_file(path)
 
 
 def hash_json(value: Any) -> str:
