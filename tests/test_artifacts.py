@@ -165,6 +165,20 @@ def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
         assert not (folder / artifacts.CHECKPOINTS).exists()
 
 
+def test_what_an_interrupted_stage_left_half_written_is_no_output(tmp_path):
+    folder = tmp_path / "csft"
+    with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        for name in (artifacts.CHECKPOINTS, artifacts.STABLE, "half"):
+            (folder / name).mkdir()
+            (folder / name / "weights").write_text(name)
+        (folder / ".metrics.jsonl.tmp").write_text("half")
+        raise RuntimeError
+    with artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        assert (folder / artifacts.CHECKPOINTS / "weights").exists()
+        (folder / "weights").write_text("whole")
+    assert set(artifacts.require(folder, "csft").outputs) == {"weights", f"{artifacts.STABLE}/weights"}
+
+
 def test_checkpoints_are_resumed_where_only_a_key_differs_that_is_not_read(tmp_path):
     folder, unread = tmp_path / "csft", frozenset({"negatives"})
     interrupt(folder, tmp_path, {"lr": 1, "negatives": 256})

@@ -270,10 +270,11 @@ def stage(
 ) -> Iterator[dict[str, Any]]:
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
-    Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
-    resume from; anything else in the folder is moved to `run_folder/superseded`, an interrupted stage with its
-    checkpoints, which are deleted once the stage is finished. A block that fails before it has written anything
-    (its checks) leaves what was there: the finished stage, the interrupted one, or a stage that never ran.
+    Of an interrupted stage with the same inputs, what it resumes from stays in `folder` (`checkpoints`, `stable`),
+    and what it left half written is deleted. Anything else that lies there is moved to `run_folder/superseded`, an
+    interrupted stage with its checkpoints, which are deleted once the stage is finished. A block that fails before
+    it has written anything (its checks) leaves what was there: the finished stage, the interrupted one, or a stage
+    that never ran.
 
     Args:
         unread: keys of the inputs that the stage does not look at: inputs that differ there are the same.
@@ -284,6 +285,8 @@ def stage(
     if before is None or changed(before, inputs, unread):
         aside = move_aside(folder, run_folder)
         write_json(started, inputs)
+    else:
+        _delete_half_written(folder)
     summary: dict[str, Any] = {}
     began = time.perf_counter()
     try:
@@ -300,6 +303,17 @@ def stage(
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
     tidy(folder, run_folder)  # last: a stage killed while checkpoints are deleted is finished all the same
+
+
+def _delete_half_written(folder: Path) -> None:
+    """Leaves of an interrupted stage what it resumes from: the rest would count among the outputs of the next."""
+    for path in folder.iterdir():
+        if path.name in (CHECKPOINTS, STABLE, STARTED):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def tidy(folder: Path, run_folder: Path) -> None:
