@@ -227,6 +227,8 @@ class Catalogue:
             values = values.arr.to_list()
         if isinstance(values.dtype, pl.List):
             return [[str(label) for label in row or [] if label is not None] for row in values.to_list()]
+        if values.dtype.is_float():
+            values = values.fill_nan(None)
         separator = "|" if values.cast(pl.String).str.contains("|", literal=True).any() else ","
         rows = ["" if value is None else str(value) for value in values.to_list()]
         return [[label.strip() for label in row.split(separator) if label.strip()] for row in rows]
