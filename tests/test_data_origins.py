@@ -348,6 +348,23 @@ def test_describe_warns_of_dates_without_separators(tmp_path):
     assert not describe(tmp_path, WALKS).warnings
 
 
+def test_describe_warns_of_empty_cells_that_were_written_as_text(tmp_path):
+    assert not describe(tmp_path, WALKS).warnings
+    walks = [
+        ("None" if user == "u0" else user, "NULL" if item == "i6" else item, rank) for user, item, rank in WALKS
+    ]
+    pl.DataFrame(walks, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
+    items = pl.DataFrame(
+        {"item_id": [f"i{i}" for i in range(6)] + ["NULL"], "title": ["nan", "Nan", "Nancy", "d", "e", "f", "g"]}
+    )
+    items.write_csv(tmp_path / "items.csv")
+    (described,) = lr.data.describe(tmp_path / "log.csv", tmp_path / "items.csv").values()
+    assert described.warnings == [
+        "user_id of 8 events reads 'None'; item_id of 1 items reads 'NULL'; title of 2 items reads 'nan': where "
+        "that stands for an empty cell, fill it in or remove these rows"
+    ]
+
+
 def test_describe_names_ties_of_a_given_split_however_few(tmp_path):
     part = ["train"] * 6 + ["validation", "test"]
     events = [(user, item, 0 if user == "u0" and rank < 2 else rank, part[rank]) for user, item, rank in WALKS]

@@ -16,12 +16,13 @@ from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
 from llm2rec.data.sequences import consumed, part_counts, split_log
 from llm2rec.data.splits import Split, check_parts, too_short
-from llm2rec.data.tables import ITEM, MOMENT, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.tables import ITEM, MOMENT, TIME, TITLE, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError, DataError, first_few
 from llm2rec.loading import load_recipe, recipe_names
 
 POINTS = 60  # of a curve
+NO_VALUE = ("nan", "none", "null", "na", "<na>")  # what becomes of an empty cell that is written as text
 Points = list[tuple[float, float]]
 CountTokens = Callable[[list[str]], list[int]]
 
@@ -91,7 +92,8 @@ def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -
         facts["categories"] = len({label for labels in catalogue.labels(config.categories) for label in labels})
     tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().sum()).item()
     facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
-    warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)
+    warnings = _text_warnings(texts) + _no_value_warnings(log, catalogue)
+    warnings += _time_warnings(log, tied, config.split.by)
     curves = {"events of each item, most popular first": _popularity(log), "events a user": _lengths(log)}
     if count_tokens is not None:
         tokens = np.array(count_tokens(texts))
@@ -167,6 +169,24 @@ def _text_warnings(texts: list[str]) -> list[str]:
             "apart; add columns to data.text"
         ]
     return []
+
+
+def _no_value_warnings(log: Interactions, catalogue: Catalogue) -> list[str]:
+    """Ids and titles that only say that there is none, which pass for an id or a title like any other."""
+    items = np.ones(len(catalogue), dtype=np.int64)
+    found = []
+    for name, values, counts, of in (
+        (USER, log.ids(USER), log.counts(USER), "events"),
+        (ITEM, catalogue.frame[ITEM], items, "items"),
+        (TITLE, catalogue.frame[TITLE], items, "items"),
+    ):
+        places = np.flatnonzero(
+            values.str.strip_chars().str.to_lowercase().is_in(NO_VALUE).to_numpy() & (counts > 0)
+        )
+        if len(places):
+            found.append(f"{name} of {counts[places].sum():,} {of} reads {values[int(places[0])]!r}")
+    mend = "where that stands for an empty cell, fill it in or remove these rows"
+    return [f"{'; '.join(found)}: {mend}"] if found else []
 
 
 def _time_warnings(log: Interactions, tied: int, split_by: str) -> list[str]:
