@@ -49,7 +49,8 @@ class Interactions:
         """Validates a table with the columns user_id, item_id, timestamp; others are left out.
 
         Args:
-            frame: may be lazy: it is read twice in a stream, never held as text.
+            frame: may be lazy: it is read in a stream, once for the events and before and after for what is
+                checked (text six or seven times, whole numbers of parquet three times), never held as text.
             origin: names the table in errors.
             further: columns kept beside the three, of `rating` and `part`.
             at_least: users and items that there must be.
@@ -352,7 +353,7 @@ def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr
     numbers = text.cast(pl.Float64, strict=False)
     exact = text.cast(pl.Int64, strict=False)
     whole = exact.fill_null(pl.when(_is_whole(numbers)).then(numbers.cast(pl.Int64, strict=False)))
-    first = collect(table.select(text.drop_nulls().first().alias(TIME)), origin)
+    first = collect(table.select(text.alias(TIME)).drop_nulls().head(1), origin)
     if first.height and collect(first.lazy().select(whole.is_not_null()), origin).item():
         return whole.alias(TIME)
     return _iso_moment(text).alias(TIME)
