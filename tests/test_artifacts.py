@@ -165,6 +165,31 @@ def test_checkpoints_of_other_inputs_are_not_resumed(tmp_path):
         assert not (folder / artifacts.CHECKPOINTS).exists()
 
 
+def test_what_an_interrupted_stage_left_half_written_is_no_output(tmp_path):
+    folder = tmp_path / "csft"
+    with pytest.raises(RuntimeError), artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        for name in (artifacts.CHECKPOINTS, artifacts.STABLE, "half"):
+            (folder / name).mkdir()
+            (folder / name / "weights").write_text(name)
+        (folder / ".metrics.jsonl.tmp").write_text("half")
+        raise RuntimeError
+    with artifacts.stage(folder, "csft", {"a": 1}, tmp_path):
+        assert (folder / artifacts.CHECKPOINTS / "weights").exists()
+        (folder / "weights").write_text("whole")
+    assert set(artifacts.require(folder, "csft").outputs) == {"weights", f"{artifacts.STABLE}/weights"}
+
+
+def test_checkpoints_are_resumed_where_only_a_key_differs_that_is_not_read(tmp_path):
+    folder, unread = tmp_path / "csft", frozenset({"negatives"})
+    interrupt(folder, tmp_path, {"lr": 1, "negatives": 256})
+    other = {"lr": 1, "negatives": 999}
+    assert artifacts.decide(folder, other).reasons == ("interrupted", "negatives")
+    assert artifacts.decide(folder, other, unread).reasons == ("interrupted",)
+    with artifacts.stage(folder, "csft", other, tmp_path, unread):
+        assert (folder / artifacts.CHECKPOINTS / "checkpoint-1" / "weights").read_text() == "hours"
+    assert artifacts.require(folder, "csft").inputs == other
+
+
 def test_equal_outputs_have_equal_fingerprints_whatever_the_inputs(tmp_path):
     finish(tmp_path / "one", tmp_path, {"a": 1})
     finish(tmp_path / "two", tmp_path, {"a": 2})
@@ -229,6 +254,19 @@ def test_a_damaged_manifest_is_an_artifact_error(tmp_path, content):
     (tmp_path / artifacts.MANIFEST).write_text(content)
     with pytest.raises(ArtifactError, match="manifest.json"):
         artifacts.read_manifest(tmp_path)
+
+
+def test_a_large_input_is_read_once_until_it_is_written_again(tmp_path, monkeypatch):
+    weights, read = tmp_path / "weights", []
+    hash_file = artifacts.hash_file
+    monkeypatch.setattr(artifacts, "hash_file", lambda path: read.append(path) or hash_file(path))
+    weights.write_text("before")
+    hashes = {artifacts.hash_file_once(weights) for _ in range(3)}
+    assert len(read) == 1
+    times = weights.stat()
+    artifacts.write_text(weights, "behind")  # as many bytes
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert artifacts.hash_file_once(weights) == hash_file(weights) and hash_file(weights) not in hashes
 
 
 def test_flatten_gives_dotted_keys():

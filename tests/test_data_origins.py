@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import llm2rec as lr
+from llm2rec import artifacts
 from llm2rec.config import ColumnsConfig, DataConfig
 from llm2rec.data import origins, readers
 from llm2rec.data.description import _histogram
@@ -198,6 +199,26 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(tmp_path):
         origins.read(DataConfig(folder=tmp_path, layout="netflix"))
 
 
+def test_a_folder_in_a_layout_is_what_its_reader_may_open_and_nothing_deeper(tmp_path):
+    (tmp_path / "train").mkdir()
+    names = ("u.data", "u.item", "train/csft.csv")
+    for name in names:
+        (tmp_path / name).write_text(name)
+
+    def content():
+        return origins.content_hash(DataConfig(folder=tmp_path))["folder"]
+
+    before = content()
+    assert before == artifacts.hash_json({name: artifacts.hash_file(tmp_path / name) for name in names})
+    artifacts.write_text(tmp_path / "runs" / "mine" / "log.jsonl", "what a run beside its data writes")
+    (tmp_path / "runs" / "gone").symlink_to(tmp_path / "nowhere")
+    assert content() == before
+    for name in names:
+        (tmp_path / name).write_text("changed")
+        assert content() != before
+        (tmp_path / name).write_text(name)
+
+
 def test_a_folder_in_no_layout_says_what_to_give_instead(tmp_path):
     with pytest.raises(DataError, match="data.interactions and data.items"):
         origins.read(DataConfig(folder=tmp_path))
@@ -219,17 +240,25 @@ def test_describe_counts_warns_and_checks(tmp_path):
     assert any("'brief'" in warning for warning in described.warnings)
 
 
-def test_describe_of_a_recipe_applies_its_filters(tmp_path):
+def test_describe_of_a_recipe_says_what_its_filters_leave(tmp_path):
     rows = [(f"u{user}", f"i{event % (3 + user)}", event) for user in range(4) for event in range(6)]
     pl.DataFrame(rows, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
-    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(6)], "title": list("abcdef")})
+    items = pl.DataFrame({"item_id": [f"i{i}" for i in range(6)], "title": ["a", "b", "c", "", "same", "same"]})
+    items = items.with_columns(pl.col("title").replace("", "&nbsp;"))  # no text, of an item too rare to stay
     items.write_csv(tmp_path / "items.csv")
     (tmp_path / "mine.yaml").write_text(
         "data: {interactions: log.csv, items: items.csv, filters: {k_core: 4}}\nmodel: {source: tiny-random}\n"
         "csft: {epochs: 1}\niem: {mntp: {steps: 1}, contrastive: {steps: 1}}\n"
     )
     (described,) = lr.data.describe(tmp_path / "mine.yaml").values()
+    prepared = lr.run(tmp_path / "mine.yaml", tmp_path / "run", until="prepare")
+    summary = artifacts.require(prepared.domains[0].data, "prepare").summary
+    for name in ("users", "items", "events"):
+        assert described.facts[name] == summary[name]
     assert described.facts["left out: events of items too rare"] > 0
+    assert described.facts["items"] == 3 and described.facts["text_characters_max"] == 1
+    assert described.facts["density"] == round(summary["events"] / (summary["users"] * 3), 6)
+    assert not any("different texts" in warning for warning in described.warnings)
 
 
 def test_describe_takes_overrides_of_a_recipe_only(tmp_path):
@@ -317,6 +346,23 @@ def test_describe_warns_of_dates_without_separators(tmp_path):
     described = describe(tmp_path, [(user, item, 20_200_101 + rank) for user, item, rank in WALKS])
     assert "look like dates" in described.warnings[0]
     assert not describe(tmp_path, WALKS).warnings
+
+
+def test_describe_warns_of_empty_cells_that_were_written_as_text(tmp_path):
+    assert not describe(tmp_path, WALKS).warnings
+    walks = [
+        ("None" if user == "u0" else user, "NULL" if item == "i6" else item, rank) for user, item, rank in WALKS
+    ]
+    pl.DataFrame(walks, schema=LOG.columns, orient="row").write_csv(tmp_path / "log.csv")
+    items = pl.DataFrame(
+        {"item_id": [f"i{i}" for i in range(6)] + ["NULL"], "title": ["nan", "Nan", "Nancy", "d", "e", "f", "g"]}
+    )
+    items.write_csv(tmp_path / "items.csv")
+    (described,) = lr.data.describe(tmp_path / "log.csv", tmp_path / "items.csv").values()
+    assert described.warnings == [
+        "user_id of 8 events reads 'None'; item_id of 1 items reads 'NULL'; title of 2 items reads 'nan': where "
+        "that stands for an empty cell, fill it in or remove these rows"
+    ]
 
 
 def test_describe_names_ties_of_a_given_split_however_few(tmp_path):

@@ -150,6 +150,22 @@ def test_equal_input_gives_equal_bytes(log, tmp_path):
         assert path.read_bytes() == (tmp_path / "second" / path.relative_to(tmp_path / "first")).read_bytes()
 
 
+def test_who_was_removed_leaves_no_trace(log, tmp_path):
+    others = as_log(log.frame.filter(pl.col("item_id") != "i0").rows())
+    removed = [("alone", "i0", 1), *((f"u{user}", "i0", 99) for user in range(4))]
+    more = as_log([*others.frame.rows(), *removed])
+    left = more.kept((more.frame["item_id"] != "i0").to_numpy())
+    assert "alone" in left.ids("user_id") and "i0" in left.ids("item_id")  # the premise: the columns know them
+    for name, events in (("before", others), ("removed", left)):
+        prepare(events, ITEMS, split=Split(), short_histories="error", out=tmp_path / name)
+        read = Interactions.read(tmp_path / name / "interactions.parquet")
+        assert read.ids("user_id").to_list() == [f"u{user}" for user in range(4)] and "i0" not in read.ids(
+            "item_id"
+        )
+    for path in (path for path in (tmp_path / "before").rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "removed" / path.relative_to(tmp_path / "before")).read_bytes()
+
+
 def test_short_histories_are_refused_with_users_and_mend(log):
     short = as_log([*log.frame.rows(), ("brief", "i0", 1), ("brief", "i1", 2)])
     with pytest.raises(DataError, match=r"'brief'.*--set data.short_histories=drop"):

@@ -17,6 +17,7 @@ from llm2rec.data import sources
 from llm2rec.data.mirrors import LocalFolder, Wheel
 from llm2rec.data.tables import Catalogue, Interactions
 from llm2rec.errors import DataError
+from llm2rec.stages.base import source_hash
 
 WEIGHTS = b"GGUF weights"
 ENCODER = {"modules.json": "modules", "1_Pooling/config.json": "mean"}
@@ -178,6 +179,17 @@ def test_a_damaged_text_encoder_in_the_cache_is_fetched_anew(text_encoder, monke
     damage(sources.fetch_text_encoder(text_encoder.name) / "1_Pooling" / "config.json")
     folder = sources.fetch_text_encoder(text_encoder.name)
     assert sources.folder_hash(folder) == text_encoder.content_hash and len(pip.commands) == 2
+
+
+def test_a_model_that_many_stages_start_from_is_read_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("llm2rec.artifacts.hash_file", lambda path: read.append(path.name) or hash_file(path))
+    (tmp_path / "model").mkdir()
+    for path in (tmp_path / "model" / "config.json", tmp_path / "model" / "weights", tmp_path / "model.gguf"):
+        path.write_text(path.name)
+    for source in (tmp_path / "model", tmp_path / "model.gguf"):
+        assert source_hash("model.source", str(source), {}) == source_hash("model.source", str(source), {})
+    assert read == ["config.json", "weights", "model.gguf"]
 
 
 def test_a_text_encoder_of_other_content_is_refused(text_encoder, monkeypatch, cache):

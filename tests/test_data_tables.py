@@ -232,5 +232,6 @@ def test_tables_survive_writing_and_reading(make, kind, tmp_path):
 
 def test_category_zero_is_one_and_an_empty_place_is_none():
     assert catalogue(genre=[0, 1]).labels("genre") == [["0"], ["1"]]
+    assert catalogue(genre=[1.5, float("nan")]).labels("genre") == [["1.5"], []]
     assert catalogue(genre=[None, "a|b"]).labels("genre") == [[], ["a", "b"]]
     assert catalogue(genre=[["p", None], None]).labels("genre") == [["p"], []]

@@ -243,6 +243,15 @@ def test_a_key_that_no_row_reads_trains_nothing_again(change, copied, world):
     assert rerun(copied, world, f"recommender.{change}") == []
 
 
+def test_an_interrupted_training_goes_on_though_a_key_changes_that_it_does_not_read(copied, world):
+    name = "recommender/main/sasrec-id/seed-0"
+    inputs = artifacts.require(copied / name, "fit").inputs
+    (copied / name / artifacts.MANIFEST).unlink()
+    artifacts.write_json(copied / name / artifacts.STARTED, inputs)
+    assert (name, ["interrupted"]) in rerun(copied, world, "recommender.negatives=17")
+    assert not (copied / artifacts.SUPERSEDED).exists()
+
+
 def test_what_a_training_reads_depends_on_row_and_settings():
     def unread(row, **settings):
         return {key.partition(".")[2] for key in unread_by(Row.parse(row), RecommenderConfig(**settings))}

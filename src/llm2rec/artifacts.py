@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_file_once(path: Path) -> str:
+    """`hash_file` of large inputs, weights above all: a file is read again only where it was written since."""
+    state = path.stat()
+    return _hash_as_of(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+
+@lru_cache(maxsize=1024)
+def _hash_as_of(path: Path, state: tuple[int, ...]) -> str:
+    return hash_file(path)
 
 
 def hash_json(value: Any) -> str:
@@ -217,8 +229,8 @@ def decide(folder: Path, inputs: Inputs, unread: frozenset[str] = frozenset()) -
     except ArtifactError:
         return Decision(False, (f"damaged {MANIFEST}",))
     if manifest is None:
-        return Decision(False, _unfinished(folder / STARTED, inputs))
-    differing = tuple(key for key in changed(manifest.inputs, inputs) if key not in unread)
+        return Decision(False, _unfinished(folder / STARTED, inputs, unread))
+    differing = changed(manifest.inputs, inputs, unread)
     if differing:
         return Decision(False, differing)
     damaged = _damaged(folder, manifest)
@@ -228,18 +240,18 @@ def decide(folder: Path, inputs: Inputs, unread: frozenset[str] = frozenset()) -
 _MISSING = object()
 
 
-def changed(before: Inputs, inputs: Inputs) -> tuple[str, ...]:
-    """The keys whose values differ, sorted."""
-    keys = sorted(before.keys() | inputs.keys())
+def changed(before: Inputs, inputs: Inputs, unread: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    """The keys whose values differ, sorted, but those that nothing looks at."""
+    keys = sorted((before.keys() | inputs.keys()) - unread)
     return tuple(key for key in keys if before.get(key, _MISSING) != inputs.get(key, _MISSING))
 
 
-def _unfinished(started: Path, inputs: Inputs) -> tuple[str, ...]:
+def _unfinished(started: Path, inputs: Inputs, unread: frozenset[str]) -> tuple[str, ...]:
     """Why a stage without a manifest runs: it never ran, or it was interrupted, perhaps with other inputs."""
     if not started.exists():
         return ("not run yet",)
     before = _inputs_at_start(started)
-    return ("interrupted", *(() if before is None else changed(before, inputs)))
+    return ("interrupted", *(() if before is None else changed(before, inputs, unread)))
 
 
 def _damaged(folder: Path, manifest: Manifest) -> list[str]:
@@ -253,19 +265,28 @@ def _intact(path: Path, output: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator[dict[str, Any]]:
+def stage(
+    folder: Path, name: str, inputs: Inputs, run_folder: Path, unread: frozenset[str] = frozenset()
+) -> Iterator[dict[str, Any]]:
     """Runs a stage in `folder`: yields a summary to fill, writes the manifest when the block ends well.
 
-    Checkpoints of an interrupted stage with the same inputs stay in `folder/checkpoints` for the stage to
-    resume from; anything else in the folder is moved to `run_folder/superseded`, an interrupted stage with its
-    checkpoints, which are deleted once the stage is finished. A block that fails before it has written anything
-    (its checks) leaves what was there: the finished stage, the interrupted one, or a stage that never ran.
+    Of an interrupted stage with the same inputs, what it resumes from stays in `folder` (`checkpoints`, `stable`),
+    and what it left half written is deleted. Anything else that lies there is moved to `run_folder/superseded`, an
+    interrupted stage with its checkpoints, which are deleted once the stage is finished. A block that fails before
+    it has written anything (its checks) leaves what was there: the finished stage, the interrupted one, or a stage
+    that never ran.
+
+    Args:
+        unread: keys of the inputs that the stage does not look at: inputs that differ there are the same.
     """
     started = folder / STARTED
     aside = None
-    if (folder / MANIFEST).exists() or _inputs_at_start(started) != inputs:
+    before = None if (folder / MANIFEST).exists() else _inputs_at_start(started)
+    if before is None or changed(before, inputs, unread):
         aside = move_aside(folder, run_folder)
         write_json(started, inputs)
+    else:
+        _delete_half_written(folder)
     summary: dict[str, Any] = {}
     began = time.perf_counter()
     try:
@@ -282,6 +303,17 @@ def stage(folder: Path, name: str, inputs: Inputs, run_folder: Path) -> Iterator
     summary.setdefault("seconds", round(time.perf_counter() - began, 2))
     write_manifest(folder, name, inputs, summary)
     tidy(folder, run_folder)  # last: a stage killed while checkpoints are deleted is finished all the same
+
+
+def _delete_half_written(folder: Path) -> None:
+    """Leaves of an interrupted stage what it resumes from: the rest would count among the outputs of the next."""
+    for path in folder.iterdir():
+        if path.name in (CHECKPOINTS, STABLE, STARTED):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def tidy(folder: Path, run_folder: Path) -> None:

@@ -260,7 +260,7 @@ def _carry_out_stage(run: Run, stage: Stage, siblings: Sequence[Path]) -> None:
     progress.say(f"run    {name}  ({decision.in_words})")
     run.log(stage=name, event="run", reasons=list(decision.reasons))
     memory.reset_peak()
-    with artifacts.stage(stage.folder, stage.verb, inputs, run.folder) as summary:
+    with artifacts.stage(stage.folder, stage.verb, inputs, run.folder, stage.unread) as summary:
         _execute(run, stage, summary)
         summary["peak_memory_gb"] = memory.peak_gib()
     memory.release()

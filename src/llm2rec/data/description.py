@@ -14,14 +14,15 @@ import polars as pl
 from llm2rec.config import DataConfig
 from llm2rec.data import filters, origins, sources
 from llm2rec.data.layouts import detect_layout
-from llm2rec.data.sequences import part_counts, split_log
+from llm2rec.data.sequences import consumed, part_counts, split_log
 from llm2rec.data.splits import Split, check_parts, too_short
-from llm2rec.data.tables import ITEM, MOMENT, TIME, USER, Catalogue, Interactions, check_known_items
+from llm2rec.data.tables import ITEM, MOMENT, TIME, TITLE, USER, Catalogue, Interactions, check_known_items
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ConfigError, DataError, first_few
 from llm2rec.loading import load_recipe, recipe_names
 
 POINTS = 60  # of a curve
+NO_VALUE = ("nan", "none", "null", "na", "<na>")  # what becomes of an empty cell that is written as text
 Points = list[tuple[float, float]]
 CountTokens = Callable[[list[str]], list[int]]
 
@@ -81,15 +82,18 @@ def _configs(what: str, items: str | Path | None, overrides: tuple[str, ...]) ->
 
 def _describe(config: DataConfig, seed: int, count_tokens: CountTokens | None) -> Description:
     log, catalogue, dropped = origins.read(config)
+    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
+    check_known_items(log, catalogue, config.origin)
+    if config.filters.k_core > 1:
+        catalogue = consumed(catalogue, log)
     texts = item_texts(catalogue, config.text)
     facts = _text_facts(catalogue, texts)
     if config.categories:
         facts["categories"] = len({label for labels in catalogue.labels(config.categories) for label in labels})
-    log, filtered_out = filters.filtered(log, **dict(config.filters), seed=seed)
-    check_known_items(log, catalogue, config.origin)
     tied = log.frame.select(pl.struct(USER, TIME).is_duplicated().sum()).item()
     facts = _event_facts(log, catalogue) | _time_facts(log, tied) | facts
-    warnings = _text_warnings(texts) + _time_warnings(log, tied, config.split.by)
+    warnings = _text_warnings(texts) + _no_value_warnings(log, catalogue)
+    warnings += _time_warnings(log, tied, config.split.by)
     curves = {"events of each item, most popular first": _popularity(log), "events a user": _lengths(log)}
     if count_tokens is not None:
         tokens = np.array(count_tokens(texts))
@@ -165,6 +169,24 @@ def _text_warnings(texts: list[str]) -> list[str]:
             "apart; add columns to data.text"
         ]
     return []
+
+
+def _no_value_warnings(log: Interactions, catalogue: Catalogue) -> list[str]:
+    """Ids and titles that only say that there is none, which pass for an id or a title like any other."""
+    items = np.ones(len(catalogue), dtype=np.int64)
+    found = []
+    for name, values, counts, of in (
+        (USER, log.ids(USER), log.counts(USER), "events"),
+        (ITEM, catalogue.frame[ITEM], items, "items"),
+        (TITLE, catalogue.frame[TITLE], items, "items"),
+    ):
+        places = np.flatnonzero(
+            values.str.strip_chars().str.to_lowercase().is_in(NO_VALUE).to_numpy() & (counts > 0)
+        )
+        if len(places):
+            found.append(f"{name} of {counts[places].sum():,} {of} reads {values[int(places[0])]!r}")
+    mend = "where that stands for an empty cell, fill it in or remove these rows"
+    return [f"{'; '.join(found)}: {mend}"] if found else []
 
 
 def _time_warnings(log: Interactions, tied: int, split_by: str) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from llm2rec import artifacts
 from llm2rec.config import DataConfig
 from llm2rec.data import readers, sources
+from llm2rec.data.files import names_of
 from llm2rec.data.layouts import read_folder, validated
+from llm2rec.data.layouts.authors import CSFT_FOLDERS
 from llm2rec.data.registry import Read
 from llm2rec.data.tables import PART, RATING
 from llm2rec.errors import ConfigError, DataError
@@ -37,7 +40,7 @@ def read(config: DataConfig) -> Read:
 
 
 def content_hash(config: DataConfig) -> dict[str, str]:
-    """What the data are: the registered hash of a source, or the hash of every file.
+    """What the data are: the registered hash of a source, or the hash of every file that may be read.
 
     Raises:
         ConfigError: there is no such file or folder.
@@ -49,13 +52,22 @@ def content_hash(config: DataConfig) -> dict[str, str]:
     for name, path in given.items():
         if not path.exists():
             raise ConfigError(f"data.{name}: there is no file or folder {path}")
-    return {name: _hash(path) for name, path in given.items()}
+    return {
+        name: _hash(path, _layout_files if name == "folder" else readers.files_below)
+        for name, path in given.items()
+    }
 
 
-def _hash(path: Path) -> str:
+def _layout_files(folder: Path) -> list[Path]:
+    """The files that a layout may open; what lies deeper beside the data, such as runs, is none of them."""
+    places = [folder, *(folder / name for name in CSFT_FOLDERS if (folder / name).is_dir())]
+    return [place / name for place in places for name in names_of(place) if not name.startswith((".", "_"))]
+
+
+def _hash(path: Path, files_of: Callable[[Path], list[Path]]) -> str:
     if path.is_file():
         return artifacts.hash_file(path)
-    files = readers.files_below(path)
+    files = files_of(path)
     if not files:
         raise DataError(f"{path} is an empty folder")
     return artifacts.hash_json({str(file.relative_to(path)): artifacts.hash_file(file) for file in files})

@@ -155,8 +155,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Splits the events, checks the split and writes `out`.
 
-    Writes `interactions.parquet`, `catalogue.parquet`, `cold.parquet` and `sequences/`; the same input gives the
-    same bytes.
+    Writes `interactions.parquet`, `catalogue.parquet`, `cold.parquet` and `sequences/`; the same events give the
+    same bytes, whoever and whatever was removed beside them.
 
     Args:
         only_consumed: leave items without an event out of the catalogue (after a k-core).
@@ -171,9 +171,8 @@ def prepare(
     check_known_items(interactions, catalogue, origin)
     kept, parts, cold, dropped = split_log(interactions, split, short_histories)
     if only_consumed:
-        present = kept.ids(ITEM).gather(np.flatnonzero(kept.counts(ITEM)))
-        catalogue = Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
-        cold = cold.filter(cold.is_in(present.implode()))
+        catalogue = consumed(catalogue, kept)
+        cold = cold.filter(cold.is_in(catalogue.frame[ITEM].implode()))
     sequences = _flat(kept, parts, catalogue)
     check_leakage(sequences, kept, split=split, cold=cold)
     _write(sequences, kept, catalogue, cold, out)
@@ -183,6 +182,12 @@ def prepare(
     if len(cold):
         summary["cold_items"] = len(cold)
     return summary | {"dropped": dropped} if dropped else summary
+
+
+def consumed(catalogue: Catalogue, log: Interactions) -> Catalogue:
+    """The items that have an event: all that a k-core leaves of a catalogue."""
+    present = log.ids(ITEM).gather(np.flatnonzero(log.counts(ITEM)))
+    return Catalogue(catalogue.frame.filter(pl.col(ITEM).is_in(present.implode())))
 
 
 def split_log(
@@ -232,7 +237,7 @@ def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequenc
 
 def _write(sequences: Sequences, log: Interactions, catalogue: Catalogue, cold: pl.Series, out: Path) -> None:
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    Interactions(log.frame.select(USER, ITEM, TIME)).write(out / "interactions.parquet")
+    Interactions(log.frame.select(USER, ITEM, TIME)).of_present_ids().write(out / "interactions.parquet")
     catalogue.write(out / "catalogue.parquet")
     cold.to_frame(ITEM).write_parquet(out / "cold.parquet")
     for name in ARRAYS:

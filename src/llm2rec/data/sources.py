@@ -98,7 +98,8 @@ def is_of_a_run(source: str | Path) -> bool:
 def folder_hash(folder: Path) -> str:
     """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
-    return artifacts.hash_json({path.relative_to(folder).as_posix(): artifacts.hash_file(path) for path in files})
+    hashes = {path.relative_to(folder).as_posix(): artifacts.hash_file_once(path) for path in files}
+    return artifacts.hash_json(hashes)
 
 
 def check_model(source: str) -> None:
@@ -314,7 +315,7 @@ def _keep_tables(source: Source, files: list[Path], read: Callable[..., Read] | 
 
 def _kept_file(source: Source, folder: Path) -> Path | None:
     files = sorted(folder.glob("*.gguf"))
-    return next((path for path in files if artifacts.hash_file(path) == source.content_hash), None)
+    return next((path for path in files if artifacts.hash_file_once(path) == source.content_hash), None)
 
 
 def _keep_file(source: Source, file: Path, folder: Path) -> Path:

@@ -49,7 +49,8 @@ class Interactions:
         """Validates a table with the columns user_id, item_id, timestamp; others are left out.
 
         Args:
-            frame: may be lazy: it is read twice in a stream, never held as text.
+            frame: may be lazy: it is read in a stream, once for the events and before and after for what is
+                checked (text six or seven times, whole numbers of parquet three times), never held as text.
             origin: names the table in errors.
             further: columns kept beside the three, of `rating` and `part`.
             at_least: users and items that there must be.
@@ -117,6 +118,16 @@ class Interactions:
         """The events at `rows` (a mask or indices), in order."""
         mask = pl.Series(rows)
         return Interactions(self.frame.filter(mask) if mask.dtype == pl.Boolean else self.frame[mask])
+
+    def of_present_ids(self) -> Interactions:
+        """The same events, where `ids` are those with an event alone."""
+        narrowed = []
+        for name in (USER, ITEM):
+            has_event = self.counts(name) > 0
+            present = self.ids(name).gather(np.flatnonzero(has_event))
+            places = (np.cumsum(has_event) - 1)[self.codes(name)]
+            narrowed.append(present.cast(pl.Enum(present)).gather(places).alias(name))
+        return Interactions(self.frame.with_columns(narrowed))
 
     def write(self, path: Path) -> None:
         """Writes parquet."""
@@ -217,6 +228,8 @@ class Catalogue:
             values = values.arr.to_list()
         if isinstance(values.dtype, pl.List):
             return [[str(label) for label in row or [] if label is not None] for row in values.to_list()]
+        if values.dtype.is_float():
+            values = values.fill_nan(None)
         separator = "|" if values.cast(pl.String).str.contains("|", literal=True).any() else ","
         rows = ["" if value is None else str(value) for value in values.to_list()]
         return [[label.strip() for label in row.split(separator) if label.strip()] for row in rows]
@@ -340,7 +353,7 @@ def _time_column(table: pl.LazyFrame, schema: pl.Schema, origin: str) -> pl.Expr
     numbers = text.cast(pl.Float64, strict=False)
     exact = text.cast(pl.Int64, strict=False)
     whole = exact.fill_null(pl.when(_is_whole(numbers)).then(numbers.cast(pl.Int64, strict=False)))
-    first = collect(table.select(text.drop_nulls().first().alias(TIME)), origin)
+    first = collect(table.select(text.alias(TIME)).drop_nulls().head(1), origin)
     if first.height and collect(first.lazy().select(whole.is_not_null()), origin).item():
         return whole.alias(TIME)
     return _iso_moment(text).alias(TIME)

@@ -302,7 +302,7 @@ def source_hash(key: str, source: str, named: Mapping[str, sources.Source]) -> s
     if source in named:
         return str(named[source].content_hash)
     if path.is_file():
-        return artifacts.hash_file(path)
+        return artifacts.hash_file_once(path)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ArtifactError(f"{key}: {path} holds no model (no config.json)")

@@ -33,16 +33,18 @@ def _prepare_stage(run: Run, domain: Domain) -> Stage:
         from llm2rec.data.texts import item_texts
 
         log, catalogue, left_out = origins.read(config)
-        item_texts(catalogue, config.text)  # what later stages read is refused here, before anything is trained
-        if config.categories:
-            catalogue.labels(config.categories)
         log, filtered_out = filters.filtered(log, **dict(config.filters), seed=run.recipe.seed)
+        only_consumed = config.filters.k_core > 1
+        read = sequences.consumed(catalogue, log) if only_consumed else catalogue
+        item_texts(read, config.text)  # what later stages read is refused here, before anything is trained
+        if config.categories:
+            read.labels(config.categories)
         prepared = sequences.prepare(
             log,
             catalogue,
             split=split_of(config, run.recipe.seed),
             short_histories=config.short_histories,
-            only_consumed=config.filters.k_core > 1,
+            only_consumed=only_consumed,
             out=domain.data,
             origin=config.origin,
         )
