@@ -187,6 +187,24 @@ def test_a_text_encoder_of_other_content_is_refused(text_encoder, monkeypatch, c
     assert not list(cache.rglob("modules.json"))
 
 
+def test_the_hash_of_a_model_folder_leaves_out_hidden_files(tmp_path):
+    folder = tmp_path / ".cache" / "model"  # above it anything may be hidden
+    for name in (
+        "config.json",
+        "1_Pooling/config.json",
+        ".cache/huggingface/config.json.metadata",
+        ".gitattributes",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("first")
+    first = sources.folder_hash(folder)
+    (folder / ".cache/huggingface/config.json.metadata").write_text("another time")
+    (folder / ".gitattributes").unlink()
+    assert sources.folder_hash(folder) == first
+    (folder / "1_Pooling" / "config.json").write_text("other content")
+    assert sources.folder_hash(folder) != first
+
+
 def test_of_two_that_want_a_text_encoder_one_asks_pip(text_encoder, monkeypatch, by_two_at_once):
     pip = serve_encoder(monkeypatch)
     first, second = by_two_at_once(sources.fetch_text_encoder, text_encoder.name)

@@ -96,9 +96,18 @@ def is_of_a_run(source: str | Path) -> bool:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
-    return artifacts.hash_json({path.relative_to(folder).as_posix(): artifacts.hash_file(path) for path in files})
+    """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest.
+
+    Hidden files and folders (`.git`, the hub's `.cache`) are no part of a model, and change without it.
+    """
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return artifacts.hash_json(
+        {
+            name.as_posix(): artifacts.hash_file(path)
+            for name, path in files.items()
+            if name.name != artifacts.MANIFEST and not any(part.startswith(".") for part in name.parts)
+        }
+    )
 
 
 def check_model(source: str) -> None:
