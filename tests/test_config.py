@@ -83,6 +83,38 @@ def test_environment_variables_in_paths_are_filled_in(write, monkeypatch, tmp_pa
     assert load_recipe(path).data.interactions == tmp_path / "a.csv"
 
 
+SHARED = """
+domains:
+  games: &base
+    source: amazon-games
+    filters: {k_core: 5}
+  films:
+    <<: *base
+    source: movielens-100k
+  books: *base
+model: {source: tiny-random}
+csft: {epochs: 1}
+iem: {mntp: {steps: 1}, contrastive: {steps: 1}}
+"""
+
+
+def test_an_override_of_one_section_leaves_those_that_repeat_it_by_a_yaml_alias(tmp_path):
+    (tmp_path / "mine.yaml").write_text(SHARED)
+    recipe = load_recipe(tmp_path / "mine.yaml", ["domains.games.filters.k_core=3", "domains.books.source=steam"])
+    assert {name: one.filters.k_core for name, one in recipe.domains.items()} == {
+        "games": 3,
+        "films": 5,
+        "books": 5,
+    }
+    assert [one.source for one in recipe.domains.values()] == ["amazon-games", "movielens-100k", "steam"]
+
+
+def test_a_section_that_holds_itself_by_a_yaml_alias_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(SHARED + "loggers: &all [*all]\n")
+    with pytest.raises(ConfigError, match="mine.yaml is not valid YAML"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize("override", ["csft", "=5", "seed.inner=5"])
 def test_a_malformed_override_is_a_config_error(override):
     with pytest.raises(ConfigError):
