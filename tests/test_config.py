@@ -335,6 +335,29 @@ def test_a_newer_file_of_the_same_kind_keeps_what_the_recipe_says_of_columns(tmp
     assert other.text == "{title}" and other.columns.title is None
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"source": "amazon-games", "columns": {"user": "customer", "time": "at"}}, "`columns` maps user, time,"),
+        ({"folder": "steam", "columns": {"rating": "stars"}}, "`columns` maps rating,"),
+        ({"source": "amazon-games", "layout": "steam"}, "`layout` 'steam' is that of a `folder`"),
+        ({"interactions": "log.csv", "items": "items.csv", "layout": "steam"}, "`layout` 'steam'"),
+    ],
+)
+def test_what_nothing_would_read_of_the_data_is_refused(write, data, words):
+    with pytest.raises(ConfigError, match=f"data: {words}"):
+        load_recipe(write(data=data))
+
+
+def test_what_is_read_of_the_data_may_be_said(write, tmp_path):
+    by_source = {"source": "amazon-games", "columns": {"item": "sku", "title": "name"}}  # add-items reads them
+    assert load_recipe(write(data=by_source)).data.columns.of_items() == {"item_id": "sku", "title": "name"}
+    recipe = write(data={"folder": "steam", "layout": "steam"})
+    assert load_recipe(recipe).data.layout == "steam"
+    assert load_recipe(recipe, ["data.folder=other"]).data.layout == "steam"
+    assert load_recipe(recipe, ["data.source=amazon-games"]).data.layout == "auto"
+
+
 def test_paths_in_a_whole_section_given_by_set_are_relative_to_where_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("demo", ["data={interactions: a.csv, items: ~/b.csv}"])

@@ -179,11 +179,11 @@ def _names_no_origin(override: str) -> bool:
 
 
 def _replace_origin(section: dict[str, Any], key: str, value: Any, here: Path) -> None:
-    """Another origin takes the place of the recipe's; one of another kind, of what the recipe says of columns."""
+    """Another origin takes the place of the recipe's; one of another kind, of what is said of its files too."""
     together = {"interactions", "items"} if key in ("interactions", "items") else {key}
     others = set(ORIGINS) - together
     if any(section.get(other) is not None for other in others):
-        others |= {"columns", "categories", "text"}
+        others |= {"layout", "columns", "categories", "text"}
     for other in others:
         section.pop(other, None)
     if key != "source":
