@@ -1,6 +1,7 @@
 """The command line on good and on bad input: every mistake ends in one message, before any training."""
 
 import errno
+import io
 import json
 import re
 import sys
@@ -119,6 +120,18 @@ def test_a_bad_setting_is_one_message(run_on, change, words):
     status, err = run_on(None, None, change)
     assert status == 1
     assert words in err and "Traceback" not in err and "Input should be" not in err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "± ≈ ▲"), ("latin-1", r"± \u2248 \u25b2"), ("ascii", r"\xb1 \u2248 \u25b2")]
+)
+def test_a_terminal_of_another_encoding_is_shown_the_codes_of_what_it_lacks(llm2rec, monkeypatch, encoding, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(cli, "app", lambda: cli.out.print("± ≈ ▲"))
+    assert llm2rec()[0] == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue().decode(encoding).strip() == shown
 
 
 def test_a_bad_setting_leaves_no_folder(run_on, tmp_path):

@@ -95,6 +95,38 @@ def test_environment_variables_in_paths_are_filled_in(write, monkeypatch, tmp_pa
     assert load_recipe(path).data.interactions == tmp_path / "a.csv"
 
 
+SHARED = """
+domains:
+  games: &base
+    source: amazon-games
+    filters: {k_core: 5}
+  films:
+    <<: *base
+    source: movielens-100k
+  books: *base
+model: {source: tiny-random}
+csft: {epochs: 1}
+iem: {mntp: {steps: 1}, contrastive: {steps: 1}}
+"""
+
+
+def test_an_override_of_one_section_leaves_those_that_repeat_it_by_a_yaml_alias(tmp_path):
+    (tmp_path / "mine.yaml").write_text(SHARED)
+    recipe = load_recipe(tmp_path / "mine.yaml", ["domains.games.filters.k_core=3", "domains.books.source=steam"])
+    assert {name: one.filters.k_core for name, one in recipe.domains.items()} == {
+        "games": 3,
+        "films": 5,
+        "books": 5,
+    }
+    assert [one.source for one in recipe.domains.values()] == ["amazon-games", "movielens-100k", "steam"]
+
+
+def test_a_section_that_holds_itself_by_a_yaml_alias_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text(SHARED + "loggers: &all [*all]\n")
+    with pytest.raises(ConfigError, match="mine.yaml is not valid YAML"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 @pytest.mark.parametrize("override", ["csft", "=5", "seed.inner=5"])
 def test_a_malformed_override_is_a_config_error(override):
     with pytest.raises(ConfigError):
@@ -377,6 +409,29 @@ def test_a_newer_file_of_the_same_kind_keeps_what_the_recipe_says_of_columns(tmp
     assert newer.text == "{title} ({brand})"
     other = load_recipe(tmp_path / "mine.yaml", ["data.source=movielens-100k"]).data
     assert other.text == "{title}" and other.columns.title is None
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"source": "amazon-games", "columns": {"user": "customer", "time": "at"}}, "`columns` maps user, time,"),
+        ({"folder": "steam", "columns": {"rating": "stars"}}, "`columns` maps rating,"),
+        ({"source": "amazon-games", "layout": "steam"}, "`layout` 'steam' is that of a `folder`"),
+        ({"interactions": "log.csv", "items": "items.csv", "layout": "steam"}, "`layout` 'steam'"),
+    ],
+)
+def test_what_nothing_would_read_of_the_data_is_refused(write, data, words):
+    with pytest.raises(ConfigError, match=f"data: {words}"):
+        load_recipe(write(data=data))
+
+
+def test_what_is_read_of_the_data_may_be_said(write, tmp_path):
+    by_source = {"source": "amazon-games", "columns": {"item": "sku", "title": "name"}}  # add-items reads them
+    assert load_recipe(write(data=by_source)).data.columns.of_items() == {"item_id": "sku", "title": "name"}
+    recipe = write(data={"folder": "steam", "layout": "steam"})
+    assert load_recipe(recipe).data.layout == "steam"
+    assert load_recipe(recipe, ["data.folder=other"]).data.layout == "steam"
+    assert load_recipe(recipe, ["data.source=amazon-games"]).data.layout == "auto"
 
 
 def test_paths_in_a_whole_section_given_by_set_are_relative_to_where_one_stands(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import http.client
+import json
 import subprocess
 import urllib.request
 import zipfile
@@ -47,6 +48,14 @@ def test_a_header_that_names_a_column_twice_is_refused(tmp_path):
     (tmp_path / "log.csv").write_text("item_id,item_id\n1,2\n")
     with pytest.raises(DataError, match="'item_id' more than once"):
         readers.read_items(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("name", ["is_duplicated_order", "_duplicated_", "other_duplicated_0"])
+def test_a_column_whose_name_only_looks_like_a_repeated_one_is_read(tmp_path, name):
+    (tmp_path / "items.csv").write_text(f"item_id,title,{name}\nx,One,a\ny,Two,b\n")
+    (tmp_path / "items.jsonl").write_text(json.dumps({"item_id": "x", "title": "One", name: "a"}) + "\n")
+    assert readers.read_items(tmp_path / "items.csv").frame[name].to_list() == ["a", "b"]
+    assert readers.read_items(tmp_path / "items.jsonl", at_least=1).frame[name].to_list() == ["a"]
 
 
 def test_brackets_in_a_file_name_are_no_pattern(tmp_path):

@@ -149,6 +149,12 @@ def test_a_repeated_header_is_refused(tmp_path):
     assert "names 'movieId' more than once" in refusal("movielens-csv", tmp_path)
 
 
+def test_a_header_with_a_name_that_only_looks_repeated_is_read(tmp_path):
+    ml_csv(tmp_path)
+    put(tmp_path / "ratings.csv", "userId,movieId,rating,timestamp,is_duplicated_order\n1,1,4.0,9,no\n")
+    assert LAYOUTS["movielens-csv"](tmp_path).events.collect().height == 1
+
+
 def test_a_repeated_field_of_an_atomic_file_is_refused(tmp_path):
     put(tmp_path / "ml.inter", INTER.replace("rating:float", "item_id:token"))
     put(tmp_path / "ml.item", ITEM)

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from llm2rec.data import readers
+from llm2rec.data.tables import FILE
 from llm2rec.errors import DataError
 
 LOG = "user_id,item_id,timestamp\na,x,1\na,y,2\nb,x,3\n"
@@ -57,6 +58,24 @@ def test_parquet_reads_like_csv(tmp_path):
     pl.read_csv(path, infer_schema=False).write_parquet(tmp_path / "log.parquet")
     first, second = (readers.read_interactions(tmp_path / name) for name in ("log.csv", "log.parquet"))
     assert first.frame.equals(second.frame)
+
+
+JSON_LOG = b'{"user_id": "a", "item_id": "x", "timestamp": 1}\n{"user_id": "b", "item_id": "y", "timestamp": 2}\n'
+
+
+@pytest.mark.parametrize("name", ["part[12].jsonl", "part?.jsonl", "part*.jsonl"])
+def test_a_name_with_wildcards_is_that_of_one_file(tmp_path, name):
+    written(tmp_path, "part1.jsonl", JSON_LOG.replace(b'"x"', b'"of another file"'))
+    events = readers.read_interactions(written(tmp_path, name, JSON_LOG))
+    assert events.frame.rows() == [("a", "x", 1), ("b", "y", 2)]
+
+
+def test_a_folder_with_wildcards_in_its_name_is_read_and_its_files_are_named_plainly(tmp_path):
+    folder = tmp_path / "data[1]"
+    folder.mkdir()
+    written(folder, "l.jsonl", JSON_LOG)
+    assert readers.read_interactions(folder).frame.rows() == [("a", "x", 1), ("b", "y", 2)]
+    assert readers.scan_table(folder).collect()[FILE].to_list() == [str(folder / "l.jsonl")] * 2
 
 
 def test_cells_of_csv_stay_text(tmp_path):

@@ -8,6 +8,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import polars as pl
 import pytest
 
@@ -16,8 +17,12 @@ from llm2rec.artifacts import hash_file
 from llm2rec.data import sources
 from llm2rec.data.mirrors import LocalFolder, Wheel
 from llm2rec.data.tables import Catalogue, Interactions
+<<<<<<< HEAD
 from llm2rec.errors import DataError
 from llm2rec.stages.base import source_hash
+=======
+from llm2rec.errors import ConfigError, DataError
+>>>>>>> d286deb03a5ecf564576974ea803850f9f1a2093
 
 WEIGHTS = b"GGUF weights"
 ENCODER = {"modules.json": "modules", "1_Pooling/config.json": "mean"}
@@ -199,10 +204,72 @@ def test_a_text_encoder_of_other_content_is_refused(text_encoder, monkeypatch, c
     assert not list(cache.rglob("modules.json"))
 
 
+def test_the_hash_of_a_model_folder_leaves_out_hidden_files(tmp_path):
+    folder = tmp_path / ".cache" / "model"  # above it anything may be hidden
+    for name in (
+        "config.json",
+        "1_Pooling/config.json",
+        ".cache/huggingface/config.json.metadata",
+        ".gitattributes",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("first")
+    first = sources.folder_hash(folder)
+    (folder / ".cache/huggingface/config.json.metadata").write_text("another time")
+    (folder / ".gitattributes").unlink()
+    assert sources.folder_hash(folder) == first
+    (folder / "1_Pooling" / "config.json").write_text("other content")
+    assert sources.folder_hash(folder) != first
+
+
 def test_of_two_that_want_a_text_encoder_one_asks_pip(text_encoder, monkeypatch, by_two_at_once):
     pip = serve_encoder(monkeypatch)
     first, second = by_two_at_once(sources.fetch_text_encoder, text_encoder.name)
     assert first == second and len(pip.commands) == 1
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Lets the hub answer with a status, and somebody log in; returns the answer's setter and what was asked."""
+    asked = []
+
+    def answer(status, token=""):
+        def refused(question, **_kwargs):
+            asked.append(question)
+            raise urllib.error.HTTPError(question.full_url, status, "refused", None, None)
+
+        (tmp_path / "token").write_text(token)
+        monkeypatch.setattr(urllib.request, "urlopen", refused)
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return answer, asked
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_model_that_the_hub_gives_nobody_is_refused_with_how_to_log_in(hub, status):
+    hub[0](status)
+    with pytest.raises(
+        ConfigError, match=rf"no model 'someone/gated' \(status {status}\).* log in .*set HF_TOKEN"
+    ):
+        sources.check_model("someone/gated")
+
+
+def test_who_has_logged_in_asks_the_hub_with_the_token_that_only_the_hub_sees(hub):
+    answer, asked = hub
+    answer(401, token="hf_secret")  # of an address that the hub sends on to
+    sources.check_model("someone/gated")
+    assert asked[0].unredirected_hdrs == {"Authorization": "Bearer hf_secret"} and not asked[0].headers
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_who_has_logged_in_is_told_what_the_hub_refuses(hub, status):
+    hub[0](status, token="hf_secret")
+    with pytest.raises(ConfigError, match=f"status {status}") as caught:
+        sources.check_model("someone/gated")
+    assert "hf_secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("fetch", [sources.fetch_data, sources.fetch_model, sources.data_content_hash])

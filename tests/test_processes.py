@@ -146,3 +146,14 @@ def test_a_single_process_agrees_with_itself_and_has_nobody_to_part_from(monkeyp
     own = processes.processes()
     processes.part()
     assert own.agreed("x") == "x" and own.is_main
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "leads"), [(None, "1", True), ("1", "1", True), ("2", "0", True), ("2", "1", False)]
+)
+def test_only_of_several_processes_does_a_rank_make_one_follow(monkeypatch, count, rank, leads):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if count:
+        monkeypatch.setenv("WORLD_SIZE", count)
+    assert processes.is_main() == leads

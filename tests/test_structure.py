@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def imported_rooms(path: Path) -> set[str]:
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("llm2rec.")}
     return found
+
+
+def test_what_runs_as_a_program_is_a_dependency():
+    programs = {name for path in SOURCE.rglob("*.py") for name in re.findall(r'"-m", "(\w+)"', path.read_text())}
+    declared = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert programs and programs <= {re.split(r"\W", name)[0] for name in declared}
 
 
 MODULES = sorted(path for path in SOURCE.rglob("*.py") if path.name != "__init__.py" or path.parent != SOURCE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -297,6 +298,8 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries; ours are rich's
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr is: not every encoding has ≈ and all titles
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except Llm2RecError as error:

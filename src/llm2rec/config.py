@@ -141,6 +141,18 @@ class DataConfig(Section):
             raise ValueError("give `source`, or `folder`, or both `interactions` and `items`")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_unread(self) -> DataConfig:
+        if self.layout != "auto" and not self.folder:
+            raise ValueError(f"`layout` {self.layout!r} is that of a `folder`, and none is given; leave it out")
+        unread = [name for name in ("user", "time", "rating", "part") if getattr(self.columns, name)]
+        if unread and not self.interactions:
+            raise ValueError(
+                f"`columns` maps {', '.join(unread)}, which are read of `interactions` only, and none are given; "
+                "leave them out (item, items_item and title may stay: add-items reads them)"
+            )
+        return self
+
     @property
     def origin(self) -> str:
         """What messages call the data: a source, a folder, or the file of the interactions."""

@@ -54,7 +54,7 @@ def load_recipe(
     """
     path = recipe_path(recipe)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        content = _unshared(yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -75,6 +75,13 @@ class _UniqueKeys(yaml.SafeLoader):
                 line = key.start_mark.line + 1
                 raise yaml.YAMLError(f"line {line}: the key {key.value!r} stands twice; keep one")
         return super().construct_mapping(node, deep)
+
+
+def _unshared(content: Any) -> Any:
+    """The same content, in which what a YAML alias repeats is there once for each place."""
+    if isinstance(content, dict):
+        return {key: _unshared(value) for key, value in content.items()}
+    return [_unshared(value) for value in content] if isinstance(content, list) else content
 
 
 def parse_recipe(content: dict[str, Any], origin: str) -> Recipe:
@@ -138,7 +145,7 @@ def apply_override(content: dict[str, Any], override: str, here: Path) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: {part!r} is a value, not a section")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _unshared(yaml.safe_load(value))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({error})") from error
     section[parts[-1]] = _anchored_value(parts, _number(parsed), here)
@@ -172,11 +179,11 @@ def _names_no_origin(override: str) -> bool:
 
 
 def _replace_origin(section: dict[str, Any], key: str, value: Any, here: Path) -> None:
-    """Another origin takes the place of the recipe's; one of another kind, of what the recipe says of columns."""
+    """Another origin takes the place of the recipe's; one of another kind, of what is said of its files too."""
     together = {"interactions", "items"} if key in ("interactions", "items") else {key}
     others = set(ORIGINS) - together
     if any(section.get(other) is not None for other in others):
-        others |= {"columns", "categories", "text"}
+        others |= {"layout", "columns", "categories", "text"}
     for other in others:
         section.pop(other, None)
     if key != "source":

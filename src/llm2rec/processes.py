@@ -20,8 +20,8 @@ LAUNCHED = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SI
 
 
 def is_main() -> bool:
-    """Whether this process leads; true of a single one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process leads; true of a single one, whatever RANK a job's environment gives it."""
+    return not are_several() or os.environ.get("RANK", "0") == "0"
 
 
 def are_several() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -71,7 +72,10 @@ def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     if ending in PARQUET:
         return _scan_parquet(files, path if path.is_dir() else None)
     if ending in JSON_LINES:  # all rows of all files: a field may come late
-        tables = [pl.scan_ndjson(one, infer_schema_length=None, include_file_paths=file) for one in files]
+        tables = [
+            pl.scan_ndjson(glob.escape(str(one)), infer_schema_length=None, include_file_paths=file)
+            for one in files
+        ]
         return pl.concat(tables, how="diagonal_relaxed")
     separator = _separator(files[0], ending, wanted)
     return pl.scan_csv(files, separator=separator, infer_schema=False, glob=False, include_file_paths=file)

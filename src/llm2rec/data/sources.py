@@ -96,10 +96,25 @@ def is_of_a_run(source: str | Path) -> bool:
 
 
 def folder_hash(folder: Path) -> str:
+<<<<<<< HEAD
     """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
     hashes = {path.relative_to(folder).as_posix(): artifacts.hash_file_once(path) for path in files}
     return artifacts.hash_json(hashes)
+=======
+    """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest.
+
+    Hidden files and folders (`.git`, the hub's `.cache`) are no part of a model, and change without it.
+    """
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return artifacts.hash_json(
+        {
+            name.as_posix(): artifacts.hash_file(path)
+            for name, path in files.items()
+            if name.name != artifacts.MANIFEST and not any(part.startswith(".") for part in name.parts)
+        }
+    )
+>>>>>>> d286deb03a5ecf564576974ea803850f9f1a2093
 
 
 def check_model(source: str) -> None:
@@ -146,8 +161,11 @@ def _check_unnamed(key: str, source: str, named: dict[str, Source], mark: str, e
 
 
 def _check_hub(key: str, name: str, known: str) -> None:
-    """One question to the hub, without retries, unless its answer is in the hub's cache already."""
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    """One question to the hub, without retries, unless its answer is in the hub's cache already.
+
+    Addresses that the hub sends on to are not shown the token of who is logged in: their 401 says nothing.
+    """
+    from huggingface_hub import constants, get_token, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
@@ -159,12 +177,16 @@ def _check_hub(key: str, name: str, known: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{key}: {name!r} is not in the cache and HF_HUB_OFFLINE is set; {known}")
     say(f"fetch  {name} from the hub, once")
+    question, token = urllib.request.Request(address, method="HEAD"), get_token()
+    if token:
+        question.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=CONNECT_TIMEOUT_SECONDS)
+        urllib.request.urlopen(question, timeout=CONNECT_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403, 404) and not os.environ.get("HF_TOKEN"):
+        if error.code in (403, 404) or (error.code == 401 and not token):
             raise ConfigError(
-                f"{key}: the hub has no public model {name!r} (status {error.code}); {known}"
+                f"{key}: the hub gives no model {name!r} (status {error.code}); for a private or gated one log in "
+                f"(`hf auth login`) or set HF_TOKEN, of an account that may read it; {known}"
             ) from error
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         raise ConfigError(f"{key}: the hub cannot be asked for {name!r} ({error}); {known}") from error

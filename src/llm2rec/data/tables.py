@@ -6,6 +6,7 @@ Logs are read lazily and in a stream; what stays in memory of an event is two co
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ SECONDS_BELOW = 10**11  # whole-number times below this are seconds (until 5138)
 MOMENT = pl.Datetime("us")  # what dates, ISO texts and fractions of seconds become, UTC
 _INVISIBLE = r"[\p{C}\p{Z}]"  # control, format (zero-width) and space characters
 _WRITTEN_AS_FLOAT = r"^-?\d+\.0+$"
+_RENAMED = re.compile(r"(.*)_duplicated_\d+", re.DOTALL)
 _SHOWN_ROWS = 5
 _EVENTS_A_GROUP = 2**24  # every group of rows repeats all ids: small groups take time that grows with the square
 _SHOWN_CHARACTERS = 40
@@ -287,6 +289,16 @@ def require_columns(
         raise DataError(f"{origin}: no column {first_few(missing)}; it has {first_few(shown, 12)}. {mend}")
 
 
+def refuse_repeated_columns(names: Sequence[str], origin: str) -> None:
+    """Raises DataError where the header of a text file has a name twice: polars makes `a,a_duplicated_0` of it."""
+    for name in names:
+        renamed = _RENAMED.fullmatch(name)
+        if renamed and renamed[1] in names:
+            raise DataError(
+                f"{origin}: the header names {renamed[1]!r} more than once; rename or remove one column"
+            )
+
+
 def schema_of(table: pl.LazyFrame, origin: str) -> pl.Schema:
     """Column names and types of a lazy table.
 
@@ -297,10 +309,7 @@ def schema_of(table: pl.LazyFrame, origin: str) -> pl.Schema:
         schema = table.collect_schema()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(_unreadable(origin, error)) from error
-    repeated = [name for name in schema.names() if "_duplicated_" in name]  # how polars renames the second
-    if repeated:
-        name = repeated[0].partition("_duplicated_")[0]
-        raise DataError(f"{origin}: the header names {name!r} more than once; rename or remove one column")
+    refuse_repeated_columns(schema.names(), origin)
     return schema
 
 

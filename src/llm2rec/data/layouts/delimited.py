@@ -19,7 +19,7 @@ from llm2rec.data.files import (
     opened,
     refuse_line,
 )
-from llm2rec.data.tables import LARGEST_EXACT_FLOAT
+from llm2rec.data.tables import LARGEST_EXACT_FLOAT, refuse_repeated_columns
 from llm2rec.errors import DataError, first_few
 
 
@@ -121,10 +121,7 @@ def _refuse_row(table: pl.DataFrame, row: int, what: str, path: Path, has_header
 
 
 def _check_header(path: Path, header: list[str], columns: tuple[str, ...]) -> None:
-    repeated = [name for name in header if "_duplicated_" in name]  # how polars renames the second
-    if repeated:
-        name = repeated[0].partition("_duplicated_")[0]
-        raise DataError(f"{path}: the header names {name!r} more than once; rename or remove one column")
+    refuse_repeated_columns(header, str(path))
     missing = [name for name in columns if name not in header]
     if missing:
         raise DataError(f"{path}: no column {first_few(missing)}; it has {first_few(header, 12)}")
