@@ -17,12 +17,8 @@ from llm2rec.artifacts import hash_file
 from llm2rec.data import sources
 from llm2rec.data.mirrors import LocalFolder, Wheel
 from llm2rec.data.tables import Catalogue, Interactions
-<<<<<<< HEAD
-from llm2rec.errors import DataError
-from llm2rec.stages.base import source_hash
-=======
 from llm2rec.errors import ConfigError, DataError
->>>>>>> d286deb03a5ecf564576974ea803850f9f1a2093
+from llm2rec.stages.base import source_hash
 
 WEIGHTS = b"GGUF weights"
 ENCODER = {"modules.json": "modules", "1_Pooling/config.json": "mean"}

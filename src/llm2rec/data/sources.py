@@ -96,25 +96,16 @@ def is_of_a_run(source: str | Path) -> bool:
 
 
 def folder_hash(folder: Path) -> str:
-<<<<<<< HEAD
-    """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != artifacts.MANIFEST)
-    hashes = {path.relative_to(folder).as_posix(): artifacts.hash_file_once(path) for path in files}
-    return artifacts.hash_json(hashes)
-=======
     """SHA-256 of the names and contents of all files of a folder and its folders, without a run's manifest.
 
     Hidden files and folders (`.git`, the hub's `.cache`) are no part of a model, and change without it.
     """
-    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return artifacts.hash_json(
-        {
-            name.as_posix(): artifacts.hash_file(path)
-            for name, path in files.items()
-            if name.name != artifacts.MANIFEST and not any(part.startswith(".") for part in name.parts)
-        }
-    )
->>>>>>> d286deb03a5ecf564576974ea803850f9f1a2093
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder)
+        if name.name != artifacts.MANIFEST and not any(part.startswith(".") for part in name.parts):
+            hashes[name.as_posix()] = artifacts.hash_file_once(path)
+    return artifacts.hash_json(hashes)
 
 
 def check_model(source: str) -> None:
