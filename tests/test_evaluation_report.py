@@ -331,6 +331,12 @@ def test_the_comparison_shows_paired_differences_and_verdicts(compared):
     assert re.search(r"run 2, a \+[\d.]+ ▲ better .* run 2, b \+0.0000 ≈ not distinguishable", shown)
 
 
+def test_captions_count_the_rows_that_differ(data, compared):
+    assert "Holm over 1 row that differs." in text_of(report.render_comparison_html(compared))
+    assert "Holm over 1 row that differs." in report.markdown_table(data.metrics)
+    assert "correction for 1 row that differs:" in text_of(report.render_html(data))
+
+
 def test_the_forest_plot_says_what_it_shows(compared):
     (spoken,) = re.findall(r'aria-label="(Forest plot[^"]+)"', report.render_comparison_html(compared))
     assert "run 2, a +" in spoken and "better" in spoken

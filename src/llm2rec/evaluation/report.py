@@ -25,6 +25,7 @@ from llm2rec.evaluation.verdicts import (
     TOO_FEW,
     WITHIN_NOISE,
     WORSE,
+    corrected_for,
     too_few_users,
     verdict_of,
 )
@@ -243,6 +244,7 @@ def environment() -> Environment:
     made.filters.update(
         label=figures.metric_label,
         plain=plain,
+        corrected_for=corrected_for,
         duration=_duration,
         percent=percent,
         p_cell=_p_cell,
@@ -364,7 +366,7 @@ def _caption(metrics: Mapping[str, Any]) -> str:
         return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning} {ranking}"
     return (
         f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users and, for the verdict, a "
-        f"sign-flip test as well, paired, Holm over {len(metrics['comparisons'])} rows. {ranking}"
+        f"sign-flip test as well, paired, Holm over {corrected_for(metrics['comparisons'].values())}. {ranking}"
     )
 
 
