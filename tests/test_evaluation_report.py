@@ -170,7 +170,7 @@ def full(data):
         data,
         list_metrics={row: {"coverage@10": 0.5, "popularity_lift@10": -0.25} for row in data.metrics["rows"]},
         slices=slices.summarise_slices(per_user, events, "sasrec-id", samples=100),
-        maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre")],
+        maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre", 2)],
     )
 
 
@@ -289,9 +289,11 @@ def test_the_map_has_its_dots_and_a_legend(full):
 
 
 def test_a_thinned_map_says_so(full):
-    many = 2_500
-    large = EmbeddingMap("b", [0.0] * many, [0.0] * many, ["t"] * many, [1.0] * many, "events")
-    assert "2,000 of 2,500 items" in text_of(report.render_html(replace(full, maps=[large])))
+    assert "directions of the vectors, 2 items;" in text_of(report.render_html(full))
+    thinned = replace(full.maps[0], n_items=16_859)
+    assert "directions of the vectors, 2 of 16,859 items;" in text_of(
+        report.render_html(replace(full, maps=[thinned]))
+    )
 
 
 def test_the_table_says_that_vectors_are_smoothed(data):
