@@ -149,6 +149,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     from llm2rec.lm.backbone import future_sensitivity
     from llm2rec.lm.probes import next_title_perplexity
     from llm2rec.precision import resolve_dtype
+    from llm2rec.training import default_device
 
     models = _language_models(run)
     if not models:
@@ -160,6 +161,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
         progress.say(f"probe  language model {name}")
         writes = name in (BACKBONE, CSFT)
         lm = backbones.load(path, dtype, head=writes)
+        lm.model.to(default_device())
         if writes:
             lm.set_causal(True)
         found[name] = {"future_sensitivity": future_sensitivity(lm)}
