@@ -36,7 +36,7 @@ BACKBONE, CSFT = vectors_of(), vectors_of(consumption=0.5)
 def probed(data=None, labels=LABELS, models=None, order=None, **sets):
     vectors, left_out = {"data": data_probes(COUNTS, NAMES, np.array([1, 2, 3])) if data is None else data}, {}
     for name, matrix in sets.items():
-        vectors[name.replace("_", "-")], left_out = vector_probes(matrix, PAIRS, COUNTS, labels)
+        vectors[name.replace("_", "-")], left_out, _ = vector_probes(matrix, PAIRS, COUNTS, labels)
     shares = {name.replace("_", "-"): co_consumption(matrix, PAIRS, COUNTS) for name, matrix in sets.items()}
     for after, before in BEFORE_CSFT.items():
         if {after, before} <= shares.keys():
@@ -84,7 +84,7 @@ def test_a_run_of_floors_says_what_could_not_be_looked_for():
 
 
 def test_what_a_probe_was_left_out_for_is_why_its_failure_is_not_looked_for():
-    vectors, left_out = vector_probes(BACKBONE, np.empty((0, 2), dtype=np.int64), COUNTS)
+    vectors, left_out, _ = vector_probes(BACKBONE, np.empty((0, 2), dtype=np.int64), COUNTS)
     missing = diagnose(Probed({"backbone": vectors, "csft": vectors}, left_out=left_out))["not_looked_for"]
     for failure in ("text that does not describe the item", "a CSFT without a gain in the vectors"):
         assert missing[failure] == "no test event follows an event of another item"

@@ -34,7 +34,7 @@ def compared(verdict, difference):
 def content():
     vectors = np.random.default_rng(0).normal(size=(N_ITEMS, 4))
     pairs = np.arange(1, N_ITEMS + 1).reshape(-1, 2)
-    readings, _ = vector_probes(vectors, pairs, np.ones(N_ITEMS), list("ab" * 15))
+    readings, *_ = vector_probes(vectors, pairs, np.ones(N_ITEMS), list("ab" * 15))
     readings["effective_rank"] |= {"value": 1234.5678}
     data = data_probes(np.ones(N_ITEMS, dtype=int), [f"t{item}" for item in range(N_ITEMS)], np.array([1]))
     models = {"backbone": {"future_sensitivity": 0.0, "true": 123456.789, "random": 234567.891}}

@@ -1,5 +1,7 @@
 """Probes on vectors with a known answer."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -203,7 +205,7 @@ def test_every_probe_lies_in_its_range(seed, n, size):
     vectors = random_vectors(seed, n, size)
     labels = [str(place % 2) for place in range(n)]
     pairs = np.array([[1, 2]])
-    found, _ = probes.vector_probes(vectors, pairs, np.arange(n), labels, neighbours=2, seed=seed)
+    found, *_ = probes.vector_probes(vectors, pairs, np.arange(n), labels, neighbours=2, seed=seed)
     for name, one in found.items():
         assert one["lowest"] is None or one["value"] >= one["lowest"] - 1e-5, name
         assert one["highest"] is None or one["value"] <= one["highest"] + 1e-5, name
@@ -211,7 +213,7 @@ def test_every_probe_lies_in_its_range(seed, n, size):
 
 
 def test_categories_are_probed_only_where_they_are_known():
-    found, left_out = probes.vector_probes(random_vectors(), couples(), ALIKE)
+    found, left_out, _ = probes.vector_probes(random_vectors(), couples(), ALIKE)
     assert "same_category_share" not in found and "co_consumption_auc" in found
     assert left_out == {"same_category_share": "0 of 60 items have a category; it takes at least 2"}
 
@@ -227,9 +229,10 @@ def test_categories_are_probed_only_where_they_are_known():
     ],
 )
 def test_a_probe_with_nothing_to_measure_is_left_out_with_its_reason(n, pairs, labels, left_out, reason):
-    found, reasons = probes.vector_probes(random_vectors(n=n), pairs, np.ones(n), list(labels))
+    found, reasons, shares = probes.vector_probes(random_vectors(n=n), pairs, np.ones(n), list(labels))
     assert left_out <= reasons.keys() and all(reason in reasons[name] for name in left_out)
     assert len(found) + len(reasons) == 8 and found.keys().isdisjoint(reasons)
+    assert (shares is None) == ("co_consumption_auc" in reasons)
 
 
 def test_the_map_shows_the_two_directions_of_most_variance():
@@ -332,13 +335,38 @@ def test_chunks_of_items_change_nothing_but_rounding(monkeypatch):
     assert plane == pytest.approx(whole[1])
 
 
+def test_the_vectors_of_all_pairs_are_never_held_at_once(monkeypatch):
+    n_pairs, size = 20_000, 128
+    vectors = random_vectors(n=300, size=size)
+    pairs = np.random.default_rng(0).permutation(300 * 300)[: 2 * n_pairs]
+    pairs = np.stack([pairs // 300, pairs % 300], axis=1) + 1
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]][:n_pairs]
+    measured = (probes.alignment, lambda *given: probes.co_consumption(*given, np.ones(300)))
+    whole = [measure(vectors, pairs) for measure in measured]
+    monkeypatch.setattr(probes, "_CHUNK_BYTES", 2**18)
+    for measure, expected in zip(measured, whole, strict=True):
+        tracemalloc.start()
+        found = measure(vectors, pairs)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert np.array_equal(found, expected) and peak < n_pairs * size * 4  # of float32, one side alone
+
+
+def test_pairs_are_drawn_and_compared_once_for_all_probes_of_a_set(monkeypatch):
+    calls, compared = [], probes._pair_cosines
+    monkeypatch.setattr(probes, "_pair_cosines", lambda *given: calls.append(given) or compared(*given))
+    _, _, shares = probes.vector_probes(random_vectors(), couples(), ALIKE)
+    assert len(calls) == 1
+    assert np.array_equal(shares, probes.co_consumption(random_vectors(), couples(), ALIKE))
+
+
 def test_a_map_of_some_items_has_the_axes_of_all():
     vectors = random_vectors()
     assert np.allclose(probes.principal_plane(vectors, [3, 50]), probes.principal_plane(vectors)[[3, 50]])
 
 
 def test_equal_vectors_read_the_worst_of_every_probe():
-    found, _ = probes.vector_probes(np.full((N_ITEMS, SIZE), 0.3), couples(), ALIKE)
+    found, *_ = probes.vector_probes(np.full((N_ITEMS, SIZE), 0.3), couples(), ALIKE)
     assert (found["co_consumption_auc"]["value"], found["pair_separation"]["value"]) == (0.5, pytest.approx(0))
     assert (found["effective_rank"]["value"], found["first_direction_share"]["value"]) == (1.0, 1.0)
     assert probes.principal_plane(np.full((N_ITEMS, SIZE), 0.3)) == pytest.approx(0)

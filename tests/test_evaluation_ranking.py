@@ -153,6 +153,14 @@ def test_an_equal_item_ties_with_the_target_however_few_are_asked(n_queries):
     assert doubled.tolist() == (2 * alone).tolist()
 
 
+def test_an_equal_item_in_the_last_block_ties_with_the_target():
+    generator = torch.Generator().manual_seed(0)
+    items, queries = (torch.randn(rows, 128, generator=generator) for rows in (4097, 256))  # one more than a block
+    items[-1] = items[0]
+    first, last = (ranks_of_products(queries, items, torch.full((256,), target)) for target in (1, 4097))
+    assert torch.equal(first, last)
+
+
 @pytest.mark.parametrize("few", [0, 64])
 def test_a_product_that_is_not_finite_is_named(few, monkeypatch):
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 2)

@@ -170,7 +170,7 @@ def full(data):
         data,
         list_metrics={row: {"coverage@10": 0.5, "popularity_lift@10": -0.25} for row in data.metrics["rows"]},
         slices=slices.summarise_slices(per_user, events, "sasrec-id", samples=100),
-        maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre")],
+        maps=[EmbeddingMap("backbone", [0.0, 1.0], [0.0, 1.0], ["<i>one", "two"], ["a", "b"], "genre", 2)],
     )
 
 
@@ -289,9 +289,11 @@ def test_the_map_has_its_dots_and_a_legend(full):
 
 
 def test_a_thinned_map_says_so(full):
-    many = 2_500
-    large = EmbeddingMap("b", [0.0] * many, [0.0] * many, ["t"] * many, [1.0] * many, "events")
-    assert "2,000 of 2,500 items" in text_of(report.render_html(replace(full, maps=[large])))
+    assert "directions of the vectors, 2 items;" in text_of(report.render_html(full))
+    thinned = replace(full.maps[0], n_items=16_859)
+    assert "directions of the vectors, 2 of 16,859 items;" in text_of(
+        report.render_html(replace(full, maps=[thinned]))
+    )
 
 
 def test_the_table_says_that_vectors_are_smoothed(data):
@@ -329,6 +331,12 @@ def test_the_comparison_shows_every_run_with_its_interval(compared):
 def test_the_comparison_shows_paired_differences_and_verdicts(compared):
     shown = section_of(report.render_comparison_html(compared), "Paired differences in NDCG@10 against run 1")
     assert re.search(r"run 2, a \+[\d.]+ ▲ better .* run 2, b \+0.0000 ≈ not distinguishable", shown)
+
+
+def test_captions_count_the_rows_that_differ(data, compared):
+    assert "Holm over 1 row that differs." in text_of(report.render_comparison_html(compared))
+    assert "Holm over 1 row that differs." in report.markdown_table(data.metrics)
+    assert "correction for 1 row that differs:" in text_of(report.render_html(data))
 
 
 def test_the_forest_plot_says_what_it_shows(compared):

@@ -105,6 +105,20 @@ def test_the_sign_flip_p_values_of_a_table_are_corrected_together():
     assert [one["p_sign_flip_holm"] for one in result.values()] == significance.holm(flipped) != flipped
 
 
+def test_rows_that_are_their_base_take_no_power_from_the_others():
+    generator = np.random.default_rng(0)
+    base = generator.random(600)
+    changed = base + generator.normal(0.03, 0.2, 600)
+    alone = significance.compare_paired({"b": changed}, {"b": base}, samples=2000, seed=0)["b"]
+    rows = {"b": changed, **{f"same {number}": base.copy() for number in range(4)}}
+    beside = significance.compare_paired(rows, dict.fromkeys(rows, base), samples=2000, seed=0)
+    assert alone["verdict"] == "better" and 5 * alone["p_holm"] > significance.SIGNIFICANCE
+    found = beside.pop("b")
+    assert all(found[name] == alone[name] for name in ("p_holm", "p_sign_flip_holm", "verdict"))
+    assert all((one["p_holm"], one["p_sign_flip_holm"]) == (1.0, 1.0) for one in beside.values())
+    assert {one["verdict"] for one in beside.values()} == {"not distinguishable"}
+
+
 @pytest.mark.parametrize("rows", [1, 12, 300])
 def test_a_verdict_is_possible_whatever_the_number_of_comparisons(rows):
     base = np.random.default_rng(0).random(60)

@@ -142,6 +142,26 @@ def test_the_slices_of_a_slicing_are_one_holm_family():
     )
 
 
+def test_what_is_alike_in_a_slice_is_no_part_of_the_holm_family():
+    generator = np.random.default_rng(1)
+    users = [f"u{user:03d}" for user in range(200)]
+    base = generator.integers(1, 30, 200)
+    moved = np.where(np.arange(200) % 2, np.maximum(1, base - 1), base)  # novel targets alone
+    per_user = pl.concat(
+        pl.DataFrame({"row": row, "seed": 0, "user_id": users, "item_id": "i", "rank": ranks})
+        for row, ranks in {"a": base, "b": moved, "c": base}.items()
+    )
+    kind = pl.Series(["repeat", "novel"] * 100).cast(pl.Enum(["repeat", "novel"]))
+    slices = pl.DataFrame({"user_id": users, "item_id": "i", "target": kind})
+    found = summarise_slices(per_user, slices, "a", samples=200)["target"]["slices"]
+    result = found["novel"]["comparisons"]["b"]
+    assert result["difference"] > 0 and (result["p_holm"], result["p_sign_flip_holm"]) == (
+        result["p"],
+        result["p_sign_flip"],
+    )
+    assert found["repeat"]["comparisons"]["b"]["p_holm"] == found["novel"]["comparisons"]["c"]["p_holm"] == 1.0
+
+
 def test_a_verdict_is_possible_in_a_slicing_however_many_slices_and_rows_there_are():
     words, rows = ["repeat", "novel", "new"], "abcdef"
     users = [f"u{user:03d}" for user in range(120)]

@@ -746,14 +746,17 @@ def test_maps_are_coloured_by_counts_of_training_events(finished):
     assert sum(chart.colours) == 40 * 6  # of 40 users, all but the last two events
 
 
-def test_a_map_holds_the_items_that_a_page_shows(finished, monkeypatch):
+def test_a_map_holds_the_items_that_a_page_shows_and_says_of_how_many(finished, monkeypatch):
     domain, sequences = finished.domain(), Sequences.load(finished.data)
     whole = embedding_maps(finished, domain, sequences)[0]
     monkeypatch.setattr(maps, "MAX_POINTS", 5)
     chart = embedding_maps(finished, domain, sequences)[0]
-    assert chart == maps.shown(chart) and len(chart.x) == 5
-    assert list(chart.x) == pytest.approx(list(maps.shown(whole).x))
-    assert (chart.titles, chart.colours) == (maps.shown(whole).titles, maps.shown(whole).colours)
+    assert len(chart.x) == 5 < chart.n_items == whole.n_items == len(whole.x)
+    places = maps.shown_places(whole.n_items)
+    assert list(chart.x) == pytest.approx([whole.x[place] for place in places])
+    assert [chart.titles, chart.colours] == [
+        [values[place] for place in places] for values in (whole.titles, whole.colours)
+    ]
 
 
 def test_vector_sets_are_shown_one_at_a_time(finished, monkeypatch):

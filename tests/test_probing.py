@@ -7,14 +7,17 @@ import weakref
 
 import polars as pl
 import pytest
+import torch
 
 import llm2rec as lr
 from conftest import printed
-from llm2rec import artifacts, probing
+from llm2rec import artifacts, probing, training
 from llm2rec.errors import ArtifactError
 from llm2rec.evaluation.findings import show_findings
 from llm2rec.lm import backbone
+from llm2rec.lm import probes as title_probes
 from llm2rec.runs import RESOLVED
+from llm2rec.stages.base import load_domain
 from test_pipeline import overrides, write_world
 
 LITTLE = ("recommender.max_epochs=1", "recommender.rows=[popularity, sasrec-backbone-causal]")
@@ -116,6 +119,16 @@ def test_language_models_and_vector_sets_are_probed_one_at_a_time(copied, monkey
     monkeypatch.setattr(probing, "load_vectors", alone(probing.load_vectors))
     lr.probe(copied)
     assert len(alive) == 4 + 3
+
+
+def test_language_models_are_probed_on_the_device_that_trains(finished, monkeypatch):
+    run, devices = finished[0], []
+    monkeypatch.setattr(training, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(backbone.Backbone, "set_causal", lambda *_: None)  # which measures, and here is nothing to
+    monkeypatch.setattr(backbone, "future_sensitivity", lambda lm: devices.append(lm.body.device.type))
+    monkeypatch.setattr(title_probes, "next_title_perplexity", lambda lm, *_, **__: {})
+    probing._language_probes(run, run.domain(), load_domain(run, run.domain()))
+    assert devices == ["meta"] * 4
 
 
 def test_what_was_found_lies_beside_the_evaluation_and_leaves_it_as_it_is(finished):

@@ -327,6 +327,13 @@ class TestScoreAverage:
         alone = torch.cat([both.score(row[None]) for row in HISTORIES])
         assert torch.allclose(both.score(HISTORIES), alone, atol=1e-4)
 
+    def test_scoring_with_gradients_on_holds_no_graph_of_the_catalogue(self):
+        ids, text = built(self.ids), built(self.text)
+        assert torch.is_grad_enabled() and text.items.vectors().grad_fn is not None  # premise
+        ScoreAverage(ids, text).score(HISTORIES)
+        assert text._kept.catalogue.vectors.grad_fn is None
+        assert text.known is text.known  # kept, not computed again
+
     def test_recommenders_of_different_catalogues_are_refused(self):
         small = models.build(shape("sasrec", "id", None), n_items=5, seed=0).eval()
         with pytest.raises(ArtifactError, match="5 and of 12"):

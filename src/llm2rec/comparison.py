@@ -13,7 +13,7 @@ from llm2rec import artifacts
 from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation import protocol, report
-from llm2rec.evaluation.verdicts import TOO_FEW
+from llm2rec.evaluation.verdicts import TOO_FEW, corrected_for
 from llm2rec.runs import Run, open_run
 from llm2rec.stages.settings import require_settings
 
@@ -127,12 +127,11 @@ def comparison_table(compared: dict[str, Any]) -> Table:
     """The result of `compare` for the terminal."""
     first, *others = compared["runs"]
     against = compared["against"]
-    tests = sum(len(rows) for rows in compared["comparisons"].values())
     results = [result for rows in compared["comparisons"].values() for result in rows.values()]
     warning = report.users_warning(results)
     caption = warning or (
         "difference with its 95 % interval, paired bootstrap over users; p: the larger of bootstrap and sign-flip "
-        f"test, after Holm over {tests} difference{'s' * (tests > 1)}"
+        f"test, after Holm over {corrected_for(results)}"
     )
     caption += f". Ranking: {compared['ranking']}"
     title = f"{METRIC}, " + (

@@ -133,9 +133,9 @@ def _vector_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str, 
     shares = {}
     for name in progress.track(sets, "probe vectors", len(sets)):
         vectors = load_vectors(domain, name, catalogue)
-        found[name], left_out = probes.vector_probes(vectors, pairs, counts, categories)
-        if name in (*BEFORE_CSFT, *BEFORE_CSFT.values()) and "co_consumption_auc" in found[name]:
-            shares[name] = probes.co_consumption(vectors, pairs, counts)
+        found[name], left_out, of_pairs = probes.vector_probes(vectors, pairs, counts, categories)
+        if name in (*BEFORE_CSFT, *BEFORE_CSFT.values()) and of_pairs is not None:
+            shares[name] = of_pairs
         del vectors  # before the next set is loaded
     for after, before in BEFORE_CSFT.items():
         if {after, before} <= shares.keys():
@@ -150,6 +150,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
     from llm2rec.lm.csft import Form
     from llm2rec.lm.probes import next_title_perplexity
     from llm2rec.precision import resolve_dtype
+    from llm2rec.training import default_device
 
     models = _language_models(run)
     if not models:
@@ -163,6 +164,7 @@ def _language_probes(run: Run, domain: Domain, loaded: Loaded) -> tuple[dict[str
         progress.say(f"probe  language model {name}")
         writes = name in (BACKBONE, CSFT)
         lm = backbones.load(path, dtype, head=writes)
+        lm.model.to(default_device())
         if writes:
             lm.set_causal(True)
         found[name] = {"future_sensitivity": future_sensitivity(lm)}

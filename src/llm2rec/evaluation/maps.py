@@ -31,6 +31,7 @@ class EmbeddingMap:
         colours: a category (str) or a value (number) of each item; the six most frequent categories have a
             colour of their own, values have five steps of about equally many items.
         colour_name: what the colour stands for.
+        n_items: items of the catalogue, of which these are shown.
     """
 
     name: str
@@ -39,6 +40,7 @@ class EmbeddingMap:
     titles: Sequence[str]
     colours: Sequence[str] | Sequence[float]
     colour_name: str
+    n_items: int
 
     def __post_init__(self) -> None:
         sizes = {len(values) for values in (self.x, self.y, self.titles, self.colours)}
@@ -49,24 +51,8 @@ class EmbeddingMap:
             )
 
 
-def shown(chart: EmbeddingMap) -> EmbeddingMap:
-    """The map with at most MAX_POINTS items: evenly spaced ones in the given order, so none is preferred."""
-    count = len(chart.x)
-    if count <= MAX_POINTS:
-        return chart
-    kept = shown_places(count)
-    return EmbeddingMap(
-        name=chart.name,
-        x=[chart.x[place] for place in kept],
-        y=[chart.y[place] for place in kept],
-        titles=[chart.titles[place] for place in kept],
-        colours=[chart.colours[place] for place in kept],  # type: ignore[arg-type]
-        colour_name=chart.colour_name,
-    )
-
-
 def shown_places(count: int) -> list[int]:
-    """Which of `count` items a map shows: all, or MAX_POINTS evenly spaced ones."""
+    """Which of `count` items a map shows: all, or MAX_POINTS evenly spaced ones, so that none is preferred."""
     if count <= MAX_POINTS:
         return list(range(count))
     return [place * count // MAX_POINTS for place in range(MAX_POINTS)]

@@ -7,7 +7,8 @@ by chance and between which values it lies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypedDict
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 from scipy.special import hyp0f1
@@ -20,6 +21,7 @@ HIGHER, LOWER, NEITHER = "higher", "lower", "neither"
 _CHUNK_BYTES = 64 * 2**20
 # Up to so many items every pair of them counts; of more, those of a sample of items with all others.
 ALL_PAIRS_UP_TO, SAMPLED_ITEMS = 20_000, 5_000
+DRAWS = 4  # random items a pair
 _REDRAWS = 20
 _COSINE_RESOLUTION = 1e-6
 
@@ -45,6 +47,14 @@ class Probe(TypedDict):
     error: float | None
     n: int
     better: str
+
+
+class _PairCosines(NamedTuple):
+    """Cosines of true pairs (P,), of their drawn pairs (P, draws), and which of these exist (P, draws) bool."""
+
+    true: np.ndarray
+    random: np.ndarray
+    drawn: np.ndarray
 
 
 def reading(
@@ -75,8 +85,10 @@ def vector_probes(
     categories: Sequence[str | None] | None = None,
     neighbours: int = 10,
     seed: int = 0,
-) -> tuple[dict[str, Probe], dict[str, str]]:
-    """Every probe of one vector set by name; and by name why a probe had nothing to measure.
+) -> tuple[dict[str, Probe], dict[str, str], np.ndarray | None]:
+    """Every probe of one vector set by name; by name why a probe had nothing to measure; and `co_consumption`.
+
+    The last is None where there are no pairs to compare.
 
     Args:
         vectors: (N, D) float, finite, no zero row.
@@ -90,9 +102,10 @@ def vector_probes(
         ValueError: as the single probes, where the arguments do not fit.
     """
     labels = [None] * len(vectors) if categories is None else categories
+    compared = cache(lambda: _pair_cosines(vectors, pairs, popularity, DRAWS, seed))
     probes: dict[str, Callable[[], Probe]] = {
-        "co_consumption_auc": lambda: co_consumption_auc(vectors, pairs, popularity, seed=seed),
-        "pair_separation": lambda: pair_separation(vectors, pairs, popularity, seed=seed),
+        "co_consumption_auc": lambda: _auc(_shares(compared())),
+        "pair_separation": lambda: _separation(compared()),
         "alignment": lambda: alignment(vectors, pairs),
         "uniformity": lambda: uniformity(vectors, seed),
         "mean_cosine": lambda: mean_cosine(vectors),
@@ -106,7 +119,7 @@ def vector_probes(
             found[name] = probe()
         except NothingToMeasure as reason:
             left_out[name] = str(reason)
-    return found, left_out
+    return found, left_out, _shares(compared()) if "co_consumption_auc" in found else None
 
 
 def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
@@ -119,7 +132,7 @@ def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
 
 
 def co_consumption_auc(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Probe:
     """How often a true partner is nearer than a random item as popular as it; chance 0.5, in [0, 1].
 
@@ -138,12 +151,11 @@ def co_consumption_auc(
         NothingToMeasure: no pairs, or none with an item to compare with.
         ValueError: vectors, pairs or popularity do not fit.
     """
-    shares = co_consumption(vectors, pairs, popularity, draws, seed)
-    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
+    return _auc(co_consumption(vectors, pairs, popularity, draws, seed))
 
 
 def co_consumption(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> np.ndarray:
     """What `co_consumption_auc` averages: the share of each pair, (P,) float64 in [0, 1].
 
@@ -153,10 +165,7 @@ def co_consumption(
     Raises:
         NothingToMeasure, ValueError: as `co_consumption_auc`.
     """
-    true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
-    wins = (true[:, None] > random) + 0.5 * (true[:, None] == random)
-    shares: np.ndarray = (wins * drawn).sum(axis=1) / drawn.sum(axis=1)
-    return shares
+    return _shares(_pair_cosines(vectors, pairs, popularity, draws, seed))
 
 
 def co_consumption_gain(before: np.ndarray, after: np.ndarray) -> Probe:
@@ -178,7 +187,7 @@ def _error(values: np.ndarray) -> float | None:
 
 
 def pair_separation(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = 4, seed: int = 0
+    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
 ) -> Probe:
     """Mean cosine of true pairs minus that of random ones, in standard deviations; chance 0, unbounded.
 
@@ -188,12 +197,7 @@ def pair_separation(
     Raises:
         NothingToMeasure, ValueError: as `co_consumption_auc`.
     """
-    true, random, drawn = _pair_cosines(vectors, pairs, popularity, draws, seed)
-    other = random[drawn]
-    spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
-    return reading(
-        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
-    )
+    return _separation(_pair_cosines(vectors, pairs, popularity, draws, seed))
 
 
 def same_category_share(
@@ -250,7 +254,7 @@ def alignment(vectors: np.ndarray, pairs: np.ndarray) -> Probe:
     """
     unit = _unit(vectors)
     first, second = _checked_pairs(pairs, len(unit))
-    distances = 2 - 2 * np.einsum("pd,pd->p", unit[first], unit[second])
+    distances = 2 - 2 * _cosines(unit, first, second)
     return reading(distances.mean(), 2 - 2 * _mean_cosine(unit), 0.0, 4.0, len(first), LOWER)
 
 
@@ -432,11 +436,8 @@ def _checked_pairs(pairs: np.ndarray, n_items: int) -> tuple[np.ndarray, np.ndar
 
 def _pair_cosines(
     vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cosines of true pairs (P,), of their drawn pairs (P, draws), and which of these exist (P, draws) bool.
-
-    Pairs without any drawn item are left out.
-    """
+) -> _PairCosines:
+    """Cosines of true and drawn pairs; true ones without any drawn item are left out."""
     unit = _unit(vectors)
     first, second = _checked_pairs(pairs, len(unit))
     if popularity.shape != (len(unit),) or draws < 1:
@@ -448,9 +449,37 @@ def _pair_cosines(
     if not kept.any():
         raise NothingToMeasure("no pair has a random item to compare with: nearly all items are partners")
     first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
-    true = np.einsum("pd,pd->p", unit[first], unit[second])
-    random = np.stack([np.einsum("pd,pd->p", unit[first], unit[column]) for column in others.T], axis=1)
-    return true, random, drawn
+    random = np.stack([_cosines(unit, first, column) for column in others.T], axis=1)
+    return _PairCosines(_cosines(unit, first, second), random, drawn)
+
+
+def _cosines(unit: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of (N, D) unit vectors, (P,) float32; so many at a time that they take 64 MB."""
+    cosines = np.empty(len(first), dtype=np.float32)
+    pairs = max(1, _CHUNK_BYTES // (8 * unit.shape[1]))
+    for start in range(0, len(first), pairs):
+        chunk = slice(start, start + pairs)
+        cosines[chunk] = np.einsum("pd,pd->p", unit[first[chunk]], unit[second[chunk]])
+    return cosines
+
+
+def _shares(compared: _PairCosines) -> np.ndarray:
+    true = compared.true[:, None]
+    wins = (true > compared.random) + 0.5 * (true == compared.random)
+    shares: np.ndarray = (wins * compared.drawn).sum(axis=1) / compared.drawn.sum(axis=1)
+    return shares
+
+
+def _auc(shares: np.ndarray) -> Probe:
+    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
+
+
+def _separation(compared: _PairCosines) -> Probe:
+    true, other = compared.true, compared.random[compared.drawn]
+    spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
+    return reading(
+        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
+    )
 
 
 def _matched_items(

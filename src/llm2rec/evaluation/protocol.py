@@ -229,7 +229,7 @@ def summarise(per_user: pl.DataFrame, names: Sequence[str], samples: int = 10_00
 def compare_rows(
     per_user: pl.DataFrame, reference: str, samples: int = 10_000, seed: int = 0
 ) -> dict[str, Comparison]:
-    """NDCG@10 of every other row against `reference`: paired bootstrap over users, Holm over the rows.
+    """NDCG@10 of every other row against `reference`: paired bootstrap over users, Holm over the rows that differ.
 
     `low` and `high` bound the difference (95 %, not corrected for the number of rows); the verdict is "better" or
     "worse" where both tests, each after Holm, are below 0.05, else "not distinguishable". Below MINIMUM_USERS
@@ -251,8 +251,8 @@ def compare_runs(
 ) -> dict[str, dict[str, Comparison]]:
     """NDCG@10 of each run's rows against the same rows of the first run: `{run: {row: Comparison}}`.
 
-    Rows that only one of the two holds are left out. The Holm family is the whole table. Statistics as in
-    `compare_rows`.
+    Rows that only one of the two holds are left out. The Holm family is all of the table that differs.
+    Statistics as in `compare_rows`.
 
     Args:
         runs: name -> its `per_user.parquet`; the first is the reference.

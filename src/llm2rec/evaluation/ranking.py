@@ -47,8 +47,13 @@ def ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Ten
 
 
 def blocks(items: Tensor, n_queries: int) -> tuple[Tensor, ...]:
-    """`items` (N, H) as runs of rows, each of which gives at most BLOCK_SCORES scores with `n_queries` (B, H)."""
-    return items.split(max(1, BLOCK_SCORES // max(1, n_queries)))
+    """`items` (N, H) as runs of rows, each of which gives at most BLOCK_SCORES scores with `n_queries` (B, H).
+
+    All of one length, or one less: a remainder of few rows is rounded in another way than the rest, so that equal
+    items would not tie.
+    """
+    rows = max(1, BLOCK_SCORES // max(1, n_queries))
+    return items.tensor_split(max(1, -(-len(items) // rows)))
 
 
 def ranks_of_products(queries: Tensor, items: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Tensor:

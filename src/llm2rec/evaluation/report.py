@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llm2rec.artifacts import flatten
-from llm2rec.evaluation.maps import EmbeddingMap, map_legend, map_svg, shown
+from llm2rec.evaluation.maps import EmbeddingMap, map_legend, map_svg
 from llm2rec.evaluation.verdicts import (
     BETTER,
     MARKS,
@@ -25,6 +25,7 @@ from llm2rec.evaluation.verdicts import (
     TOO_FEW,
     WITHIN_NOISE,
     WORSE,
+    corrected_for,
     too_few_users,
     verdict_of,
 )
@@ -98,7 +99,6 @@ def render_html(data: ReportData) -> str:
     from llm2rec.evaluation import figures  # here: matplotlib takes longer to import than a table to print
 
     metrics = data.metrics
-    charts = [shown(chart) for chart in data.maps]
     return (
         environment()
         .get_template(REPORT)
@@ -115,8 +115,7 @@ def render_html(data: ReportData) -> str:
             slice_bars={name: Markup(figures.slice_bars(one["slices"])) for name, one in data.slices.items()},
             list_metric_names=list(next(iter(data.list_metrics.values()), {})),
             maps=[
-                {"chart": chart, "svg": Markup(map_svg(chart)), "legend": map_legend(chart), "all": len(whole.x)}
-                for chart, whole in zip(charts, data.maps, strict=True)
+                {"chart": chart, "svg": Markup(map_svg(chart)), "legend": map_legend(chart)} for chart in data.maps
             ],
             settings=_flat(data.settings),
             total_seconds=sum(cost["seconds"] or 0 for cost in data.costs),
@@ -243,6 +242,7 @@ def environment() -> Environment:
     made.filters.update(
         label=figures.metric_label,
         plain=plain,
+        corrected_for=corrected_for,
         duration=_duration,
         percent=percent,
         p_cell=_p_cell,
@@ -364,7 +364,7 @@ def _caption(metrics: Mapping[str, Any]) -> str:
         return f"{spread}; interval and change are of NDCG@10, bootstrap over users. {warning} {ranking}"
     return (
         f"{spread}; interval, change and verdict are of NDCG@10: bootstrap over users and, for the verdict, a "
-        f"sign-flip test as well, paired, Holm over {len(metrics['comparisons'])} rows. {ranking}"
+        f"sign-flip test as well, paired, Holm over {corrected_for(metrics['comparisons'].values())}. {ranking}"
     )
 
 

@@ -28,7 +28,7 @@ class Comparison(TypedDict):
 
     difference: mean over users; `relative` to the reference's mean, None where that is 0.
     low, high: 95 % percentile bootstrap of the difference, not corrected for the number of rows.
-    p, p_holm: two-sided bootstrap p-value, and after Holm's correction.
+    p, p_holm: two-sided bootstrap p-value, and after Holm's correction over the rows that differ; 1 in others.
     p_sign_flip, p_sign_flip_holm: the same of the randomisation test. The verdict follows the larger of the two.
     verdict: "better", "worse" or "not distinguishable"; with fewer than MINIMUM_USERS "too few users", no test
         is made and every p-value is 1, which claims nothing.
@@ -53,7 +53,10 @@ class Comparison(TypedDict):
 def compare_paired(
     rows: Mapping[_Key, np.ndarray], bases: Mapping[_Key, np.ndarray], samples: int, seed: int
 ) -> dict[_Key, Comparison]:
-    """Each row against its base, paired over users; Holm over all of them.
+    """Each row against its base, paired over users; Holm over those that differ for any user.
+
+    Where every user has the value of the base, p is 1 by construction: such a row can never be rejected, so that
+    the error rate is kept without it, and counted it would only take power from the others.
 
     Args:
         rows: key -> (U,) value of each user.
@@ -63,14 +66,16 @@ def compare_paired(
     """
     if not rows:
         return {}
-    samples = enough_samples(samples, len(rows))
     differences = np.stack([values - bases[key] for key, values in rows.items()], axis=1)  # (U, R)
+    differences[np.abs(differences) <= _ROUNDING] = 0.0
+    changed = [bool(column.any()) for column in differences.T]
+    samples = enough_samples(samples, sum(changed))
     means = bootstrap_means(differences, samples, seed)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     tested = too_few_users(len(differences)) is None
     p_values = _bootstrap_p_values(means) if tested else [1.0] * len(rows)
     flipped = [sign_flip_p(column, samples, seed) if tested else 1.0 for column in differences.T]
-    corrected = zip(holm(p_values), holm(flipped), strict=True)
+    corrected = zip(_holm_where(changed, p_values), _holm_where(changed, flipped), strict=True)
     results: dict[_Key, Comparison] = {}
     for r, (key, (p_holm, flipped_holm)) in enumerate(zip(rows, corrected, strict=True)):
         difference, base = float(differences[:, r].mean()), float(bases[key].mean())
@@ -189,6 +194,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
         corrected[index] = running
     return corrected
+
+
+def _holm_where(counted: Sequence[bool], p_values: Sequence[float]) -> list[float]:
+    """`holm` over the p-values that are `counted`, 1 for the others."""
+    corrected = iter(holm([p for p, one in zip(p_values, counted, strict=True) if one]))
+    return [next(corrected) if one else 1.0 for one in counted]
 
 
 def users_needed(deviation: float, difference: float) -> int | None:

@@ -15,7 +15,7 @@ import polars as pl
 from llm2rec.errors import ArtifactError, ConfigError, first_few
 from llm2rec.evaluation.protocol import MetricSummary, compare_rows, summarise
 from llm2rec.evaluation.significance import Comparison, enough_samples, holm, verdict
-from llm2rec.evaluation.verdicts import COLD_TARGET, COMPARED_METRIC, too_few_users
+from llm2rec.evaluation.verdicts import COLD_TARGET, COMPARED_METRIC, differs, too_few_users
 
 if TYPE_CHECKING:
     from llm2rec.data.sequences import Sequences
@@ -168,12 +168,13 @@ def _summary(events: pl.DataFrame, reference: str, samples: int, seed: int) -> S
 
 
 def _correct(by_slice: dict[str, SliceSummary]) -> None:
-    """Holm over all tested comparisons of a slicing instead of those of each slice; in place."""
+    """Holm over all tested comparisons of a slicing that differ, instead of those of each slice; in place."""
     tested = [
         result
         for summary in by_slice.values()
         if summary["warning"] is None
         for result in summary["comparisons"].values()
+        if differs(result)
     ]
     flipped = holm([result["p_sign_flip"] for result in tested])
     corrected = holm([result["p"] for result in tested])

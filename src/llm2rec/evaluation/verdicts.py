@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BETTER, WORSE, WITHIN_NOISE = "better", "worse", "not distinguishable"
@@ -21,6 +21,17 @@ def verdict_of(metrics: Mapping[str, Any], row: str) -> str:
         KeyError: the row is neither the reference nor compared with it.
     """
     return REFERENCE if row == metrics["reference"] else str(metrics["comparisons"][row]["verdict"])
+
+
+def corrected_for(comparisons: Iterable[Mapping[str, Any]]) -> str:
+    """What Holm's correction counts, in words: `3 rows that differ`."""
+    counted = sum(differs(result) for result in comparisons)
+    return "1 row that differs" if counted == 1 else f"{counted} rows that differ"
+
+
+def differs(result: Mapping[str, Any]) -> bool:
+    """Whether a compared row has another value than its base for any user."""
+    return bool(result["difference"] or result["deviation"])
 
 
 def too_few_users(n_users: int) -> str | None:

@@ -71,21 +71,13 @@ class ScoreAverage:
         first, second = self._first, self._second
         added = self.n_items - first.n_items
         readable = without_items_above(first.n_items, histories) if added else histories
-        one = standardised(F.pad(first.score(readable, times), (0, added)), F.pad(first.known, (0, added)))
-        trained = second.known & (torch.arange(self.n_items, device=second.known.device) < first.n_items)
-        other = standardised(second.score(histories, times), second.known, trained)
-        one, other = self._completed(one, other)
+        known, also = F.pad(first.known, (0, added)), second.known
+        trained = also & (torch.arange(self.n_items, device=also.device) < first.n_items)
+        one = standardised(F.pad(first.score(readable, times), (0, added)), known)
+        other = standardised(second.score(histories, times), also, trained)
+        one, other = _completed(one, other, known, also)
         unread = (histories > 0).any(dim=1) & ~(readable > 0).any(dim=1)
         return other.where(unread[:, None], one), other
-
-    def _completed(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """Both scores, those of items that one of the two does not know as the other's predict them."""
-        known = F.pad(self._first.known, (0, self.n_items - self._first.n_items))
-        both = known & self._second.known
-        if both.all():
-            return one, other
-        correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
-        return one.where(known, correlation * other), other.where(self._second.known, correlation * one)
 
 
 def validation_by_weight(
@@ -125,6 +117,15 @@ def validation_by_weight(
 def best_weight(by_weight: dict[float, float]) -> float:
     """The weight with the best validation; of equally good ones that nearest to an equal say."""
     return max(by_weight, key=lambda weight: (by_weight[weight], -abs(weight - 0.5)))
+
+
+def _completed(one: Tensor, other: Tensor, known: Tensor, also: Tensor) -> tuple[Tensor, Tensor]:
+    """Both scores (B, N); of an item not `known` to `one`, or `also` not to `other`, as the other's predict it."""
+    both = known & also
+    if both.all():
+        return one, other
+    correlation = (one * other)[:, both].mean(dim=1, keepdim=True)  # (B, 1)
+    return one.where(known, correlation * other), other.where(also, correlation * one)
 
 
 def standardised(scores: Tensor, known: Tensor, measured: Tensor | None = None) -> Tensor:

@@ -17,13 +17,20 @@ from llm2rec.rec.histories import checked, checked_times, lengths, recent
 from llm2rec.rec.items import ItemTable
 
 
+class _Catalogue(NamedTuple):
+    """Vectors (N + M, H) to read histories with and to score against, and which items have one, (N + M,) bool."""
+
+    vectors: Tensor
+    candidates: Tensor
+    known: Tensor
+
+
 class _Kept(NamedTuple):
-    """Vectors of a catalogue, and what they were made from: held, so that no other tensor takes its address."""
+    """A catalogue, and what it was made from: held, so that no other tensor takes its address."""
 
     tensors: list[Tensor]
     state: list[tuple[int, int, int]]
-    vectors: Tensor
-    candidates: Tensor
+    catalogue: _Catalogue
 
 
 class SequentialRecommender(nn.Module, ABC):
@@ -51,7 +58,8 @@ class SequentialRecommender(nn.Module, ABC):
     @property
     def known(self) -> Tensor:
         """Items with a vector, (N + M,) bool: not those that no training saw and nothing else describes."""
-        return self._catalogue()[0].any(dim=1)
+        with self._exact():
+            return self._catalogue().known
 
     @abstractmethod
     def forward(self, histories: Tensor, vectors: Tensor | None = None, times: Tensor | None = None) -> Tensor:
@@ -129,13 +137,13 @@ class SequentialRecommender(nn.Module, ABC):
                 )
             times = recent(histories, self.history_length, checked_times(times.to(device), histories))
         seen = recent(histories, self.history_length)
-        vectors, candidates = self._catalogue()
+        vectors, candidates, _ = self._catalogue()
         newest = (lengths(seen) - 1).clamp(min=0)
         states = self(seen, vectors, times)[torch.arange(len(seen), device=device), newest]  # (B, H)
         return self.comparable(states, vectors[:0])[0], candidates
 
-    def _catalogue(self) -> tuple[Tensor, Tensor]:
-        """Item vectors to read histories with, and to score against; kept from call to call while nothing changes.
+    def _catalogue(self) -> _Catalogue:
+        """Item vectors, to be asked for without gradients; kept from call to call while nothing changes.
 
         Else every call would put the whole catalogue through the adapter again, which costs more than the scores.
         A change that torch does not count, one through `.data` or numpy, is not seen: call `eval()` after it.
@@ -146,13 +154,13 @@ class SequentialRecommender(nn.Module, ABC):
         state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
         kept = self._kept
         if kept is None or kept.state != state:
-            kept = self._kept = _Kept(tensors, state, *self._computed_catalogue())
-        return kept.vectors, kept.candidates
+            kept = self._kept = _Kept(tensors, state, self._computed_catalogue())
+        return kept.catalogue
 
-    def _computed_catalogue(self) -> tuple[Tensor, Tensor]:
+    def _computed_catalogue(self) -> _Catalogue:
         vectors = self.items.vectors()
         _, candidates = self.comparable(vectors[:0], vectors)
-        return vectors, candidates
+        return _Catalogue(vectors, candidates, vectors.any(dim=1))
 
     def train(self, mode: bool = True) -> SequentialRecommender:
         """Sets training or evaluation mode, as in torch; forgets what `score` has kept."""

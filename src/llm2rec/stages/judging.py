@@ -234,7 +234,7 @@ def embedding_maps(run: Run, domain: Domain, sequences: Sequences) -> list[Embed
     maps = []
     for name in shown_sets(run):
         x, y = principal_plane(load_vectors(domain, name, catalogue), places).T.tolist()
-        maps.append(EmbeddingMap(name, x, y, titles, colours, colour_name))
+        maps.append(EmbeddingMap(name, x, y, titles, colours, colour_name, len(catalogue)))
     return maps
 
 
