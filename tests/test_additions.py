@@ -1,6 +1,7 @@
 """Items that came after the training are encoded, ranked by text rows, and kept apart from the training."""
 
 import shutil
+from datetime import date, datetime
 
 import polars as pl
 import pytest
@@ -8,7 +9,9 @@ import torch
 from rich.console import Console
 
 import llm2rec as lr
-from llm2rec import artifacts
+from llm2rec import additions, artifacts
+from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import item_texts
 from llm2rec.display import NEW as NEW_MARK
 from llm2rec.display import show_items
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -252,6 +255,51 @@ def test_a_new_item_may_lack_a_column_that_the_text_names(tmp_path):
     run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), *changes))
     (tmp_path / "one.csv").write_text("item_id,title\nnew5,Without a brand\n")
     assert lr.add_items(run, tmp_path / "one.csv").added == 1
+
+
+def with_detail(titles, detail):
+    return Catalogue(pl.DataFrame({"item_id": titles, "title": titles, "detail": detail}, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given", "text"),
+    [
+        ([2015, 2016], [2017.0, None], "Kite (2017)"),
+        ([2015, 2016], [2017.0, float("nan")], "Kite (2017)"),
+        ([2015, 2016], ["about 2017", None], "Kite (about 2017)"),
+        (["2015", "about 2016"], [2017.0, None], "Kite (2017)"),
+        ([2015.0, None], [2017, 2018], "Kite (2017.0)"),
+        ([date(2014, 1, 1), None], [datetime(2017, 1, 1), None], "Kite (2017-01-01)"),
+        ([2015, 2016], [date(2017, 1, 1), None], "Kite (2017-01-01)"),
+        ([True, False], [True, None], "Kite (True)"),
+    ],
+)
+def test_new_items_read_as_those_of_the_same_values_that_were_trained_on(trained_on, given, text):
+    known, new = with_detail(["Boat", "Car"], trained_on), with_detail(["Kite", "Pen"], given)
+    _, texts = additions._unknown(known, known, new, "{title} ({detail})", "new.csv")
+    assert texts["Kite"] == text
+    assert [texts[item] for item in known.item_ids] == item_texts(known, "{title} ({detail})")
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given"),
+    [
+        ([2015, 2016], [2017.5, None]),
+        ([date(2014, 1, 1), None], [datetime(2017, 1, 1, 12), None]),
+        ([True, False], ["maybe", None]),
+        ([[2015], [2016]], [2017, None]),
+    ],
+)
+def test_a_type_beside_which_known_items_would_read_otherwise_is_refused(trained_on, given):
+    known, new = with_detail(["Boat", "Car"], trained_on), with_detail(["Kite", "Pen"], given)
+    with pytest.raises(DataError, match="other types than those of the run: {'detail'.*write them as"):
+        additions._unknown(known, known, new, "{title} ({detail})", "new.csv")
+
+
+def test_a_column_that_no_text_names_may_have_another_type():
+    known, new = with_detail(["Boat", "Car"], [1, 2]), with_detail(["Kite", "Pen"], [1.5, None])
+    unknown, texts = additions._unknown(known, known, new, "{title}", "new.csv")
+    assert unknown.item_ids == ["Kite", "Pen"] and texts["Kite"] == "Kite"
 
 
 @pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+average"])

@@ -70,18 +70,49 @@ def load_catalogue(domain: Domain) -> Catalogue:
 def joined(first: Catalogue, second: Catalogue) -> Catalogue:
     """The items of two tables, one after the other; a column that one of them lacks is empty there.
 
+    A column has the type that it has in the first, where that loses nothing of the second, else one for both.
+
     Raises:
         DataError: a column has types that do not go together.
     """
+    kinds = first.frame.schema
+    alike = [_as(column, kinds[column.name]) for column in second.frame if column.name in kinds]
     try:
-        return Catalogue(pl.concat([first.frame, second.frame], how="diagonal_relaxed"))
+        return Catalogue(pl.concat([first.frame, second.frame.with_columns(alike)], how="diagonal_relaxed"))
     except pl.exceptions.PolarsError as error:
-        types = {
-            name: (first.frame.schema[name], kind)
-            for name, kind in second.frame.schema.items()
-            if name in first.frame.columns and first.frame.schema[name] != kind
-        }
-        raise DataError(f"the columns of the new items have other types than those of the run: {types}") from error
+        raise other_types(first, second) from error
+
+
+def other_types(first: Catalogue, second: Catalogue) -> DataError:
+    """What to raise where columns of two tables do not go together: names them and their types in both."""
+    types = {
+        name: (first.frame.schema[name], kind)
+        for name, kind in second.frame.schema.items()
+        if name in first.frame.columns and first.frame.schema[name] != kind
+    }
+    return DataError(
+        f"the columns of the new items have other types than those of the run: {types}; write them as the run's "
+        "items have them"
+    )
+
+
+def _as(column: pl.Series, kind: pl.DataType) -> pl.Series:
+    """The column in another type, or as it is where that would change a value; NaN is none.
+
+    Beside text, too, whole numbers are written without a point: they became floats where a value is missing. Dates
+    and numbers are never read as each other.
+    """
+    if column.dtype.is_temporal() != kind.is_temporal():
+        return column.cast(pl.String) if column.dtype.is_numeric() or kind.is_numeric() else column
+    if column.dtype.is_float() and not kind.is_float():
+        column = column.fill_nan(None)
+        if kind == pl.String:
+            column = _as(column, pl.Int64())
+    try:
+        cast = column.cast(kind)
+        return cast if cast.cast(column.dtype).equals(column) else column
+    except pl.exceptions.PolarsError:
+        return column
 
 
 def load_vectors(domain: Domain, name: str) -> ItemEmbeddings:
