@@ -1,15 +1,18 @@
 """Lists for every user of a log are those that each user would be given alone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import llm2rec as lr
 from llm2rec.data.sequences import Sequences
-from llm2rec.errors import ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.serve import lists
+from llm2rec.serve.recommender import is_new
 from test_additions import run, trained  # noqa: F401 (fixtures)
 
 STRANGERS = pl.DataFrame(
@@ -169,3 +172,24 @@ def test_a_row_that_is_loaded_once_gives_the_lists_of_recommend(run):  # noqa: F
         assert served.recommend(history, k=4) == lr.recommend(run, history, k=4)
     with pytest.raises(DataError, match="no item 'nonsense'"):
         served.recommend(["nonsense"])
+
+
+@pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec", "sasrec-llm2rec+average"])
+def test_a_row_in_memory_reads_its_run_no_more(run, row):  # noqa: F811
+    served = lr.load_row(run, row)
+    before = served.recommend(["i03"], k=4)
+    shutil.rmtree(run.folder)
+    assert served.recommend(["i03"], k=4) == before
+
+
+def test_a_row_in_memory_says_once_that_it_has_fewer_new_items_than_asked_for(run, capsys):  # noqa: F811
+    served = lr.load_row(run, "sasrec-llm2rec")
+    for wanted in (2, 2, 3):
+        served.recommend(["i05"], k=4, new_items=wanted)
+    assert capsys.readouterr().err.count("note: 0 of the 12 items have no training event") == 1
+
+
+def test_a_log_with_more_items_than_are_scored_is_refused(run):  # noqa: F811
+    assert torch.equal(is_new(run.domain(), 13), torch.arange(13) == 12)
+    with pytest.raises(ArtifactError, match="has 12 items, of which only 11 can be scored"):
+        is_new(run.domain(), 11)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,8 @@ def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | N
     place = run.domain(domain)
     catalogue = added.load_catalogue(place)
     index = {item_id: number for number, item_id in enumerate(catalogue.item_ids, start=1)}
-    return ServedRow(place, row, load_scorer(place, row, 0, with_added=True), catalogue, index)
+    scorer = load_scorer(place, row, 0, with_added=True)
+    return ServedRow(place, row, scorer, catalogue, index, is_new(place, scorer.n_items))
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class ServedRow:
     """A recommender of a run in memory, with the items that it lists; made by `load_row`.
 
     catalogue: the items trained on, then those added since. index: outside id -> item_index (1..N).
+    new: bool for each item that the scorer scores, as `is_new` says.
     """
 
     domain: Domain
@@ -105,6 +107,8 @@ class ServedRow:
     scorer: Scorer
     catalogue: Catalogue
     index: dict[str, int]
+    new: torch.Tensor
+    _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def recommend(
         self,
@@ -130,7 +134,7 @@ class ServedRow:
         return listed(self.catalogue, items[0], scores[0], lists.new)
 
     def lists(self, k: int, new_items: int | None) -> Lists:
-        """What makes lists of `k` items; says where fewer new items than asked for can be had.
+        """What makes lists of `k` items; says once where fewer new items than asked for can be had.
 
         Raises:
             ConfigError: k < 1, or `new_items` outside 0..k, or above 0 of a row without text.
@@ -143,13 +147,17 @@ class ServedRow:
             raise ConfigError(
                 f"row {self.row!r} knows nothing of items without training events; ask a row over text"
             )
-        new = is_new(self.domain, self.scorer.n_items)
-        if new_items and int(new.sum()) < new_items:
-            progress.say(
-                f"note: {int(new.sum())} of the {len(new):,} items have no training event, so no list has "
-                f"{new_items} new ones; `add-items` makes items known"
+        if new_items and (available := int(self.new.sum())) < new_items:
+            self._say_once(
+                f"note: {available} of the {len(self.new):,} items have no training event, so no list has more "
+                "new ones; `add-items` makes items known"
             )
-        return Lists(self.scorer, new, k, new_items)
+        return Lists(self.scorer, self.new, k, new_items)
+
+    def _say_once(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            progress.say(note)
 
     @property
     def window(self) -> int:
@@ -198,8 +206,16 @@ class Lists:
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
-    """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since."""
+    """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since.
+
+    Raises:
+        ArtifactError: the log has more items.
+    """
     counts = torch.from_numpy(Sequences.load(domain.data).training_counts())
+    if n_items < len(counts):
+        raise ArtifactError(
+            f"{domain.data} has {len(counts):,} items, of which only {n_items:,} can be scored; run `fit` again"
+        )
     return F.pad(counts, (0, n_items - len(counts))) == 0
 
 
