@@ -143,6 +143,7 @@ def test_after_another_training_added_items_are_refused_until_they_are_given_aga
         with pytest.raises(ArtifactError, match="earlier model of this run; give `add-items` their table again"):
             call()
     assert lr.probe(again)["vectors"].keys() == {"data", "llm2rec"}  # of the trained items, as before
+    assert "new1" not in listed(again, ["i03"], row="sasrec-id")  # which reads no vectors
     assert lr.add_items(again, table) == (0, 2)
     assert "2 items added before are encoded anew" in capsys.readouterr().err
     anew = listed(again, ["i03", "new1"])
@@ -164,6 +165,20 @@ def test_an_added_item_that_a_later_training_took_in_is_no_new_one(run, trained)
     lists = listed(again, ["i03", "new1"])
     assert len(lists) == len(set(lists)) and "new2" in lists
     assert "new1" not in {item.item_id for item in lr.recommend(again, ["i03", "new1"], k=20)}
+
+
+def test_of_an_added_item_that_a_later_training_without_text_took_in_there_is_one(run, trained):
+    world, grown = trained.folder.parent, run.folder.parent / "grown.csv"
+    lr.add_items(run, run.folder.parent / "new.csv")
+    pl.concat([pl.read_csv(world / "items.csv"), NEW[:1]], how="diagonal").write_csv(grown)
+    ids = (*overrides(world), *CHANGES, f"data.items={grown}", "recommender.rows=[sasrec-id]")
+    again = lr.run("demo", run.folder, ids)
+    assert added.current_sets(again.domain(), ["llm2rec"])  # premise: the vectors lie there as before
+    served = lr.load_row(again, "sasrec-id")
+    assert served.catalogue.item_ids == [*pl.read_csv(grown)["item_id"], "new2"]
+    assert served.recommend(["new1"], k=4)
+    with pytest.raises(DataError, match="'new2' was added after the training"):
+        served.recommend(["i03", "new2"])
 
 
 def test_where_a_later_training_took_in_all_added_items_none_is_left(run, trained):

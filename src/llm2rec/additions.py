@@ -12,12 +12,11 @@ import polars as pl
 from llm2rec import artifacts, progress
 from llm2rec.data import readers
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.tables import ITEM, Catalogue
+from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve import added
-from llm2rec.serve.recommender import trained_catalogue
 from llm2rec.stages.base import vector_sets
 from llm2rec.stages.language import encode_stages, encode_texts
 
@@ -63,7 +62,7 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
         _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
         since, kept = _added_before(run, place, sets)
-        trained = trained_catalogue(place)
+        trained = added.trained_catalogue(place)
         known = trained if since is None else added.joined(trained, since)
         unknown, texts = _unknown(known, trained, new, place.config.text, str(items))
         outdated = len(since) if since is not None and kept != sets else 0
@@ -83,14 +82,11 @@ def _added_before(run: Run, domain: Domain, sets: list[str]) -> tuple[Catalogue 
     before = added.items(domain)
     if before is None:
         return None, []
-    trained = trained_catalogue(domain).frame[ITEM].implode()
-    since = Catalogue(before.frame.filter(~pl.col(ITEM).is_in(trained)))
-    if len(since) == len(before):
-        return since, added.current_sets(domain, sets)
-    if len(since):
-        return since, []
-    artifacts.move_aside(domain.added, run.folder)
-    return None, []
+    since = added.still_new(before, added.trained_catalogue(domain))
+    if since is None:
+        artifacts.move_aside(domain.added, run.folder)
+        return None, []
+    return since, added.current_sets(domain, sets) if len(since) == len(before) else []
 
 
 def _unknown(

@@ -88,10 +88,14 @@ def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | N
     run = opened(run)
     require_row(run, row)
     place = run.domain(domain)
-    catalogue = added.load_catalogue(place)
+    catalogue = added.load_catalogue(place, with_vectors=_reads_text(row))
     index = {item_id: number for number, item_id in enumerate(catalogue.item_ids, start=1)}
     scorer = load_scorer(place, row, 0, with_added=True)
     return ServedRow(place, row, scorer, catalogue, index, is_new(place, scorer.n_items))
+
+
+def _reads_text(row: str) -> bool:
+    return row not in FLOORS and Row.parse(row).vectors is not None
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class ServedRow:
             raise ConfigError(f"k must be at least 1, got {k}")
         if new_items is not None and not 0 <= new_items <= k:
             raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
-        if new_items and (self.row in FLOORS or Row.parse(self.row).vectors is None):
+        if new_items and not _reads_text(self.row):
             raise ConfigError(
                 f"row {self.row!r} knows nothing of items without training events; ask a row over text"
             )
@@ -267,7 +271,7 @@ def similar(
     place = run.domain(domain)
     catalogue = added.load_catalogue(place)
     index = index_of(catalogue, item)
-    matrix = load_vectors(place, vectors, trained_catalogue(place))
+    matrix = load_vectors(place, vectors, added.trained_catalogue(place))
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
     return nearest(catalogue, matrix, [index], k, is_new(place, len(matrix)))[0]
@@ -319,7 +323,7 @@ def load_trained(domain: Domain, row: str, seed: int, with_added: bool = False) 
     """The recommender of a trained row; errors as `load_scorer`."""
     folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
-    catalogue = trained_catalogue(domain)
+    catalogue = added.trained_catalogue(domain)
     vectors = load_vectors(domain, name, catalogue) if name else None
     since = _added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
     return model.load(folder, vectors, added=since, item_ids=catalogue.item_ids)
@@ -369,12 +373,6 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
             else (f"ids look like {first_few(catalogue.item_ids, 3)}")
         )
         raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
-
-
-def trained_catalogue(domain: Domain) -> Catalogue:
-    """The items that the recommenders were trained on."""
-    artifacts.require(domain.data, "prepare")
-    return Catalogue.read(domain.data / "catalogue.parquet")
 
 
 def listed(catalogue: Catalogue, items: torch.Tensor, scores: torch.Tensor, new: torch.Tensor) -> list[ScoredItem]:
