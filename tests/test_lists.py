@@ -174,6 +174,16 @@ def test_a_row_that_is_loaded_once_gives_the_lists_of_recommend(run):  # noqa: F
         served.recommend(["nonsense"])
 
 
+@pytest.mark.parametrize("kind", [tuple, np.array, pl.Series, iter])
+def test_a_history_may_be_any_row_of_ids(run, kind):  # noqa: F811
+    served = lr.load_row(run, "markov")
+    assert served.recommend(kind(["i05", "i01"]), k=4) == served.recommend(["i05", "i01"], k=4)
+    with pytest.raises(ConfigError, match="the history is empty"):
+        served.recommend(kind([]))
+    with pytest.raises(DataError, match="no item 'nonsense'"):
+        served.recommend(kind(["nonsense"]))
+
+
 @pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec", "sasrec-llm2rec+average"])
 def test_a_row_in_memory_reads_its_run_no_more(run, row):  # noqa: F811
     served = lr.load_row(run, row)

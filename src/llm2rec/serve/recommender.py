@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class ScoredItem:
 
 def recommend(
     run: str | Path | Run,
-    history: SequenceOf[str],
+    history: Iterable[str],
     k: int = 10,
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
@@ -116,7 +117,7 @@ class ServedRow:
 
     def recommend(
         self,
-        history: SequenceOf[str],
+        history: Iterable[str],
         k: int = 10,
         exclude_history: bool = True,
         new_items: int | None = None,
@@ -125,9 +126,10 @@ class ServedRow:
         lists = self.lists(k, new_items)
         if isinstance(history, str):
             raise ConfigError(f"history is the text {history!r}; give a list of item ids")
+        history = [str(item_id) for item_id in history]
         if not history:
             raise ConfigError("the history is empty; give at least one item id")
-        indices = [self.index.get(str(item_id)) or index_of(self.catalogue, item_id) for item_id in history]
+        indices = [self.index.get(item_id) or index_of(self.catalogue, item_id) for item_id in history]
         self.require_readable(max(indices))
         if lists.needs_times:
             raise ConfigError(
