@@ -46,9 +46,42 @@ def test_a_few_users_cost_the_same_however_many_there_are(run, monkeypatch):  # 
 
     sequences, served = Sequences.load(run.data), lr.load_row(run, "markov")
     monkeypatch.setattr(pl.Series, "cast", counting)
-    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None))
+    items = served.catalogue.frame
+    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None), items)
     assert sequences.n_users > 3 * 2  # premise
     assert set(written) == {3 * 2}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_lists_are_written_as_they_are_made(run, tmp_path, monkeypatch, ending):  # noqa: F811
+    read = pl.read_parquet if ending == "parquet" else pl.read_csv
+    whole, out = tmp_path / f"whole.{ending}", tmp_path / f"out.{ending}"
+    lr.recommend_users(run, whole, k=3, row="markov")
+    made, written = [], []
+    make, write, clean = lists._table, pl.DataFrame.write_parquet, lists.clean
+
+    def making(*given):
+        made.append("batch")
+        return make(*given)
+
+    def writing(frame, path):
+        written.append((len(made), len(frame)))
+        write(frame, path)
+
+    def cleaning(title):
+        made.append("title")
+        return clean(title)
+
+    monkeypatch.setattr(lists, "_table", making)
+    monkeypatch.setattr(lists, "clean", cleaning)
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", writing)
+    monkeypatch.setattr(lists, "USERS_AT_ONCE", 7)
+    monkeypatch.setattr(lists, "ROWS_AT_ONCE", 40)
+    assert lr.recommend_users(run, out, k=3, row="markov") == 40
+    assert made == ["title"] * 12 + ["batch"] * 6
+    assert written == [(12 + 2, 2 * 7 * 3), (12 + 4, 2 * 7 * 3), (12 + 6, 12 * 3)]
+    assert read(out).equals(read(whole))
+    assert {path.name for path in tmp_path.iterdir()} == {whole.name, out.name, "run", "new.csv"}
 
 
 def test_lists_hold_the_history_where_they_are_asked_to(run, tmp_path):  # noqa: F811
