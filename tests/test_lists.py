@@ -207,6 +207,25 @@ def test_a_row_that_is_loaded_once_gives_the_lists_of_recommend(run):  # noqa: F
         served.recommend(["nonsense"])
 
 
+@pytest.mark.parametrize("new_items", [None, 0])
+def test_ids_list_no_item_that_was_held_out_from_them(run, new_items):  # noqa: F811
+    served = lr.load_row(run, "sasrec-id")
+    held_out = torch.arange(12) == 4
+    served.scorer.items.blank(held_out)
+    served.new[held_out] = True
+    lists = served.recommend(["i03"], k=20, exclude_history=False, new_items=new_items)
+    scores = served.scorer.score(torch.tensor([[4]]))[0]
+    expected = [served.catalogue.item_ids[item] for item in scores.argsort(descending=True) if item != 4]
+    assert scores[4] == 0 and scores.min() < 0  # premise: it would not be the last
+    assert [item.item_id for item in lists] == expected
+
+
+def test_what_ids_do_not_know_the_average_with_text_lists(run):  # noqa: F811
+    served = lr.load_row(run, "sasrec-llm2rec+average")
+    served.scorer._first.items.blank(torch.arange(12) == 4)
+    assert "i04" in [item.item_id for item in served.recommend(["i03"], k=20)]
+
+
 @pytest.mark.parametrize("kind", [tuple, np.array, pl.Series, iter])
 def test_a_history_may_be_any_row_of_ids(run, kind):  # noqa: F811
     served = lr.load_row(run, "markov")

@@ -183,6 +183,9 @@ class ServedRow:
 class Lists:
     """Makes lists of the `k` best items by a scorer, with exactly `new_items` new ones unless that is None.
 
+    Items that the scorer says it does not know are not listed: learned ids give those held out as cold the score
+    0, which may be above all others.
+
     new: (N,) bool, as `is_new` says.
     """
 
@@ -204,10 +207,13 @@ class Lists:
             hidden: (B, L) item_index that must not be listed, padded with 0.
         """
         scores = self.scorer.score(*seen)
-        if self.new_items is None:
+        known = getattr(self.scorer, "known", None)
+        if self.new_items is not None:  # what ids do not know is new, and they keep no places for new ones
+            items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
+        elif known is None or known.all():
             items = top_k(scores, self.k, hidden)[0]
         else:
-            items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
+            items = _best_of(known.nonzero()[:, 0], scores, hidden, self.k)
         return items, scores.gather(1, (items - 1).clamp(min=0))
 
 
