@@ -1,6 +1,7 @@
 """Items that came after the training are encoded, ranked by text rows, and kept apart from the training."""
 
 import shutil
+from datetime import date, datetime
 
 import polars as pl
 import pytest
@@ -8,7 +9,9 @@ import torch
 from rich.console import Console
 
 import llm2rec as lr
-from llm2rec import artifacts
+from llm2rec import additions, artifacts
+from llm2rec.data.tables import Catalogue
+from llm2rec.data.texts import item_texts
 from llm2rec.display import NEW as NEW_MARK
 from llm2rec.display import show_items
 from llm2rec.errors import ArtifactError, ConfigError, DataError
@@ -140,6 +143,7 @@ def test_after_another_training_added_items_are_refused_until_they_are_given_aga
         with pytest.raises(ArtifactError, match="earlier model of this run; give `add-items` their table again"):
             call()
     assert lr.probe(again)["vectors"].keys() == {"data", "llm2rec"}  # of the trained items, as before
+    assert "new1" not in listed(again, ["i03"], row="sasrec-id")  # which reads no vectors
     assert lr.add_items(again, table) == (0, 2)
     assert "2 items added before are encoded anew" in capsys.readouterr().err
     anew = listed(again, ["i03", "new1"])
@@ -161,6 +165,20 @@ def test_an_added_item_that_a_later_training_took_in_is_no_new_one(run, trained)
     lists = listed(again, ["i03", "new1"])
     assert len(lists) == len(set(lists)) and "new2" in lists
     assert "new1" not in {item.item_id for item in lr.recommend(again, ["i03", "new1"], k=20)}
+
+
+def test_of_an_added_item_that_a_later_training_without_text_took_in_there_is_one(run, trained):
+    world, grown = trained.folder.parent, run.folder.parent / "grown.csv"
+    lr.add_items(run, run.folder.parent / "new.csv")
+    pl.concat([pl.read_csv(world / "items.csv"), NEW[:1]], how="diagonal").write_csv(grown)
+    ids = (*overrides(world), *CHANGES, f"data.items={grown}", "recommender.rows=[sasrec-id]")
+    again = lr.run("demo", run.folder, ids)
+    assert added.current_sets(again.domain(), ["llm2rec"])  # premise: the vectors lie there as before
+    served = lr.load_row(again, "sasrec-id")
+    assert served.catalogue.item_ids == [*pl.read_csv(grown)["item_id"], "new2"]
+    assert served.recommend(["new1"], k=4)
+    with pytest.raises(DataError, match="'new2' was added after the training"):
+        served.recommend(["i03", "new2"])
 
 
 def test_where_a_later_training_took_in_all_added_items_none_is_left(run, trained):
@@ -252,6 +270,51 @@ def test_a_new_item_may_lack_a_column_that_the_text_names(tmp_path):
     run = lr.run("demo", tmp_path / "run", (*overrides(tmp_path), *changes))
     (tmp_path / "one.csv").write_text("item_id,title\nnew5,Without a brand\n")
     assert lr.add_items(run, tmp_path / "one.csv").added == 1
+
+
+def with_detail(titles, detail):
+    return Catalogue(pl.DataFrame({"item_id": titles, "title": titles, "detail": detail}, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given", "text"),
+    [
+        ([2015, 2016], [2017.0, None], "Kite (2017)"),
+        ([2015, 2016], [2017.0, float("nan")], "Kite (2017)"),
+        ([2015, 2016], ["about 2017", None], "Kite (about 2017)"),
+        (["2015", "about 2016"], [2017.0, None], "Kite (2017)"),
+        ([2015.0, None], [2017, 2018], "Kite (2017.0)"),
+        ([date(2014, 1, 1), None], [datetime(2017, 1, 1), None], "Kite (2017-01-01)"),
+        ([2015, 2016], [date(2017, 1, 1), None], "Kite (2017-01-01)"),
+        ([True, False], [True, None], "Kite (True)"),
+    ],
+)
+def test_new_items_read_as_those_of_the_same_values_that_were_trained_on(trained_on, given, text):
+    known, new = with_detail(["Boat", "Car"], trained_on), with_detail(["Kite", "Pen"], given)
+    _, texts = additions._unknown(known, known, new, "{title} ({detail})", "new.csv")
+    assert texts["Kite"] == text
+    assert [texts[item] for item in known.item_ids] == item_texts(known, "{title} ({detail})")
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "given"),
+    [
+        ([2015, 2016], [2017.5, None]),
+        ([date(2014, 1, 1), None], [datetime(2017, 1, 1, 12), None]),
+        ([True, False], ["maybe", None]),
+        ([[2015], [2016]], [2017, None]),
+    ],
+)
+def test_a_type_beside_which_known_items_would_read_otherwise_is_refused(trained_on, given):
+    known, new = with_detail(["Boat", "Car"], trained_on), with_detail(["Kite", "Pen"], given)
+    with pytest.raises(DataError, match="other types than those of the run: {'detail'.*write them as"):
+        additions._unknown(known, known, new, "{title} ({detail})", "new.csv")
+
+
+def test_a_column_that_no_text_names_may_have_another_type():
+    known, new = with_detail(["Boat", "Car"], [1, 2]), with_detail(["Kite", "Pen"], [1.5, None])
+    unknown, texts = additions._unknown(known, known, new, "{title}", "new.csv")
+    assert unknown.item_ids == ["Kite", "Pen"] and texts["Kite"] == "Kite"
 
 
 @pytest.mark.parametrize("row", ["sasrec-llm2rec", "sasrec-llm2rec+average"])

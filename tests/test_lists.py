@@ -1,15 +1,18 @@
 """Lists for every user of a log are those that each user would be given alone."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import llm2rec as lr
 from llm2rec.data.sequences import Sequences
-from llm2rec.errors import ConfigError, DataError
+from llm2rec.errors import ArtifactError, ConfigError, DataError
 from llm2rec.serve import lists
+from llm2rec.serve.recommender import is_new
 from test_additions import run, trained  # noqa: F401 (fixtures)
 
 STRANGERS = pl.DataFrame(
@@ -43,9 +46,42 @@ def test_a_few_users_cost_the_same_however_many_there_are(run, monkeypatch):  # 
 
     sequences, served = Sequences.load(run.data), lr.load_row(run, "markov")
     monkeypatch.setattr(pl.Series, "cast", counting)
-    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None))
+    items = served.catalogue.frame
+    lists._table(sequences, sequences, np.arange(3), served, served.lists(2, None), items)
     assert sequences.n_users > 3 * 2  # premise
     assert set(written) == {3 * 2}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_lists_are_written_as_they_are_made(run, tmp_path, monkeypatch, ending):  # noqa: F811
+    read = pl.read_parquet if ending == "parquet" else pl.read_csv
+    whole, out = tmp_path / f"whole.{ending}", tmp_path / f"out.{ending}"
+    lr.recommend_users(run, whole, k=3, row="markov")
+    made, written = [], []
+    make, write, clean = lists._table, pl.DataFrame.write_parquet, lists.clean
+
+    def making(*given):
+        made.append("batch")
+        return make(*given)
+
+    def writing(frame, path):
+        written.append((len(made), len(frame)))
+        write(frame, path)
+
+    def cleaning(title):
+        made.append("title")
+        return clean(title)
+
+    monkeypatch.setattr(lists, "_table", making)
+    monkeypatch.setattr(lists, "clean", cleaning)
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", writing)
+    monkeypatch.setattr(lists, "USERS_AT_ONCE", 7)
+    monkeypatch.setattr(lists, "ROWS_AT_ONCE", 40)
+    assert lr.recommend_users(run, out, k=3, row="markov") == 40
+    assert made == ["title"] * 12 + ["batch"] * 6
+    assert written == [(12 + 2, 2 * 7 * 3), (12 + 4, 2 * 7 * 3), (12 + 6, 12 * 3)]
+    assert read(out).equals(read(whole))
+    assert {path.name for path in tmp_path.iterdir()} == {whole.name, out.name, "run", "new.csv"}
 
 
 def test_lists_hold_the_history_where_they_are_asked_to(run, tmp_path):  # noqa: F811
@@ -169,3 +205,53 @@ def test_a_row_that_is_loaded_once_gives_the_lists_of_recommend(run):  # noqa: F
         assert served.recommend(history, k=4) == lr.recommend(run, history, k=4)
     with pytest.raises(DataError, match="no item 'nonsense'"):
         served.recommend(["nonsense"])
+
+
+@pytest.mark.parametrize("new_items", [None, 0])
+def test_ids_list_no_item_that_was_held_out_from_them(run, new_items):  # noqa: F811
+    served = lr.load_row(run, "sasrec-id")
+    held_out = torch.arange(12) == 4
+    served.scorer.items.blank(held_out)
+    served.new[held_out] = True
+    lists = served.recommend(["i03"], k=20, exclude_history=False, new_items=new_items)
+    scores = served.scorer.score(torch.tensor([[4]]))[0]
+    expected = [served.catalogue.item_ids[item] for item in scores.argsort(descending=True) if item != 4]
+    assert scores[4] == 0 and scores.min() < 0  # premise: it would not be the last
+    assert [item.item_id for item in lists] == expected
+
+
+def test_what_ids_do_not_know_the_average_with_text_lists(run):  # noqa: F811
+    served = lr.load_row(run, "sasrec-llm2rec+average")
+    served.scorer._first.items.blank(torch.arange(12) == 4)
+    assert "i04" in [item.item_id for item in served.recommend(["i03"], k=20)]
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, pl.Series, iter])
+def test_a_history_may_be_any_row_of_ids(run, kind):  # noqa: F811
+    served = lr.load_row(run, "markov")
+    assert served.recommend(kind(["i05", "i01"]), k=4) == served.recommend(["i05", "i01"], k=4)
+    with pytest.raises(ConfigError, match="the history is empty"):
+        served.recommend(kind([]))
+    with pytest.raises(DataError, match="no item 'nonsense'"):
+        served.recommend(kind(["nonsense"]))
+
+
+@pytest.mark.parametrize("row", ["markov", "sasrec-id", "sasrec-llm2rec", "sasrec-llm2rec+average"])
+def test_a_row_in_memory_reads_its_run_no_more(run, row):  # noqa: F811
+    served = lr.load_row(run, row)
+    before = served.recommend(["i03"], k=4)
+    shutil.rmtree(run.folder)
+    assert served.recommend(["i03"], k=4) == before
+
+
+def test_a_row_in_memory_says_once_that_it_has_fewer_new_items_than_asked_for(run, capsys):  # noqa: F811
+    served = lr.load_row(run, "sasrec-llm2rec")
+    for wanted in (2, 2, 3):
+        served.recommend(["i05"], k=4, new_items=wanted)
+    assert capsys.readouterr().err.count("note: 0 of the 12 items have no training event") == 1
+
+
+def test_a_log_with_more_items_than_are_scored_is_refused(run):  # noqa: F811
+    assert torch.equal(is_new(run.domain(), 13), torch.arange(13) == 12)
+    with pytest.raises(ArtifactError, match="has 12 items, of which only 11 can be scored"):
+        is_new(run.domain(), 11)

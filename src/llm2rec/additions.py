@@ -12,12 +12,11 @@ import polars as pl
 from llm2rec import artifacts, progress
 from llm2rec.data import readers
 from llm2rec.data.embeddings import ItemEmbeddings
-from llm2rec.data.tables import ITEM, Catalogue
+from llm2rec.data.tables import Catalogue
 from llm2rec.data.texts import item_texts
 from llm2rec.errors import ArtifactError, ConfigError, DataError, first_few
 from llm2rec.runs import Domain, Run, open_run
 from llm2rec.serve import added
-from llm2rec.serve.recommender import trained_catalogue
 from llm2rec.stages.base import vector_sets
 from llm2rec.stages.language import encode_stages, encode_texts
 
@@ -49,7 +48,8 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
         How many items were added, and how many were known.
 
     Raises:
-        DataError: the table is not valid, or gives an item that the run knows another text.
+        DataError: the table is not valid, gives an item that the run knows another text, or has columns of other
+            types than the run's items.
         ConfigError: the run has no row over text; several domains and none named.
         ArtifactError: the run is not encoded, or not as its recipe now says; another process works in it.
     """
@@ -62,9 +62,9 @@ def add_items(run: str | Path | Run, items: str | Path, domain: str | None = Non
         _require_current(run, [place.embeddings(name) for name in sets])
         new = readers.read_items(Path(items), place.config.columns.of_items(), at_least=1)
         since, kept = _added_before(run, place, sets)
-        trained = trained_catalogue(place)
+        trained = added.trained_catalogue(place)
         known = trained if since is None else added.joined(trained, since)
-        unknown, texts = _unknown(known, new, place.config.text, str(items))
+        unknown, texts = _unknown(known, trained, new, place.config.text, str(items))
         outdated = len(since) if since is not None and kept != sets else 0
         if outdated:
             progress.say(f"note: {outdated:,} items added before are encoded anew for rows that need it")
@@ -82,24 +82,29 @@ def _added_before(run: Run, domain: Domain, sets: list[str]) -> tuple[Catalogue 
     before = added.items(domain)
     if before is None:
         return None, []
-    trained = trained_catalogue(domain).frame[ITEM].implode()
-    since = Catalogue(before.frame.filter(~pl.col(ITEM).is_in(trained)))
-    if len(since) == len(before):
-        return since, added.current_sets(domain, sets)
-    if len(since):
-        return since, []
-    artifacts.move_aside(domain.added, run.folder)
-    return None, []
+    since = added.still_new(before, added.trained_catalogue(domain))
+    if since is None:
+        artifacts.move_aside(domain.added, run.folder)
+        return None, []
+    return since, added.current_sets(domain, sets) if len(since) == len(before) else []
 
 
-def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tuple[Catalogue, dict[str, str]]:
+def _unknown(
+    known: Catalogue, trained: Catalogue, new: Catalogue, template: str, origin: str
+) -> tuple[Catalogue, dict[str, str]]:
     """The items of a table that the run does not know, and the text of every item, by its id.
 
+    Args:
+        trained: the items trained on, the first of `known`, from which alone the run made their texts.
+
     Raises:
-        DataError: an item that the run knows has another text in the table.
+        DataError: an item that the run knows has another text in the table, or a column of it has another type,
+            beside which the items trained on would read otherwise.
     """
     whole = added.joined(known, new)  # a column that one of the tables lacks is empty there
     texts = item_texts(whole, template)
+    if texts[: len(trained)] != item_texts(trained, template):
+        raise added.other_types(known, new)
     before = dict(zip(known.item_ids, texts, strict=False))
     now = dict(zip(new.item_ids, texts[len(known) :], strict=True))
     changed = [item for item, text in now.items() if before.get(item, text) != text]
@@ -111,7 +116,7 @@ def _unknown(known: Catalogue, new: Catalogue, template: str, origin: str) -> tu
             "or leave it out"
         )
     fresh = pl.Series([item not in before for item in new.item_ids], dtype=pl.Boolean)
-    return Catalogue(new.frame.filter(fresh)), before | now
+    return Catalogue(whole.frame[len(known) :].filter(fresh)), before | now
 
 
 def _require_current(run: Run, folders: list[Path]) -> None:

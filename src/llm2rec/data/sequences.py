@@ -228,6 +228,7 @@ def _flat(log: Interactions, parts: np.ndarray, catalogue: Catalogue) -> Sequenc
     index = pl.DataFrame({ITEM: catalogue.item_ids}).with_row_index("item_index", offset=1)
     places = log.ids(ITEM).to_frame(ITEM).with_columns(pl.col(ITEM).cast(pl.String))
     known = places.join(index, on=ITEM, how="left", maintain_order="left")["item_index"].fill_null(0).to_numpy()
+    assert len(known) == len(places)  # every id of the catalogue stands there once
     user_ids = log.ids(USER).gather(users).rename(USER)
     items = known.astype(np.int32)[log.codes(ITEM)]
     ticks = log.ticks_per_second()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import Lists, ServedRow, load_row, opened
 
 USERS_AT_ONCE = 256
+ROWS_AT_ONCE = 2**18  # held before they are written, 40 MB
 COLUMNS = ("user_id", "place", "item_id", "title", "score", "new")
-WRITERS = {".parquet": "write_parquet", ".csv": "write_csv"}
+WRITERS = {".parquet": "sink_parquet", ".csv": "sink_csv"}
 
 
 def recommend_users(
@@ -42,6 +44,8 @@ def recommend_users(
     holds the item). All that is known of a user is the history: of the run's own users their held-out events, too.
     The items of it are hidden, and of a `log` those that the filters leave out of the history as well: what was
     rated low is not listed. The run keeps no such events of its own users, whose lists may hold the items of them.
+
+    Lists are written as they are made, beside the table, which takes its place once it is whole.
 
     Args:
         run: a finished run, or its folder.
@@ -71,10 +75,10 @@ def recommend_users(
         histories, consumed = _read(place, Path(log), served.catalogue)
     served.require_readable(int(np.asarray(histories.items).max()))
     hidden = consumed if exclude_history else None
-    tables = [_table(histories, hidden, users, served, lists) for users in _batches(histories.n_users)]
-    table = pl.concat(tables)
-    _write(table, out)
-    return table["user_id"].n_unique()
+    titles = [clean(title) for title in served.catalogue.titles]
+    items = served.catalogue.frame.select(ITEM, pl.Series(TITLE, titles))
+    tables = (_table(histories, hidden, users, served, lists, items) for users in _batches(histories.n_users))
+    return _write(tables, out)
 
 
 def _check_out(out: Path, run: Run) -> None:
@@ -104,17 +108,48 @@ def _columns(table: Path) -> list[str]:
         return []
 
 
-def _write(table: pl.DataFrame, out: Path) -> None:
-    """Writes a table all at once: a reader sees the old one or the whole new one."""
+def _write(tables: Iterable[pl.DataFrame], out: Path) -> int:
+    """Writes tables as one, all at once: a reader sees the old one or the whole new one.
+
+    Args:
+        tables: of different users each.
+
+    Returns:
+        How many users there are.
+    """
+    users = 0
+    parts: list[Path] = []
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        for table in _gathered(tables):
+            users += table["user_id"].n_unique()
+            parts.append(Path(folder) / f"{len(parts)}.parquet")
+            with _failure_named(out):
+                table.write_parquet(parts[-1])
         unfinished = Path(folder) / out.name
-        try:
-            getattr(table, WRITERS[out.suffix])(unfinished)
+        with _failure_named(out):
+            getattr(pl.scan_parquet(parts, glob=False), WRITERS[out.suffix])(unfinished)
             os.replace(unfinished, out)
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise ArtifactError(
-                f"cannot write {out} ({error}); free some space or choose another place"
-            ) from error
+    return users
+
+
+def _gathered(tables: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+    """The tables, as many as one as have ROWS_AT_ONCE rows."""
+    waiting: list[pl.DataFrame] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= ROWS_AT_ONCE:
+            yield pl.concat(waiting)
+            waiting = []
+    if waiting:
+        yield pl.concat(waiting)
+
+
+@contextmanager
+def _failure_named(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise ArtifactError(f"cannot write {out} ({error}); free some space or choose another place") from error
 
 
 def _read(domain: Domain, path: Path, catalogue: Catalogue) -> tuple[Sequences, Sequences]:
@@ -168,23 +203,28 @@ def _table(
     users: np.ndarray,
     served: ServedRow,
     lists: Lists,
+    items: pl.DataFrame,
 ) -> pl.DataFrame:
-    """The lists of some users, one row an item, without what `hidden` has of the same users."""
+    """The lists of some users, one row an item, without what `hidden` has of the same users.
+
+    Args:
+        items: item_id and the title to show, (N, 2).
+    """
     seen = [torch.from_numpy(histories.latest(users, served.window).astype(np.int64))]
     if lists.needs_times:
         seen.append(torch.from_numpy(histories.latest_times(users, served.window)))
     unwanted = seen[0][:, :0] if hidden is None else _everything(hidden, users)
     # What the row cannot know it does not list either.
-    items, scores = lists.of(seen, unwanted.masked_fill(unwanted > served.scorer.n_items, 0))
-    rows, places = (items > 0).nonzero(as_tuple=True)
-    index = items[rows, places]
-    chosen = served.catalogue.frame[(index - 1).numpy()]
+    best, scores = lists.of(seen, unwanted.masked_fill(unwanted > served.scorer.n_items, 0))
+    rows, places = (best > 0).nonzero(as_tuple=True)
+    index = best[rows, places] - 1
+    chosen = items[index.numpy()]
     columns = (
         histories.user_ids.gather(users[rows.numpy()]).cast(pl.String),
         (places + 1).numpy(),
         chosen[ITEM],
-        [clean(title) for title in chosen[TITLE]],
+        chosen[TITLE],
         scores[rows, places].numpy(),
-        lists.new[index - 1].numpy(),
+        lists.new[index].numpy(),
     )
     return pl.DataFrame(dict(zip(COLUMNS, columns, strict=True)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class ScoredItem:
 
 def recommend(
     run: str | Path | Run,
-    history: SequenceOf[str],
+    history: Iterable[str],
     k: int = 10,
     row: str = "sasrec-llm2rec",
     exclude_history: bool = True,
@@ -88,9 +89,14 @@ def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | N
     run = opened(run)
     require_row(run, row)
     place = run.domain(domain)
-    catalogue = added.load_catalogue(place)
+    catalogue = added.load_catalogue(place, with_vectors=_reads_text(row))
     index = {item_id: number for number, item_id in enumerate(catalogue.item_ids, start=1)}
-    return ServedRow(place, row, load_scorer(place, row, 0, with_added=True), catalogue, index)
+    scorer = load_scorer(place, row, 0, with_added=True)
+    return ServedRow(place, row, scorer, catalogue, index, is_new(place, scorer.n_items))
+
+
+def _reads_text(row: str) -> bool:
+    return row not in FLOORS and Row.parse(row).vectors is not None
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,7 @@ class ServedRow:
     """A recommender of a run in memory, with the items that it lists; made by `load_row`.
 
     catalogue: the items trained on, then those added since. index: outside id -> item_index (1..N).
+    new: bool for each item that the scorer scores, as `is_new` says.
     """
 
     domain: Domain
@@ -105,10 +112,12 @@ class ServedRow:
     scorer: Scorer
     catalogue: Catalogue
     index: dict[str, int]
+    new: torch.Tensor
+    _said: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def recommend(
         self,
-        history: SequenceOf[str],
+        history: Iterable[str],
         k: int = 10,
         exclude_history: bool = True,
         new_items: int | None = None,
@@ -117,9 +126,10 @@ class ServedRow:
         lists = self.lists(k, new_items)
         if isinstance(history, str):
             raise ConfigError(f"history is the text {history!r}; give a list of item ids")
+        history = [str(item_id) for item_id in history]
         if not history:
             raise ConfigError("the history is empty; give at least one item id")
-        indices = [self.index.get(str(item_id)) or index_of(self.catalogue, item_id) for item_id in history]
+        indices = [self.index.get(item_id) or index_of(self.catalogue, item_id) for item_id in history]
         self.require_readable(max(indices))
         if lists.needs_times:
             raise ConfigError(
@@ -130,7 +140,7 @@ class ServedRow:
         return listed(self.catalogue, items[0], scores[0], lists.new)
 
     def lists(self, k: int, new_items: int | None) -> Lists:
-        """What makes lists of `k` items; says where fewer new items than asked for can be had.
+        """What makes lists of `k` items; says once where fewer new items than asked for can be had.
 
         Raises:
             ConfigError: k < 1, or `new_items` outside 0..k, or above 0 of a row without text.
@@ -139,17 +149,21 @@ class ServedRow:
             raise ConfigError(f"k must be at least 1, got {k}")
         if new_items is not None and not 0 <= new_items <= k:
             raise ConfigError(f"new_items must be from 0 to k = {k}, got {new_items}")
-        if new_items and (self.row in FLOORS or Row.parse(self.row).vectors is None):
+        if new_items and not _reads_text(self.row):
             raise ConfigError(
                 f"row {self.row!r} knows nothing of items without training events; ask a row over text"
             )
-        new = is_new(self.domain, self.scorer.n_items)
-        if new_items and int(new.sum()) < new_items:
-            progress.say(
-                f"note: {int(new.sum())} of the {len(new):,} items have no training event, so no list has "
-                f"{new_items} new ones; `add-items` makes items known"
+        if new_items and (available := int(self.new.sum())) < new_items:
+            self._say_once(
+                f"note: {available} of the {len(self.new):,} items have no training event, so no list has more "
+                "new ones; `add-items` makes items known"
             )
-        return Lists(self.scorer, new, k, new_items)
+        return Lists(self.scorer, self.new, k, new_items)
+
+    def _say_once(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            progress.say(note)
 
     @property
     def window(self) -> int:
@@ -168,6 +182,9 @@ class ServedRow:
 @dataclass(frozen=True)
 class Lists:
     """Makes lists of the `k` best items by a scorer, with exactly `new_items` new ones unless that is None.
+
+    Items that the scorer says it does not know are not listed: learned ids give those held out as cold the score
+    0, which may be above all others.
 
     new: (N,) bool, as `is_new` says.
     """
@@ -190,16 +207,27 @@ class Lists:
             hidden: (B, L) item_index that must not be listed, padded with 0.
         """
         scores = self.scorer.score(*seen)
-        if self.new_items is None:
+        known = getattr(self.scorer, "known", None)
+        if self.new_items is not None:  # what ids do not know is new, and they keep no places for new ones
+            items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
+        elif known is None or known.all():
             items = top_k(scores, self.k, hidden)[0]
         else:
-            items = with_new_items(scores, hidden, self.new, self.k, self.new_items)
+            items = _best_of(known.nonzero()[:, 0], scores, hidden, self.k)
         return items, scores.gather(1, (items - 1).clamp(min=0))
 
 
 def is_new(domain: Domain, n_items: int) -> torch.Tensor:
-    """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since."""
+    """Which of the first items have no training event, (n_items,) bool: held-out ones, and all added since.
+
+    Raises:
+        ArtifactError: the log has more items.
+    """
     counts = torch.from_numpy(Sequences.load(domain.data).training_counts())
+    if n_items < len(counts):
+        raise ArtifactError(
+            f"{domain.data} has {len(counts):,} items, of which only {n_items:,} can be scored; run `fit` again"
+        )
     return F.pad(counts, (0, n_items - len(counts))) == 0
 
 
@@ -251,7 +279,7 @@ def similar(
     place = run.domain(domain)
     catalogue = added.load_catalogue(place)
     index = index_of(catalogue, item)
-    matrix = load_vectors(place, vectors, trained_catalogue(place))
+    matrix = load_vectors(place, vectors, added.trained_catalogue(place))
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
     return nearest(catalogue, matrix, [index], k, is_new(place, len(matrix)))[0]
@@ -303,7 +331,7 @@ def load_trained(domain: Domain, row: str, seed: int, with_added: bool = False) 
     """The recommender of a trained row; errors as `load_scorer`."""
     folder = domain.recommender(row, seed)
     name = artifacts.require(folder, "fit").summary["vectors"]
-    catalogue = trained_catalogue(domain)
+    catalogue = added.trained_catalogue(domain)
     vectors = load_vectors(domain, name, catalogue) if name else None
     since = _added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
     return model.load(folder, vectors, added=since, item_ids=catalogue.item_ids)
@@ -353,12 +381,6 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
             else (f"ids look like {first_few(catalogue.item_ids, 3)}")
         )
         raise DataError(f"there is no item {item_id!r} in the catalogue; {hint}") from None
-
-
-def trained_catalogue(domain: Domain) -> Catalogue:
-    """The items that the recommenders were trained on."""
-    artifacts.require(domain.data, "prepare")
-    return Catalogue.read(domain.data / "catalogue.parquet")
 
 
 def listed(catalogue: Catalogue, items: torch.Tensor, scores: torch.Tensor, new: torch.Tensor) -> list[ScoredItem]:
