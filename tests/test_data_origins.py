@@ -103,6 +103,31 @@ def test_parts_whose_columns_have_grown_are_one_log(tmp_path, first, second):
     assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pl.lit(float("nan")), pl.lit("new")),
+        (pl.lit(True), pl.lit(1)),
+        (pl.lit(1).cast(pl.Datetime), pl.lit(1).cast(pl.Datetime("us", "UTC"))),
+        (pl.lit("p").cast(pl.Enum(["p"])), pl.lit("q").cast(pl.Enum(["q"]))),
+    ],
+    ids=["nan and text", "bool and int", "naive and aware", "two enums"],
+)
+def test_parts_may_differ_in_columns_that_are_not_read(tmp_path, first, second):
+    LOG[:2].with_columns(first.alias("channel")).write_parquet(tmp_path / "a.parquet")
+    LOG[2:].with_columns(second.alias("channel")).write_parquet(tmp_path / "b.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
+    with pytest.raises(DataError, match="no column 'label'; it has .*'channel'"):
+        readers.read_interactions(tmp_path, {"item_id": "label"})
+
+
+def test_parts_whose_ids_are_of_two_enums_are_one_log(tmp_path):
+    for name, part in {"a": LOG[:2], "b": LOG[2:]}.items():
+        users = pl.col("user_id").cast(pl.Enum(part["user_id"].unique()))
+        part.with_columns(users).write_parquet(tmp_path / f"{name}.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_moments_of_two_units_are_one_time(tmp_path, order):
     for name, part, moments in zip("ab", (LOG[:2], LOG[2:]), MOMENTS[::order], strict=True):
