@@ -128,6 +128,19 @@ def test_parts_whose_ids_are_of_two_enums_are_one_log(tmp_path):
     assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_ids_too_large_for_the_decimals_of_another_part_are_refused_with_that_part(tmp_path, names):
+    whole = pl.DataFrame({"user_id": [2**60 + 1, 7], "item_id": ["x", "y"], "timestamp": [1, 2]})
+    decimal = pl.DataFrame({"user_id": [7.0, 8.0], "item_id": ["x", "y"], "timestamp": [3, 4]})
+    for name, part in zip(names, (whole, decimal), strict=True):
+        part.write_parquet(tmp_path / f"{name}.parquet")
+    what = f"{names[1]}.parquet has 'user_id' with a decimal point, .* the {2**60 + 1} of {names[0]}.parquet"
+    with pytest.raises(DataError, match=what):
+        readers.read_interactions(tmp_path)
+    whole[1:].write_parquet(tmp_path / f"{names[0]}.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == [("7", "y", 2), ("7", "x", 3), ("8", "y", 4)]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_moments_of_two_units_are_one_time(tmp_path, order):
     for name, part, moments in zip("ab", (LOG[:2], LOG[2:]), MOMENTS[::order], strict=True):

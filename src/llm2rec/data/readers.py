@@ -15,6 +15,7 @@ from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows, ref
 from llm2rec.data.tables import (
     FILE,
     ITEM,
+    LARGEST_EXACT_FLOAT,
     RATING,
     TIME,
     TITLE,
@@ -179,6 +180,7 @@ def _scan_parquet(files: list[Path], folder: Path | None, read: Collection[str] 
     found = {name for columns in groups for name, _ in columns}
     unread = set() if read is None else found - set(read)
     _require_one_kind(groups, unread)
+    _require_room(groups, unread)
     below = _keys(one.relative_to(folder) for one in files) if folder else set()
     above = _keys(files) - below if below else set()  # polars reads them too
     both = (below | above) & found
@@ -213,6 +215,19 @@ def _require_one_kind(groups: Mapping[Columns, list[Path]], unread: Collection[s
                 raise DataError(
                     f"{file} has {name!r} as {kind}, where {place.name} has it as {other}; "
                     "write it alike in all files"
+                )
+
+
+def _require_room(groups: Mapping[Columns, list[Path]], unread: Collection[str]) -> None:
+    """Raises DataError where whole numbers of one file are too large for the decimals that another has."""
+    decimal = {name: files[0] for columns, files in groups.items() for name, kind in columns if kind.is_float()}
+    for columns, files in groups.items():
+        for name in [name for name, kind in columns if kind.is_integer() and name in decimal.keys() - unread]:
+            highest = collect(pl.scan_parquet(files, glob=False).select(pl.col(name).max()), str(files[0])).item()
+            if highest is not None and highest > LARGEST_EXACT_FLOAT:
+                raise DataError(
+                    f"{decimal[name]} has {name!r} with a decimal point, which keeps no whole number as large as "
+                    f"the {highest} of {files[0].name} and files like it; write it as whole numbers in all files"
                 )
 
 
