@@ -19,6 +19,7 @@ import llm2rec as lr
 from conftest import cyclic_log, printed
 from llm2rec import artifacts, comparison, precision
 from llm2rec.config import RecommenderConfig, SplitConfig
+from llm2rec.data import sources
 from llm2rec.data.embeddings import ItemEmbeddings
 from llm2rec.data.sequences import TEST, VALIDATION, Sequences
 from llm2rec.data.tables import Catalogue
@@ -462,6 +463,7 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
         ("csft.learning_rate=0.5", "csft was made with csft.learning_rate "),
         ("iem.mntp.steps=0", "mntp was made with iem.mntp.steps "),
         ("model.source=smollm2-135m-instruct-q4", "was made with model.source another model, the recipe now"),
+        ("model.source=Qwen/Qwen2.5-0.5B", "model.source another model, the recipe now says 'Qwen/Qwen2.5-0.5B'"),
         ("encode.pooling=last", "was made with encode.pooling 'mean', the recipe now says 'last'"),
         ("recommender.layers=7", "sasrec-.*/seed-0 was made with recommender.layers 2, the recipe now says 7"),
         ("recommender.smoothing=0.5", "was made with recommender.smoothing 0.0, the recipe now says 0.5"),
@@ -474,6 +476,21 @@ def test_compare_refuses_settings_that_no_result_was_made_with(finished, world, 
     recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), change))
     with pytest.raises(ArtifactError, match=said):
         lr.compare([Run(finished.folder, recipe)], against="markov")
+
+
+def test_compare_refuses_results_of_another_model_than_the_random_one(copied, world):
+    manifest = artifacts.read_json(copied / "csft" / artifacts.MANIFEST)
+    manifest["inputs"]["model.source"] = sources.MODELS["smollm2-135m-instruct-q4"].content_hash
+    artifacts.write_json(copied / "csft" / artifacts.MANIFEST, manifest)
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"csft was made with model\.source another .* 'tiny-random'"):
+            lr.compare([copied], against="markov")
+        shutil.rmtree(copied / "backbone", ignore_errors=True)
+
+
+def test_compare_passes_over_where_a_model_lies(finished, world):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), "model.source=/gone/model"))
+    assert lr.compare([Run(finished.folder, recipe)], against="markov")["comparisons"]
 
 
 def test_compare_passes_over_what_no_training_reads(finished, world):
