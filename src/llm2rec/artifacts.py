@@ -394,7 +394,10 @@ def link(source: str | Path, target: str | Path) -> None:
 
 @contextmanager
 def turn(lock: Path) -> Iterator[None]:
-    """Waits until no other process is inside `turn` with the same file, then keeps others waiting."""
+    """Waits until no other process is inside `turn` with the same file, then keeps others waiting.
+
+    On a file system without locks (Lustre or NFS, often) nobody waits, which is said.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as stream:
         try:
@@ -402,6 +405,11 @@ def turn(lock: Path) -> Iterator[None]:
         except BlockingIOError:
             progress.say(f"waiting for another process, which holds {lock}")
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            progress.say(
+                f"note: {lock.parent} is on a file system without locks ({error.strerror}); "
+                "start other processes when this one has what it fetches or converts"
+            )
         yield
 
 
