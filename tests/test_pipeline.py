@@ -34,6 +34,7 @@ from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
+from llm2rec.stages.evaluation import evaluate_stages
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
 from llm2rec.stages.language import encode_texts
 from llm2rec.stages.recommenders import unread_by
@@ -851,6 +852,20 @@ def test_an_encoder_of_another_run_gives_that_run_s_vectors(finished, world, tmp
     theirs = tmp_path / "theirs"
     encode_texts(finished, name, catalogue.item_ids, item_texts(catalogue, "{title}"), theirs)
     assert (ours.vectors == ItemEmbeddings.load(theirs).vectors).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reference"),
+    [
+        (["popularity", "sasrec-id"], "sasrec-id"),
+        (["sasrec-id", "popularity"], None),
+        (["popularity", "markov"], None),
+    ],
+)
+def test_an_evaluation_against_a_floor_of_before_is_not_kept(finished, world, rows, reference):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), f"recommender.rows={rows}"))
+    (stage,) = evaluate_stages(Run(finished.folder, recipe))
+    assert stage.inputs().get("reference") == reference
 
 
 @pytest.fixture(scope="module")
