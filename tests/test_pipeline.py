@@ -291,11 +291,15 @@ def test_validation_ranks_as_the_test_does(copied, world):
 
 def test_a_stage_that_was_begun_and_left_by_the_recipe_is_put_aside(copied, world):
     shutil.rmtree(copied / "iem")
-    (copied / "iem").mkdir()
-    (copied / "iem" / "started.json").write_text("{}")
+    aside = copied / "superseded" / "20260101-000000" / "recommender" / "main" / "sasrec-id" / "seed-7"
+    for begun in (copied / "iem", aside):
+        (begun / artifacts.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)
+        (begun / "started.json").write_text("{}")
     rerun(copied, world, "recommender.rows=[popularity, markov]")
     assert lr.open_run(copied).unfinished() is None
     assert list((copied / "superseded").rglob("iem/started.json"))
+    assert (aside / "started.json").is_file()
+    assert not list((copied / "superseded").rglob(artifacts.CHECKPOINTS)), "nothing goes on from them"
 
 
 def test_what_rows_left_behind_is_not_shown(copied, world):

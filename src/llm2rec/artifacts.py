@@ -295,6 +295,13 @@ def tidy(folder: Path, run_folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
+def tidy_superseded(run_folder: Path) -> None:
+    """Removes the checkpoints of all that was moved aside: of a finished run no stage goes on from them."""
+    for name in (CHECKPOINTS, DROPPED):
+        for checkpoints in list((run_folder / SUPERSEDED).rglob(name)):
+            _drop_checkpoints(checkpoints.parent)
+
+
 def _drop_checkpoints(folder: Path) -> None:
     """Deletes the checkpoints of a stage, of which at no moment some are half there."""
     shutil.rmtree(folder / DROPPED, ignore_errors=True)
