@@ -228,11 +228,15 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path):
         pass
 
 
-def test_a_file_system_without_locks_is_named_as_the_reason(tmp_path, monkeypatch):
+@pytest.fixture
+def without_locks(monkeypatch):
     def unsupported(*args):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(artifacts.fcntl, "flock", unsupported)
+
+
+def test_a_file_system_without_locks_is_named_as_the_reason(tmp_path, without_locks):
     with (
         pytest.raises(
             ArtifactError, match=r"no locks \(Operation not supported\); choose an --out on a local disk"
@@ -336,3 +340,9 @@ def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch):
             waiting = pool.submit(wait)
             assert "waiting for another process" in said.get(timeout=20)
         assert waiting.result(20)
+
+
+def test_on_a_file_system_without_locks_nobody_waits_which_is_said(tmp_path, without_locks, capsys):
+    with artifacts.turn(tmp_path / "films.lock"), artifacts.turn(tmp_path / "films.lock"):
+        said = capsys.readouterr().err
+    assert "without locks (Operation not supported); start other processes when" in " ".join(said.split())

@@ -104,6 +104,44 @@ def test_parts_whose_columns_have_grown_are_one_log(tmp_path, first, second):
     assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pl.lit(float("nan")), pl.lit("new")),
+        (pl.lit(True), pl.lit(1)),
+        (pl.lit(1).cast(pl.Datetime), pl.lit(1).cast(pl.Datetime("us", "UTC"))),
+        (pl.lit("p").cast(pl.Enum(["p"])), pl.lit("q").cast(pl.Enum(["q"]))),
+    ],
+    ids=["nan and text", "bool and int", "naive and aware", "two enums"],
+)
+def test_parts_may_differ_in_columns_that_are_not_read(tmp_path, first, second):
+    LOG[:2].with_columns(first.alias("channel")).write_parquet(tmp_path / "a.parquet")
+    LOG[2:].with_columns(second.alias("channel")).write_parquet(tmp_path / "b.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
+    with pytest.raises(DataError, match="no column 'label'; it has .*'channel'"):
+        readers.read_interactions(tmp_path, {"item_id": "label"})
+
+
+def test_parts_whose_ids_are_of_two_enums_are_one_log(tmp_path):
+    for name, part in {"a": LOG[:2], "b": LOG[2:]}.items():
+        users = pl.col("user_id").cast(pl.Enum(part["user_id"].unique()))
+        part.with_columns(users).write_parquet(tmp_path / f"{name}.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == EVENTS
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_ids_too_large_for_the_decimals_of_another_part_are_refused_with_that_part(tmp_path, names):
+    whole = pl.DataFrame({"user_id": [2**60 + 1, 7], "item_id": ["x", "y"], "timestamp": [1, 2]})
+    decimal = pl.DataFrame({"user_id": [7.0, 8.0], "item_id": ["x", "y"], "timestamp": [3, 4]})
+    for name, part in zip(names, (whole, decimal), strict=True):
+        part.write_parquet(tmp_path / f"{name}.parquet")
+    what = f"{names[1]}.parquet has 'user_id' with a decimal point, .* the {2**60 + 1} of {names[0]}.parquet"
+    with pytest.raises(DataError, match=what):
+        readers.read_interactions(tmp_path)
+    whole[1:].write_parquet(tmp_path / f"{names[0]}.parquet")
+    assert readers.read_interactions(tmp_path).frame.rows() == [("7", "y", 2), ("7", "x", 3), ("8", "y", 4)]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_moments_of_two_units_are_one_time(tmp_path, order):
     for name, part, moments in zip("ab", (LOG[:2], LOG[2:]), MOMENTS[::order], strict=True):

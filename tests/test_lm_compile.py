@@ -61,6 +61,17 @@ def test_traced_layers_give_the_loss_and_the_gradients_of_plain_ones_in_few_grap
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_kinds_of_rows_are_compiled_than_torch_allows_by_itself(tiny_folder, traced):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = backbones.load_for_training(tiny_folder, torch.float32, causal=True, compiled=True)
+    for lengths in ([5, 9, 3], [3] * 12 + [30, 40], [8, 7, 7, 2], [4] * 15 + [50, 60]):
+        gradients(compiled, batch(lengths))
+    frames = torch._dynamo.utils.counters["frames"]
+    assert (frames["total"], frames["ok"]) == (2, 2), "one graph for rows of one block, one for rows of two"
+
+
 @pytest.mark.slow
 @with_compiler
 def test_compiled_layers_give_the_loss_and_the_gradients_of_plain_ones(tiny_folder):

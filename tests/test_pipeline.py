@@ -34,6 +34,7 @@ from llm2rec.runs import Run, create_run, write_resolved
 from llm2rec.serve.recommender import load_scorer, load_vectors
 from llm2rec.stages import judging
 from llm2rec.stages.base import dtype_of, load_mixture
+from llm2rec.stages.evaluation import evaluate_stages
 from llm2rec.stages.judging import distinct_names, embedding_maps, ties_in_words
 from llm2rec.stages.language import encode_texts
 from llm2rec.stages.recommenders import unread_by
@@ -299,11 +300,15 @@ def test_validation_ranks_as_the_test_does(copied, world):
 
 def test_a_stage_that_was_begun_and_left_by_the_recipe_is_put_aside(copied, world):
     shutil.rmtree(copied / "iem")
-    (copied / "iem").mkdir()
-    (copied / "iem" / "started.json").write_text("{}")
+    aside = copied / "superseded" / "20260101-000000" / "recommender" / "main" / "sasrec-id" / "seed-7"
+    for begun in (copied / "iem", aside):
+        (begun / artifacts.CHECKPOINTS / "checkpoint-1").mkdir(parents=True)
+        (begun / "started.json").write_text("{}")
     rerun(copied, world, "recommender.rows=[popularity, markov]")
     assert lr.open_run(copied).unfinished() is None
     assert list((copied / "superseded").rglob("iem/started.json"))
+    assert (aside / "started.json").is_file()
+    assert not list((copied / "superseded").rglob(artifacts.CHECKPOINTS)), "nothing goes on from them"
 
 
 def test_what_rows_left_behind_is_not_shown(copied, world):
@@ -488,6 +493,7 @@ def test_compare_refuses_ranks_with_and_without_the_history(finished, copied, wo
         ("csft.learning_rate=0.5", "csft was made with csft.learning_rate "),
         ("iem.mntp.steps=0", "mntp was made with iem.mntp.steps "),
         ("model.source=smollm2-135m-instruct-q4", "was made with model.source another model, the recipe now"),
+        ("model.source=Qwen/Qwen2.5-0.5B", "model.source another model, the recipe now says 'Qwen/Qwen2.5-0.5B'"),
         ("encode.pooling=last", "was made with encode.pooling 'mean', the recipe now says 'last'"),
         ("recommender.layers=7", "sasrec-.*/seed-0 was made with recommender.layers 2, the recipe now says 7"),
         ("recommender.smoothing=0.5", "was made with recommender.smoothing 0.0, the recipe now says 0.5"),
@@ -500,6 +506,21 @@ def test_compare_refuses_settings_that_no_result_was_made_with(finished, world, 
     recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), change))
     with pytest.raises(ArtifactError, match=said):
         lr.compare([Run(finished.folder, recipe)], against="markov")
+
+
+def test_compare_refuses_results_of_another_model_than_the_random_one(copied, world):
+    manifest = artifacts.read_json(copied / "csft" / artifacts.MANIFEST)
+    manifest["inputs"]["model.source"] = sources.MODELS["smollm2-135m-instruct-q4"].content_hash
+    artifacts.write_json(copied / "csft" / artifacts.MANIFEST, manifest)
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"csft was made with model\.source another .* 'tiny-random'"):
+            lr.compare([copied], against="markov")
+        shutil.rmtree(copied / "backbone", ignore_errors=True)
+
+
+def test_compare_passes_over_where_a_model_lies(finished, world):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), "model.source=/gone/model"))
+    assert lr.compare([Run(finished.folder, recipe)], against="markov")["comparisons"]
 
 
 def test_compare_passes_over_what_no_training_reads(finished, world):
@@ -863,6 +884,20 @@ def test_an_encoder_of_another_run_gives_that_run_s_vectors(finished, world, tmp
     theirs = tmp_path / "theirs"
     encode_texts(finished, name, catalogue.item_ids, item_texts(catalogue, "{title}"), theirs)
     assert (ours.vectors == ItemEmbeddings.load(theirs).vectors).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reference"),
+    [
+        (["popularity", "sasrec-id"], "sasrec-id"),
+        (["sasrec-id", "popularity"], None),
+        (["popularity", "markov"], None),
+    ],
+)
+def test_an_evaluation_against_a_floor_of_before_is_not_kept(finished, world, rows, reference):
+    recipe = load_recipe(finished.folder / "recipe.yaml", (*overrides(world), f"recommender.rows={rows}"))
+    (stage,) = evaluate_stages(Run(finished.folder, recipe))
+    assert stage.inputs().get("reference") == reference
 
 
 @pytest.fixture(scope="module")

@@ -327,6 +327,13 @@ def tidy(folder: Path, run_folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
+def tidy_superseded(run_folder: Path) -> None:
+    """Removes the checkpoints of all that was moved aside: of a finished run no stage goes on from them."""
+    for name in (CHECKPOINTS, DROPPED):
+        for checkpoints in list((run_folder / SUPERSEDED).rglob(name)):
+            _drop_checkpoints(checkpoints.parent)
+
+
 def _drop_checkpoints(folder: Path) -> None:
     """Deletes the checkpoints of a stage, of which at no moment some are half there."""
     shutil.rmtree(folder / DROPPED, ignore_errors=True)
@@ -426,7 +433,10 @@ def link(source: str | Path, target: str | Path) -> None:
 
 @contextmanager
 def turn(lock: Path) -> Iterator[None]:
-    """Waits until no other process is inside `turn` with the same file, then keeps others waiting."""
+    """Waits until no other process is inside `turn` with the same file, then keeps others waiting.
+
+    On a file system without locks (Lustre or NFS, often) nobody waits, which is said.
+    """
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as stream:
         try:
@@ -434,6 +444,11 @@ def turn(lock: Path) -> Iterator[None]:
         except BlockingIOError:
             progress.say(f"waiting for another process, which holds {lock}")
             fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            progress.say(
+                f"note: {lock.parent} is on a file system without locks ({error.strerror}); "
+                "start other processes when this one has what it fetches or converts"
+            )
         yield
 
 

@@ -175,9 +175,13 @@ def _put_single_evaluation_aside(run: Run) -> None:
 
 
 def _put_abandoned_aside(run: Run) -> None:
-    """Of a run whose stages are all finished: what was begun once and is no stage of the recipe any more."""
+    """Of a run whose stages are all finished: what was begun once and is no stage of the recipe any more.
+
+    Checkpoints go: nothing of the recipe goes on from them.
+    """
     for folder in run.begun():
         artifacts.move_aside(folder, run.folder)
+    artifacts.tidy_superseded(run.folder)
 
 
 def _stages_of(run: Run, verb: str) -> list[Stage]:

@@ -16,6 +16,7 @@ from llm2rec.data.damage import refuse_damaged_records, refuse_damaged_rows, ref
 from llm2rec.data.tables import (
     FILE,
     ITEM,
+    LARGEST_EXACT_FLOAT,
     RATING,
     TIME,
     TITLE,
@@ -53,7 +54,7 @@ Columns: TypeAlias = tuple[tuple[str, pl.DataType], ...]  # names and types
 _MOVIELENS_COLUMNS = {"movie_id": "item_id", "movie_title": "title"}
 
 
-def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
+def scan_table(path: Path, wanted: Collection[str] = (), others: bool = True) -> pl.LazyFrame:
     """A CSV, TSV, JSON-lines or parquet file, or a folder of files of one kind, read when it is used.
 
     Text files may be compressed (`.gz`, `.zst`); cells of CSV stay text, CRLF and a byte-order mark are fine. Of a
@@ -63,6 +64,8 @@ def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     Args:
         wanted: columns to be found; a text file is separated by what shows most of them in its header, whatever
             its ending (comma, tab, semicolon or bar; the files of a folder all as the first).
+        others: whether further columns are read. Where not, they may be of another kind in each parquet file:
+            they keep their names, for errors, and are null.
 
     Raises:
         DataError: no such file, nothing readable in the folder, or an unknown ending.
@@ -70,7 +73,7 @@ def scan_table(path: Path, wanted: Collection[str] = ()) -> pl.LazyFrame:
     files, ending = _files_of(path)
     file = FILE if path.is_dir() else None
     if ending in PARQUET:
-        return _scan_parquet(files, path if path.is_dir() else None)
+        return _scan_parquet(files, path if path.is_dir() else None, None if others else wanted)
     if ending in JSON_LINES:  # all rows of all files: a field may come late
         tables = [
             pl.scan_ndjson(glob.escape(str(one)), infer_schema_length=None, include_file_paths=file)
@@ -162,31 +165,40 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _scan_parquet(files: list[Path], folder: Path | None) -> pl.LazyFrame:
+def _scan_parquet(files: list[Path], folder: Path | None, read: Collection[str] | None) -> pl.LazyFrame:
     """Parquet files; of a folder, keys in the names of the folders below it (`user_id=7`) become text columns.
 
     A column that some files lack is null there; of integers, floats or times of several widths the widest counts.
 
+    Args:
+        read: the columns that are read, the others are null; None: all.
+
     Raises:
-        DataError: a file is damaged, a key is a column as well, or a column is of another kind in another file.
+        DataError: a file is damaged, a key is a column as well, or a column that is read is of another kind in
+            another file.
     """
     groups: dict[Columns, list[Path]] = {}
     for one in files:
         columns = schema_of(pl.scan_parquet(one, glob=False), str(one))
         groups.setdefault(tuple(columns.items()), []).append(one)
-    _require_one_kind(groups)
+    found = {name for columns in groups for name, _ in columns}
+    unread = set() if read is None else found - set(read)
+    _require_one_kind(groups, unread)
+    _require_room(groups, unread)
     below = _keys(one.relative_to(folder) for one in files) if folder else set()
     above = _keys(files) - below if below else set()  # polars reads them too
-    both = (below | above) & {name for columns in groups for name, _ in columns}
+    both = (below | above) & found
     if both:
         raise DataError(
             f"{files[0]}: {sorted(both)[0]!r} is a column and the name of a folder; rename one of them"
         )
     keys = dict.fromkeys(sorted(below | above), pl.String()) or None
     file = FILE if folder else None
-    tables = [
-        pl.scan_parquet(group, glob=False, hive_schema=keys, include_file_paths=file) for group in groups.values()
-    ]
+    tables = []
+    for held, group in groups.items():
+        table = pl.scan_parquet(group, glob=False, hive_schema=keys, include_file_paths=file)
+        table = table.with_columns(pl.lit(None).alias(name) for name, _ in held if name in unread)
+        tables.append(table.with_columns(pl.col(pl.Enum).cast(pl.String)))  # the next group's may have others
     return pl.concat(tables, how="diagonal_relaxed").drop(above)
 
 
@@ -195,18 +207,31 @@ def _keys(files: Iterable[Path]) -> set[str]:
     return {part.partition("=")[0] for file in files for part in file.parent.parts if "=" in part}
 
 
-def _require_one_kind(groups: Mapping[Columns, list[Path]]) -> None:
+def _require_one_kind(groups: Mapping[Columns, list[Path]], unread: Collection[str]) -> None:
     """Raises DataError where a column holds numbers in one file and dates, say, or text in another."""
     known: dict[str, tuple[pl.DataType, Path]] = {}
     for columns, (file, *_) in groups.items():
         for name, kind in columns:
-            if kind == pl.Null:
+            if kind == pl.Null or name in unread:
                 continue
             other, place = known.setdefault(name, (kind, file))
             if _kind(kind) != _kind(other):
                 raise DataError(
                     f"{file} has {name!r} as {kind}, where {place.name} has it as {other}; "
                     "write it alike in all files"
+                )
+
+
+def _require_room(groups: Mapping[Columns, list[Path]], unread: Collection[str]) -> None:
+    """Raises DataError where whole numbers of one file are too large for the decimals that another has."""
+    decimal = {name: files[0] for columns, files in groups.items() for name, kind in columns if kind.is_float()}
+    for columns, files in groups.items():
+        for name in [name for name, kind in columns if kind.is_integer() and name in decimal.keys() - unread]:
+            highest = collect(pl.scan_parquet(files, glob=False).select(pl.col(name).max()), str(files[0])).item()
+            if highest is not None and highest > LARGEST_EXACT_FLOAT:
+                raise DataError(
+                    f"{decimal[name]} has {name!r} with a decimal point, which keeps no whole number as large as "
+                    f"the {highest} of {files[0].name} and files like it; write it as whole numbers in all files"
                 )
 
 
@@ -251,7 +276,7 @@ def read_interactions(
     columns = {ours: theirs for ours, theirs in (columns or {}).items() if ours in read}
     wanted = [columns.get(name, name) for name in read]
     with _damage_named(path, wanted):
-        table = renamed(scan_table(path, wanted), columns, str(path))
+        table = renamed(scan_table(path, wanted, others=False), columns, str(path))
         return Interactions.from_frame(table, str(path), further, at_least)
 
 

@@ -145,10 +145,15 @@ def _check_unnamed(key: str, source: str, named: dict[str, Source], mark: str, e
     if path.is_dir():
         if not (path / mark).is_file():
             raise ConfigError(f"{key}: {path} holds no model (there is no {path / mark})")
-    elif source.endswith(".gguf") or source.count("/") > 1 or source.startswith((".", "/", "~")):
+    elif looks_like_a_path(source):
         raise ConfigError(f"{key}: there is no file or folder {source!r}; {known}")
     else:
         _check_hub(key, source, known)
+
+
+def looks_like_a_path(source: str) -> bool:
+    """Whether a model is named by a file or folder, there or not, rather than by a hub id."""
+    return source.endswith(".gguf") or source.count("/") > 1 or source.startswith((".", "/", "~"))
 
 
 def _check_hub(key: str, name: str, known: str) -> None:

@@ -41,6 +41,9 @@ from llm2rec.processes import processes
 from llm2rec.training import default_device
 
 TINY_HIDDEN_SIZE, TINY_LAYERS = 16, 2
+# A graph for each kind of row: of one sequence, one block or two, on a CPU also by `LONGEST_AT_ONCE`; with
+# gradients or without; causal or not. All stages of a process share them: beyond torch's 8 they run uncompiled.
+COMPILED_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Backbone:
     def compile_layers(self) -> None:
         """Compiles the decoder layers when they are first used: one graph for all, for any number of tokens.
 
+        There are more for rows of other kinds, at most COMPILED_GRAPHS in a process, for all models together.
         The same numbers up to rounding. Worth its minute or two in long stages only.
 
         Raises:
@@ -137,6 +141,8 @@ class Backbone:
         compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
         if self.body.device.type == "cpu" and not any(shutil.which(name) for name in compilers):
             raise ConfigError("model.compile needs a C++ compiler (g++ or clang++); install one, or turn it off")
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, COMPILED_GRAPHS)
         for layer in self.layers:
             layer.compile(dynamic=True)
 

@@ -26,6 +26,7 @@ from llm2rec.rows import FLOORS
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
 from llm2rec.stages.base import VARIANTS, averaged_rows, load_domain, row_variants, trained_rows, vector_sets
+from llm2rec.stages.evaluation import reference_row
 from llm2rec.stages.language import language_stages
 from llm2rec.stages.recommenders import fit_stages_of, fitted
 
@@ -100,13 +101,6 @@ def ties_in_words(split: SplitConfig) -> str:
 def vectors_in_words(smoothing: float) -> str | None:
     """What the item vectors of all rows over text have in common beyond their encoders, for readers of a table."""
     return f"smoothed by {smoothing:g} over what is consumed together" if smoothing else None
-
-
-def reference_row(run: Run) -> str:
-    """The row that the others are tested against: the recipe's; without the default the first trained one."""
-    rows = run.recipe.recommender.rows
-    wanted = run.recipe.evaluation.reference
-    return wanted if wanted in rows else next((row for row in rows if row not in FLOORS), rows[0])
 
 
 def rank_rows(run: Run, domain: Domain, sequences: Sequences) -> tuple[pl.DataFrame, dict[str, dict[str, float]]]:

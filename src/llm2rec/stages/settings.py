@@ -9,7 +9,7 @@ from typing import Any
 
 from llm2rec import artifacts
 from llm2rec.artifacts import Inputs
-from llm2rec.config import DataConfig
+from llm2rec.config import TINY_RANDOM, DataConfig
 from llm2rec.data import sources
 from llm2rec.errors import ArtifactError
 from llm2rec.runs import Domain, Run
@@ -19,6 +19,7 @@ from llm2rec.stages.recommenders import settings_of, unread_by
 Settings = dict[str, Any]  # a recipe as nested mappings
 
 _NAMED = {**sources.MODELS, **sources.TEXT_ENCODERS}
+_HASHES = {str(source.content_hash) for source in _NAMED.values()}
 _HASH = re.compile(r"[0-9a-f]{64}")
 _UNKNOWN = object()
 
@@ -32,7 +33,7 @@ def require_settings(run: Run, domain: Domain) -> None:
     for folder, recorded, recipe in _made_with(run, domain):
         for key, value in recorded.items():
             now = _now(recipe, key)
-            if now is not _UNKNOWN and _differ(value, now):
+            if now is not _UNKNOWN and _differ(run, value, now):
                 stage = folder.relative_to(run.folder)
                 raise ArtifactError(
                     f"{run.folder}: {stage} was made with {key} {_shown(value)}, the recipe now says "
@@ -122,11 +123,16 @@ def _now(recipe: Settings, key: str) -> Any:
     return value
 
 
-def _differ(recorded: Any, now: Any) -> bool:
-    """Whether a setting changed; models are recorded as the hash that their public name stands for."""
-    if isinstance(recorded, str) and _HASH.fullmatch(recorded):
-        return now in _NAMED and recorded != str(_NAMED[now].content_hash)
-    return bool(recorded != now)
+def _differ(run: Run, recorded: Any, now: Any) -> bool:
+    """Whether a setting changed; models are recorded as hashes, but for those of the hub."""
+    if not (isinstance(recorded, str) and _HASH.fullmatch(recorded)):
+        return bool(recorded != now)
+    if now in _NAMED:
+        return recorded != str(_NAMED[now].content_hash)
+    if now == TINY_RANDOM:
+        made = artifacts.read_manifest(run.backbone)
+        return recorded in _HASHES if made is None else recorded != made.fingerprint
+    return now is None or not (Path(now).exists() or sources.looks_like_a_path(now))
 
 
 def _shown(value: Any) -> str:
