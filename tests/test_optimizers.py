@@ -74,6 +74,14 @@ def test_a_saved_state_goes_on_to_the_bit():
     assert torch.equal(through, stopped)
 
 
+def test_float32_weights_beside_bfloat16_ones_are_stepped_as_by_torch():
+    ours, theirs = weights(torch.float32), weights(torch.float32)
+    beside = weights(torch.bfloat16)
+    take(adamw([{"params": [ours, beside], "weight_decay": 0.1}], 1e-3), ours, 30)
+    take(optimizer_of(theirs, decay=0.1), theirs, 30)
+    assert torch.allclose(ours, theirs, atol=1e-7)
+
+
 def test_gradients_are_left_as_they_were():
     weight = weights(torch.float32)
     optimizer = RoundedAdamW([{"params": [weight]}], 1e-3)

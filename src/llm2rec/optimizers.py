@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as one_step
 
 from llm2rec.sharding import is_shared
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-CHUNK = 2**17  # values that are stepped at a time: what is computed for them stays in a core's cache
+CHUNK = 2**18  # values that a CPU steps at a time: what is computed for them stays in its cache
 
 
 def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
@@ -26,7 +27,7 @@ class RoundedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) for bfloat16 weights, as if they were not rounded.
 
     A step is mostly far below what a bfloat16 weight can show. What rounding takes from a weight is kept beside
-    it and added to its next step (Kahan summation), the decay of the weight included. The mean of squared
+    it and counts in its next step (Kahan summation), the decay of the weight included. The mean of squared
     gradients is float32: in bfloat16 it can rise and never fall, because .999 of a number rounds to that number,
     so that after some 500 steps the rate sinks unseen. 8 bytes a weight: the first moment and the rest in
     bfloat16, the second moment in float32.
@@ -62,16 +63,10 @@ class RoundedAdamW(torch.optim.Optimizer):
         if not state:
             state["exp_avg"], state["kahan_comp"] = torch.zeros_like(own), torch.zeros_like(own)
             state["exp_avg_sq"] = torch.zeros_like(own, dtype=torch.float32)
-        steps, rate, decay = int(group["step"]), group["lr"], group["weight_decay"]
         whole = own, _own(weight.grad).contiguous(), state["exp_avg"], state["exp_avg_sq"], state["kahan_comp"]
-        for values, gradient, first, second, rest in zip(
-            *(one.view(-1).split(CHUNK) for one in whole), strict=True
-        ):
-            rest.add_(_update(gradient, first, second, steps), alpha=-rate)
-            rest.add_(values, alpha=-rate * decay)
-            before = values.clone()
-            values.add_(rest)
-            rest.add_(before.sub_(values))
+        size = CHUNK if own.device.type == "cpu" else own.numel()
+        for parts in zip(*(one.view(-1).split(size) for one in whole), strict=True):
+            _step_part(parts, int(group["step"]), group["lr"], group["weight_decay"])
 
 
 def _own(tensor: Any) -> Tensor:
@@ -79,10 +74,27 @@ def _own(tensor: Any) -> Tensor:
     return tensor.to_local() if is_shared(tensor) else tensor
 
 
-def _update(gradient: Tensor, first: Tensor, second: Tensor, steps: int) -> Tensor:
-    """What AdamW goes along, of float32, from moments that this gradient is taken into."""
-    exact = gradient.to(torch.float32, copy=True)
-    first.lerp_(gradient, 1 - BETAS[0])
-    second.mul_(BETAS[1]).addcmul_(exact, exact, value=1 - BETAS[1])
-    scale = torch.sqrt(second, out=exact).div_((1 - BETAS[1] ** steps) ** 0.5).add_(EPSILON)
-    return torch.div(first, scale, out=scale).div_(1 - BETAS[0] ** steps)
+def _step_part(parts: tuple[Tensor, ...], steps: int, rate: float, decay: float) -> None:
+    """One step of torch's AdamW in float32: of a weight with its rest, of which a new rest is left over."""
+    weight, gradient, first, second, rest = parts
+    exact, moment = weight.to(torch.float32, copy=True).add_(rest), first.float()
+    before = torch.tensor(steps - 1.0, device=weight.device)  # which torch adds one to
+    one_step(
+        [exact],
+        [gradient.float()],
+        [moment],
+        [second],
+        [],
+        [before],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        eps=EPSILON,
+        lr=rate,
+        weight_decay=decay,
+    )
+    first.copy_(moment)
+    weight.copy_(exact)
+    rest.copy_(exact.sub_(weight))
