@@ -11,6 +11,7 @@ from conftest import TITLES, vectors_of
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.csft import TokenObjective
 from llm2rec.lm.packing import pack, to_device
+from llm2rec.optimizers import adamw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -64,6 +65,23 @@ def test_vectors_are_those_of_a_cpu(tiny_folder):
         lm.model.to(device)
         found.append(vectors_of(lm, TITLES, 100))
     assert np.abs(found[0] - found[1]).max() < 1e-3
+
+
+def test_weights_are_stepped_as_on_a_cpu():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 32), (32,), (48, 32), (7,)]
+    start = [(torch.randn(shape, generator=generator) * 0.02).bfloat16() for shape in shapes]
+    slopes = [[torch.randn(shape, generator=generator).bfloat16() for shape in shapes] for _ in range(30)]
+    found = []
+    for device in ("cpu", "cuda"):
+        weights = [torch.nn.Parameter(one.to(device)) for one in start]
+        optimizer = adamw([{"params": weights, "weight_decay": 0.1}], 1e-3)
+        for gradients in slopes:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.to(device)
+            optimizer.step()
+        found.append([weight.detach().cpu() for weight in weights])
+    assert all(torch.allclose(one, other, rtol=0.01) for one, other in zip(*found, strict=True))  # a last bit
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -54,7 +54,7 @@ def test_decay_shrinks_bfloat16_weights_as_it_does_float32_ones():
 def test_parts_are_stepped_as_the_whole(monkeypatch):
     whole, parted = weights(torch.bfloat16), weights(torch.bfloat16)
     take(optimizer_of(whole), whole, 20)
-    monkeypatch.setattr(optimizers, "CHUNK", 100)
+    monkeypatch.setattr(optimizers, "CHUNK", {"cpu": 100, "cuda": 100})
     take(optimizer_of(parted), parted, 20)
     assert torch.equal(whole, parted)
 

@@ -145,7 +145,7 @@ def test_full_calibration_is_the_sampling_rate_and_none_the_plain_loss():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("columns", [1, 3, N])
 def test_chunks_along_the_items_change_neither_loss_nor_gradients(monkeypatch, dtype, tolerance, columns):
-    monkeypatch.setattr(softmax, "CHUNK_LOGITS", M * columns)
+    monkeypatch.setattr(softmax, "CHUNK_LOGITS", {"cpu": M * columns})
     monkeypatch.setattr(softmax, "FEWEST_ROWS", 10**6)
     results = []
     for loss_of in (
@@ -172,13 +172,13 @@ def test_chunks_along_the_items_are_taken_where_rows_would_be_too_few(monkeypatc
         )
     queries, candidates = (torch.randn(60, H), torch.randn(N, H))
     softmax.linear_cross_entropy(queries, candidates, torch.zeros(60, dtype=torch.int64))
-    monkeypatch.setattr(softmax, "CHUNK_LOGITS", N * (softmax.FEWEST_ROWS - 1))
+    monkeypatch.setattr(softmax, "CHUNK_LOGITS", {"cpu": N * (softmax.FEWEST_ROWS - 1)})
     softmax.linear_cross_entropy(queries, candidates, torch.zeros(60, dtype=torch.int64))
     assert taken == ["_ByRows", "_ByColumns"]
 
 
 def test_chunks_along_the_items_keep_scores_that_would_overflow(monkeypatch):
-    monkeypatch.setattr(softmax, "CHUNK_LOGITS", 1)
+    monkeypatch.setattr(softmax, "CHUNK_LOGITS", {"cpu": 1})
     queries, candidates = torch.full((3, 1), 100.0), torch.tensor([[1.0], [2.0], [-5.0]])
     loss = softmax.linear_cross_entropy(queries, candidates, torch.tensor([0, 1, 2]))
     assert loss.item() == pytest.approx(100 + 0 + 700)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch.optim.adamw import adamw as one_step
 from llm2rec.sharding import is_shared
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-CHUNK = 2**18  # values that a CPU steps at a time: what is computed for them stays in its cache
+# Values that are stepped at a time: on a CPU what is computed for them stays in its cache, on a GPU the small
+# weights of many layers share the launches of one, and the copies in float32 stay below 2 GB.
+CHUNK = {"cpu": 2**18, "cuda": 2**26}
+Part = tuple[Tensor, ...]  # weight, gradient, first moment, second moment, rest; flat, of one length
 
 
 def adamw(groups: Iterable[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
@@ -45,9 +48,9 @@ class RoundedAdamW(torch.optim.Optimizer):
         """One step along the gradients of all weights that have one; `closure` is of torch and not called."""
         for group in self.param_groups:
             group["step"] += 1
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    self._step(weight, group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            for parts in _chunks(part for weight in weights for part in self._parts(weight)):
+                _step_parts(parts, int(group["step"]), group["lr"], group["weight_decay"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` gave, with second moments that stay float32, where torch would round them."""
@@ -58,15 +61,15 @@ class RoundedAdamW(torch.optim.Optimizer):
                     second = state_dict["state"][number]["exp_avg_sq"]
                     self.state[weight]["exp_avg_sq"] = _own(second).to(weight.device, torch.float32)
 
-    def _step(self, weight: nn.Parameter, group: dict[str, Any]) -> None:
+    def _parts(self, weight: nn.Parameter) -> Iterable[Part]:
+        """A weight with its gradient and state, at most `CHUNK` values at a time."""
         state, own = self.state[weight], _own(weight)
         if not state:
             state["exp_avg"], state["kahan_comp"] = torch.zeros_like(own), torch.zeros_like(own)
             state["exp_avg_sq"] = torch.zeros_like(own, dtype=torch.float32)
         whole = own, _own(weight.grad).contiguous(), state["exp_avg"], state["exp_avg_sq"], state["kahan_comp"]
-        size = CHUNK if own.device.type == "cpu" else own.numel()
-        for parts in zip(*(one.view(-1).split(size) for one in whole), strict=True):
-            _step_part(parts, int(group["step"]), group["lr"], group["weight_decay"])
+        flat, size = tuple(one.view(-1) for one in whole), _chunk_size(own)
+        return zip(*(one.split(size) for one in flat), strict=True) if own.numel() > size else [flat]
 
 
 def _own(tensor: Any) -> Tensor:
@@ -74,16 +77,35 @@ def _own(tensor: Any) -> Tensor:
     return tensor.to_local() if is_shared(tensor) else tensor
 
 
-def _step_part(parts: tuple[Tensor, ...], steps: int, rate: float, decay: float) -> None:
-    """One step of torch's AdamW in float32: of a weight with its rest, of which a new rest is left over."""
-    weight, gradient, first, second, rest = parts
-    exact, moment = weight.to(torch.float32, copy=True).add_(rest), first.float()
-    before = torch.tensor(steps - 1.0, device=weight.device)  # which torch adds one to
+def _chunk_size(values: Tensor) -> int:
+    return CHUNK["cpu" if values.device.type == "cpu" else "cuda"]
+
+
+def _chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Parts in their order, as many at a time as have `CHUNK` values together."""
+    chunk: list[Part] = []
+    values = 0
+    for part in parts:
+        values += len(part[0])
+        if chunk and values > _chunk_size(part[0]):
+            yield chunk
+            chunk, values = [], len(part[0])
+        chunk.append(part)
+    if chunk:
+        yield chunk
+
+
+def _step_parts(parts: list[Part], steps: int, rate: float, decay: float) -> None:
+    """One step of torch's AdamW in float32: of weights with their rests, of which new rests are left over."""
+    weights, gradients, firsts, seconds, rests = ([*kind] for kind in zip(*parts, strict=True))
+    exact = _joined(weights).to(torch.float32, copy=True).add_(_joined(rests))
+    moment, square = _joined(firsts).float(), _joined(seconds)
+    before = torch.full((), steps - 1.0, device=exact.device)  # which torch adds one to
     one_step(
         [exact],
-        [gradient.float()],
+        [_joined(gradients).float()],
         [moment],
-        [second],
+        [square],
         [],
         [before],
         fused=True,
@@ -95,6 +117,18 @@ def _step_part(parts: tuple[Tensor, ...], steps: int, rate: float, decay: float)
         lr=rate,
         weight_decay=decay,
     )
-    first.copy_(moment)
-    weight.copy_(exact)
-    rest.copy_(exact.sub_(weight))
+    if len(parts) > 1:
+        _spread(square, seconds)
+    _spread(moment, firsts)
+    _spread(exact, weights)
+    _spread(exact.sub_(_joined(weights)), rests)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Flat tensors end to end; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _spread(values: Tensor, parts: list[Tensor]) -> None:
+    """Writes what lies end to end in `values` back to the flat tensors, in their dtype."""
+    torch._foreach_copy_(parts, list(values.split([len(part) for part in parts])))

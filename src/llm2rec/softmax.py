@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 # Logits a chunk: 24 MB in float32 (above 32 the allocator returns each buffer to the system; half of that loses
 # time on small products), 12 MB in bfloat16 (24 take half as long again where a catalogue has 17,000 items).
-CHUNK_LOGITS = 6 * 2**20
+CHUNK_LOGITS = {"cpu": 6 * 2**20, "cuda": 2**27}  # a GPU only waits over small products; 512 MB in float32
 # Chunks of fewer rows spend their time on the (V, H) matrices; measured where the two ways take equally long.
 FEWEST_ROWS = 48
 # On a CPU a sum or product of two dtypes converts one operand whole; a few rows at a time that stays in the cache.
@@ -41,7 +41,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
         hidden: (M, H) float32 or bfloat16; M = 0 gives 0.
         weight: (V, H), the dtype of `hidden`. Frozen inputs cost no gradient, nor does `torch.no_grad()`.
         targets: (M,) int64 in [0, V); every row counts, so drop unlabelled rows before.
-        chunk_rows: rows at a time; by default as many as give `CHUNK_LOGITS` logits, or chunks along V.
+        chunk_rows: rows at a time; by default as many as give the device's `CHUNK_LOGITS`, or chunks along V.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or `chunk_rows` < 1.
@@ -56,10 +56,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
         raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
     if not torch.is_grad_enabled():  # inside a Function, needs_input_grad is set even under no_grad
         hidden, weight = hidden.detach(), weight.detach()
-    rows = CHUNK_LOGITS // weight.shape[0] if chunk_rows is None else chunk_rows
+    logits = CHUNK_LOGITS["cpu" if weight.device.type == "cpu" else "cuda"]
+    rows = logits // weight.shape[0] if chunk_rows is None else chunk_rows
     loss: Tensor
     if chunk_rows is None and rows < min(FEWEST_ROWS, len(hidden)):
-        loss = _ByColumns.apply(hidden, weight, targets, max(1, CHUNK_LOGITS // len(hidden)))
+        loss = _ByColumns.apply(hidden, weight, targets, max(1, logits // len(hidden)))
     else:
         loss = _ByRows.apply(hidden, weight, targets, max(1, rows))
     return loss

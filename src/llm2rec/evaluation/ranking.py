@@ -14,6 +14,7 @@ HEADLINE_CUTOFF = 10
 # Scores that are made and counted before the next are made: 4 MB, which stay in the cache. Whole, the scores of
 # 256 users over 17,000 items take 17 MB, and writing and reading them takes longer than the product.
 BLOCK_SCORES = 2**20
+BLOCK_SCORES_OF_A_GPU = 2**27  # which would wait between small ones; 512 MB
 FEW_QUERIES = 64
 # Columns of a group of `top_k`, and how many groups there must be for each wanted item. Measured with 8 to 64
 # columns a group, in microseconds a row: 6.4 -> 5.7 (1,682 columns), 59 -> 21 (16,859), 626 -> 162 (200,000).
@@ -49,10 +50,11 @@ def ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Ten
 def blocks(items: Tensor, n_queries: int) -> tuple[Tensor, ...]:
     """`items` (N, H) as runs of rows, each of which gives at most BLOCK_SCORES scores with `n_queries` (B, H).
 
-    All of one length, or one less: a remainder of few rows is rounded in another way than the rest, so that equal
+    On a GPU at most BLOCK_SCORES_OF_A_GPU. All of one length, or one less: a remainder of few rows is rounded in another way than the rest, so that equal
     items would not tie.
     """
-    rows = max(1, BLOCK_SCORES // max(1, n_queries))
+    scores = BLOCK_SCORES if items.device.type == "cpu" else BLOCK_SCORES_OF_A_GPU
+    rows = max(1, scores // max(1, n_queries))
     return items.tensor_split(max(1, -(-len(items) // rows)))
 
 

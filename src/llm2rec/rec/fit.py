@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from llm2rec.rec.losses import NegativeSampler
 from llm2rec.rec.model import Recommender
 from llm2rec.rec.smoothing import Neighbours
 from llm2rec.softmax import linear_cross_entropy
-from llm2rec.training import TrainSettings, stage_seed, train
+from llm2rec.training import TrainSettings, default_device, stage_seed, train
 
 METRIC = "ndcg@10"
 ALL, LAST = "all", "last"
+VALIDATED_AT_ONCE = {"cpu": 256, "cuda": 4096}  # events
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,10 @@ def validate(
     scorer: protocol.Scorer, sequences: Sequences, history_length: int, mask_history: bool = False
 ) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
-    hidden = {"mask_history": mask_history}
+    how: dict[str, Any] = {"mask_history": mask_history, "description": None}
+    how["batch_size"] = VALIDATED_AT_ONCE["cpu" if default_device().type == "cpu" else "cuda"]
     try:
-        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, description=None, **hidden)
+        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, **how)
     except ValueError as error:  # a score that is not finite
         raise ArtifactError(f"the recommender has diverged ({error}); lower recommender.learning_rate") from error
     return {METRIC: protocol.mean_metric(ranked, METRIC)}
