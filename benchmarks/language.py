@@ -50,6 +50,7 @@ from llm2rec.lm.iem import (
     distinct_texts,
 )
 from llm2rec.lm.text import item_texts
+from llm2rec.lm.tiny import make_tiny_random
 from llm2rec.precision import resolve_dtype
 from llm2rec.training import Objective, TrainSettings, train
 
@@ -394,7 +395,7 @@ def quick_world(arguments: argparse.Namespace, folder: Path) -> World:
     titles = [f"The {'red' if item % 2 else 'blue'} boat ({1980 + item})" for item in range(items)]
     table = pl.DataFrame({"item_id": [f"i{item:02d}" for item in range(items)], "title": titles})
     sequences = prepared(Interactions.from_frame(log, "log"), Catalogue.from_frame(table, "items"))
-    backbones.make_tiny_random(titles, folder, seed=0)
+    make_tiny_random(titles, folder, seed=0)
     return World(sequences, titles, folder, torch.float32, QUICK, arguments.rounds)
 
 

@@ -22,6 +22,7 @@ from llm2rec.lm.encode import encode_tokens  # noqa: E402
 from llm2rec.lm.learner import Learner  # noqa: E402
 from llm2rec.lm.packing import tokenise  # noqa: E402
 from llm2rec.lm.pooling import MEAN  # noqa: E402
+from llm2rec.lm.tiny import make_tiny_random  # noqa: E402
 from llm2rec.training import Optimizer  # noqa: E402
 
 TITLES = [
@@ -37,7 +38,7 @@ TITLES = [
 def tiny_folder(tmp_path_factory):
     """A saved tiny random decoder with a tokenizer trained on TITLES."""
     folder = tmp_path_factory.mktemp("tiny")
-    backbones.make_tiny_random(TITLES, folder, seed=0)
+    make_tiny_random(TITLES, folder, seed=0)
     return folder
 
 

@@ -184,8 +184,9 @@ def test_views_that_the_model_cannot_give_are_refused_before_csft(run_on, tmp_pa
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from llm2rec.lm import backbone as backbones
+    from llm2rec.lm.tiny import make_tiny_random
 
-    backbones.make_tiny_random(["Film"], tmp_path / "tiny", seed=0)
+    make_tiny_random(["Film"], tmp_path / "tiny", seed=0)
     tokenizer = backbones.load_tokenizer(tmp_path / "tiny")
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0)
     backbones.save(backbones.Backbone(GPT2LMHeadModel(config), tokenizer), tmp_path / "gpt2")

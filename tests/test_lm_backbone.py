@@ -22,6 +22,7 @@ from llm2rec.lm import attention
 from llm2rec.lm import backbone as backbones
 from llm2rec.lm.backbone import Backbone
 from llm2rec.lm.packing import TokenisedTexts, gather_texts, pack, tokenise
+from llm2rec.lm.tiny import make_tiny_random
 
 FAMILIES = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, Gemma3TextConfig]
 
@@ -148,6 +149,29 @@ def test_the_probe_does_not_take_rounding_for_sight_of_the_future(tiny):
         assert backbones.future_sensitivity(tiny) == 0
 
 
+def test_the_probe_does_not_take_rounding_for_a_leak(tiny_folder, monkeypatch):
+    lm = backbones.load(tiny_folder, torch.bfloat16)
+    before = [weight.clone() for weight in lm.model.parameters()]
+    angles = lm.body.rotary_emb.inv_freq.clone()
+    measured, plain = [], backbones.packed_difference
+
+    def far_apart_in_16_bits(lm):
+        measured.append(lm.body.dtype)
+        return 0.9 if lm.body.dtype == torch.bfloat16 else plain(lm)
+
+    monkeypatch.setattr(backbones, "packed_difference", far_apart_in_16_bits)
+    lm.set_causal(False)
+    assert measured == [torch.bfloat16, torch.float32]
+    assert all(
+        one.dtype == torch.bfloat16 and torch.equal(one, other)
+        for one, other in zip(lm.model.parameters(), before, strict=True)
+    )
+    assert torch.equal(lm.body.rotary_emb.inv_freq, angles)
+    monkeypatch.setattr(backbones, "packed_difference", lambda lm: 0.9)
+    with pytest.raises(ArtifactError, match="as if it were alone"):
+        lm.set_causal(False)
+
+
 def test_bidirectional_attention_survives_saving(tiny, tmp_path):
     tiny.set_causal(False)
     backbones.save(tiny, tmp_path)
@@ -209,7 +233,7 @@ def test_a_missing_gguf_file_is_a_config_error(tmp_path):
 
 def test_the_same_seed_gives_the_same_tiny_model(tmp_path):
     for name in ("one", "two"):
-        backbones.make_tiny_random(["a b", "c d"], tmp_path / name, seed=3)
+        make_tiny_random(["a b", "c d"], tmp_path / name, seed=3)
     one, two = (backbones.load(tmp_path / name, torch.float32).model for name in ("one", "two"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 

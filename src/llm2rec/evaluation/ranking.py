@@ -50,8 +50,8 @@ def ranks(scores: Tensor, targets: Tensor, exclude: Tensor | None = None) -> Ten
 def blocks(items: Tensor, n_queries: int) -> tuple[Tensor, ...]:
     """`items` (N, H) as runs of rows, each of which gives at most BLOCK_SCORES scores with `n_queries` (B, H).
 
-    On a GPU at most BLOCK_SCORES_OF_A_GPU. All of one length, or one less: a remainder of few rows is rounded in another way than the rest, so that equal
-    items would not tie.
+    On a GPU at most BLOCK_SCORES_OF_A_GPU. All of one length, or one less: a remainder of few rows is rounded in
+    another way than the rest, so that equal items would not tie.
     """
     scores = BLOCK_SCORES if items.device.type == "cpu" else BLOCK_SCORES_OF_A_GPU
     rows = max(1, scores // max(1, n_queries))

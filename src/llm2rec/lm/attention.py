@@ -19,8 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from llm2rec.errors import ArtifactError
 
 PACKED = "llm2rec_packed"
-# Of torch's kernels all but cuDNN's, which plans for every new shape (S, L) anew: on an H200 that was 226 of the 400
-# ms of a CSFT step of 2,048 tokens.
+# Of torch's kernels all but cuDNN's, which plans for every new shape (S, L) anew: on an H200 that was 226 of the
+# 400 ms of a CSFT step of 2,048 tokens.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LONGEST_AT_ONCE = 512  # tokens; 9 heads then keep 2.4 million shares a sequence and layer for the backward pass
 

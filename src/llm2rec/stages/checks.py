@@ -37,9 +37,10 @@ def _check_shape(run: Run) -> None:
     if layer == -1 and dimensions is None:
         return  # so that an unchanged rerun of most runs need not import transformers
     from llm2rec.lm import backbone as backbones
+    from llm2rec.lm import tiny
 
     if run.recipe.model.source == TINY_RANDOM:
-        width, layers = backbones.TINY_HIDDEN_SIZE, backbones.TINY_LAYERS
+        width, layers = tiny.HIDDEN_SIZE, tiny.LAYERS
     else:
         width, layers = backbones.model_shape(model_path(run))
     if layer > layers:

@@ -107,7 +107,7 @@ def _parent_inputs(run: Run, parent: Path | None) -> Inputs:
 
 def _tiny_random_stage(run: Run) -> Stage:
     def execute(summary: Summary) -> None:
-        from llm2rec.lm.backbone import make_tiny_random
+        from llm2rec.lm.tiny import make_tiny_random
         from llm2rec.training import stage_seed
 
         make_tiny_random(load_mixture(run).training_texts, run.backbone, stage_seed(run.recipe.seed, "backbone"))
