@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llm2rec.evaluation.diagnosis import BEFORE_CSFT, Probed, data_probes, diagnose
-from llm2rec.evaluation.probes import co_consumption, co_consumption_gain, vector_probes
+from llm2rec.evaluation.probes import co_consumption, co_consumption_gain, compare_pairs, vector_probes
 from llm2rec.evaluation.verdicts import WITHIN_NOISE, WORSE
 
 N_ITEMS, SIZE = 200, 16
@@ -37,7 +37,10 @@ def probed(data=None, labels=LABELS, models=None, order=None, **sets):
     vectors, left_out = {"data": data_probes(COUNTS, NAMES, np.array([1, 2, 3])) if data is None else data}, {}
     for name, matrix in sets.items():
         vectors[name.replace("_", "-")], left_out, _ = vector_probes(matrix, PAIRS, COUNTS, labels)
-    shares = {name.replace("_", "-"): co_consumption(matrix, PAIRS, COUNTS) for name, matrix in sets.items()}
+    shares = {
+        name.replace("_", "-"): co_consumption(compare_pairs(matrix, PAIRS, COUNTS))
+        for name, matrix in sets.items()
+    }
     for after, before in BEFORE_CSFT.items():
         if {after, before} <= shares.keys():
             vectors[after]["co_consumption_gain"] = co_consumption_gain(shares[before], shares[after])

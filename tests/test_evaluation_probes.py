@@ -32,21 +32,31 @@ def coupled_vectors(noise=0.1, n=N_ITEMS):
     return np.repeat(random_vectors(1, n // 2), 2, axis=0) + noise * random_vectors(2, n)
 
 
+def shares_of(*given, **options):
+    return probes.co_consumption(probes.compare_pairs(*given, **options))
+
+
+def auc_of(*given, **options):
+    return probes.co_consumption_auc(shares_of(*given, **options))
+
+
+def separation_of(*given, **options):
+    return probes.pair_separation(probes.compare_pairs(*given, **options))
+
+
 ALIKE = np.ones(N_ITEMS, dtype=np.int64)
 LABELS = [str(place % 3) for place in range(600)]
 
 
 def test_vectors_that_know_what_is_consumed_together_are_found():
-    assert probes.co_consumption_auc(coupled_vectors(), couples(), ALIKE)["value"] > 0.98
-    assert probes.pair_separation(coupled_vectors(), couples(), ALIKE)["value"] > 2
+    assert auc_of(coupled_vectors(), couples(), ALIKE)["value"] > 0.98
+    assert separation_of(coupled_vectors(), couples(), ALIKE)["value"] > 2
 
 
 def test_a_gain_is_measured_pair_by_pair():
-    before, after = (
-        probes.co_consumption(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)
-    )
+    before, after = (shares_of(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5))
     gain = probes.co_consumption_gain(before, after)
-    aucs = [probes.co_consumption_auc(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)]
+    aucs = [auc_of(coupled_vectors(noise), couples(), ALIKE, seed=3) for noise in (2.0, 0.5)]
     assert gain["value"] == pytest.approx(aucs[1]["value"] - aucs[0]["value"]) and gain["n"] == aucs[0]["n"]
     assert gain["error"] == pytest.approx(np.std(after - before, ddof=1) / np.sqrt(len(before)))
     assert probes.co_consumption_gain(before, before) | {"n": 0} == {
@@ -60,9 +70,9 @@ def test_a_gain_is_measured_pair_by_pair():
 def test_random_vectors_read_chance():
     pairs = np.stack([np.arange(1, 400), np.arange(2, 401)], axis=1)
     vectors, popularity = random_vectors(n=400), np.ones(400)
-    auc = probes.co_consumption_auc(vectors, pairs, popularity)
+    auc = auc_of(vectors, pairs, popularity)
     assert abs(auc["value"] - auc["chance"]) < 3 * auc["error"] < 0.1
-    assert abs(probes.pair_separation(vectors, pairs, popularity)["value"]) < 0.2
+    assert abs(separation_of(vectors, pairs, popularity)["value"]) < 0.2
 
 
 def test_vectors_that_encode_popularity_alone_stay_at_chance():
@@ -72,43 +82,41 @@ def test_vectors_that_encode_popularity_alone_stay_at_chance():
     vectors = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     pairs = generator.integers(1, 100, (500, 2))  # the most popular are consumed together, and by chance alone
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    matched = probes.co_consumption_auc(vectors, pairs, popularity)
-    unmatched = probes.co_consumption_auc(vectors, pairs, generator.permutation(popularity))
+    matched = auc_of(vectors, pairs, popularity)
+    unmatched = auc_of(vectors, pairs, generator.permutation(popularity))
     assert unmatched["value"] > 0.8
     assert matched["value"] == pytest.approx(0.5, abs=0.07)
 
 
 def test_a_tie_counts_half():
-    assert probes.co_consumption_auc(np.ones((20, 3)), couples(20), np.ones(20))["value"] == 0.5
+    assert auc_of(np.ones((20, 3)), couples(20), np.ones(20))["value"] == 0.5
 
 
 def test_no_drawn_item_is_a_partner_or_the_item_itself():
     star = np.array([[1, item] for item in range(2, 20)])  # item 1 with all but item 20
     vectors = np.eye(20)
     vectors[19] = vectors[0]  # and that one lies on item 1
-    found = probes.co_consumption_auc(vectors, star, np.ones(20), draws=8)
+    found = auc_of(vectors, star, np.ones(20), draws=8)
     assert found["value"] == 0.0
 
 
 def test_the_pair_probes_repeat_with_their_seed():
     arguments = (random_vectors(), couples(), np.arange(N_ITEMS))
-    readings = [probes.pair_separation(*arguments, seed=seed)["value"] for seed in (0, 0, 1)]
+    readings = [separation_of(*arguments, seed=seed)["value"] for seed in (0, 0, 1)]
     assert readings[0] == readings[1] != readings[2]
 
 
 def test_the_pair_probes_do_not_see_the_length_of_vectors():
     vectors = random_vectors()
     lengths = np.random.default_rng(5).uniform(0.1, 10, (N_ITEMS, 1))
-    plain, scaled = (
-        probes.co_consumption_auc(one, couples(), ALIKE)["value"] for one in (vectors, vectors * lengths)
-    )
+    plain, scaled = (auc_of(one, couples(), ALIKE)["value"] for one in (vectors, vectors * lengths))
     assert plain == scaled
 
 
 def test_pairs_where_everything_is_a_partner_are_refused():
     everything = np.array([[a, b] for a in range(1, 4) for b in range(1, 4) if a != b])
     with pytest.raises(ValueError, match="nearly all items are partners"):
-        probes.co_consumption_auc(np.eye(3), everything, np.ones(3))
+        auc_of(np.eye(3), everything, np.ones(3))
 
 
 def test_vectors_of_a_category_are_found_and_chance_is_the_share_of_pairs():
@@ -293,7 +301,7 @@ def test_pairs_that_do_not_fit_are_refused(pairs, message):
 
 def test_popularity_of_other_items_is_refused():
     with pytest.raises(ValueError, match="popularity"):
-        probes.co_consumption_auc(random_vectors(), couples(), np.ones(3))
+        auc_of(random_vectors(), couples(), np.ones(3))
 
 
 def test_pairs_are_a_held_out_event_and_the_one_before_it():
@@ -341,7 +349,7 @@ def test_the_vectors_of_all_pairs_are_never_held_at_once(monkeypatch):
     pairs = np.random.default_rng(0).permutation(300 * 300)[: 2 * n_pairs]
     pairs = np.stack([pairs // 300, pairs % 300], axis=1) + 1
     pairs = pairs[pairs[:, 0] != pairs[:, 1]][:n_pairs]
-    measured = (probes.alignment, lambda *given: probes.co_consumption(*given, np.ones(300)))
+    measured = (probes.alignment, lambda *given: shares_of(*given, np.ones(300)))
     whole = [measure(vectors, pairs) for measure in measured]
     monkeypatch.setattr(probes, "_CHUNK_BYTES", 2**18)
     for measure, expected in zip(measured, whole, strict=True):
@@ -353,11 +361,13 @@ def test_the_vectors_of_all_pairs_are_never_held_at_once(monkeypatch):
 
 
 def test_pairs_are_drawn_and_compared_once_for_all_probes_of_a_set(monkeypatch):
-    calls, compared = [], probes._pair_cosines
-    monkeypatch.setattr(probes, "_pair_cosines", lambda *given: calls.append(given) or compared(*given))
+    calls, compared = [], probes.compare_pairs
+    monkeypatch.setattr(
+        probes, "compare_pairs", lambda *given, **options: calls.append(given) or compared(*given, **options)
+    )
     _, _, shares = probes.vector_probes(random_vectors(), couples(), ALIKE)
     assert len(calls) == 1
-    assert np.array_equal(shares, probes.co_consumption(random_vectors(), couples(), ALIKE))
+    assert np.array_equal(shares, shares_of(random_vectors(), couples(), ALIKE))
 
 
 def test_a_map_of_some_items_has_the_axes_of_all():

@@ -49,7 +49,7 @@ class Probe(TypedDict):
     better: str
 
 
-class _PairCosines(NamedTuple):
+class PairCosines(NamedTuple):
     """Cosines of true pairs (P,), of their drawn pairs (P, draws), and which of these exist (P, draws) bool."""
 
     true: np.ndarray
@@ -102,10 +102,10 @@ def vector_probes(
         ValueError: as the single probes, where the arguments do not fit.
     """
     labels = [None] * len(vectors) if categories is None else categories
-    compared = cache(lambda: _pair_cosines(vectors, pairs, popularity, DRAWS, seed))
+    compared = cache(lambda: compare_pairs(vectors, pairs, popularity, seed=seed))
     probes: dict[str, Callable[[], Probe]] = {
-        "co_consumption_auc": lambda: _auc(_shares(compared())),
-        "pair_separation": lambda: _separation(compared()),
+        "co_consumption_auc": lambda: co_consumption_auc(co_consumption(compared())),
+        "pair_separation": lambda: pair_separation(compared()),
         "alignment": lambda: alignment(vectors, pairs),
         "uniformity": lambda: uniformity(vectors, seed),
         "mean_cosine": lambda: mean_cosine(vectors),
@@ -119,7 +119,7 @@ def vector_probes(
             found[name] = probe()
         except NothingToMeasure as reason:
             left_out[name] = str(reason)
-    return found, left_out, _shares(compared()) if "co_consumption_auc" in found else None
+    return found, left_out, co_consumption(compared()) if "co_consumption_auc" in found else None
 
 
 def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
@@ -131,14 +131,14 @@ def consumed_together(sequences: Sequences, part: int) -> np.ndarray:
     return np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0)
 
 
-def co_consumption_auc(
+def compare_pairs(
     vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
-) -> Probe:
-    """How often a true partner is nearer than a random item as popular as it; chance 0.5, in [0, 1].
+) -> PairCosines:
+    """Cosines of true pairs (a, b), and of a with random items about as popular as b.
 
-    For a pair (a, b): the share of drawn items c with cos(a, b) > cos(a, c), ties counted half, then the mean
-    over pairs. Each c is drawn from the items next to b in the order of training events and is no partner of
-    a: vectors that encode popularity alone stay at chance. The error takes pairs as independent.
+    Each random item is drawn from the items next to b in the order of training events and is no partner of a:
+    vectors that encode popularity alone stay at chance. Pairs without any are left out. Equal pairs, popularity
+    and seed give the same drawn items whatever the vectors, so that two sets can be compared pair by pair.
 
     Args:
         vectors: (N, D) float, finite, no zero row.
@@ -151,21 +151,38 @@ def co_consumption_auc(
         NothingToMeasure: no pairs, or none with an item to compare with.
         ValueError: vectors, pairs or popularity do not fit.
     """
-    return _auc(co_consumption(vectors, pairs, popularity, draws, seed))
+    unit = _unit(vectors)
+    first, second = _checked_pairs(pairs, len(unit))
+    if popularity.shape != (len(unit),) or draws < 1:
+        raise ValueError(
+            f"popularity has shape {popularity.shape}, draws is {draws}; expected ({len(unit)},) and >= 1"
+        )
+    others, drawn = _matched_items(first, second, popularity, draws, np.random.default_rng(seed))
+    kept = drawn.any(axis=1)
+    if not kept.any():
+        raise NothingToMeasure("no pair has a random item to compare with: nearly all items are partners")
+    first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
+    random = np.stack([_cosines(unit, first, column) for column in others.T], axis=1)
+    return PairCosines(_cosines(unit, first, second), random, drawn)
 
 
-def co_consumption(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
-) -> np.ndarray:
-    """What `co_consumption_auc` averages: the share of each pair, (P,) float64 in [0, 1].
+def co_consumption(compared: PairCosines) -> np.ndarray:
+    """Of each true pair the share of its random items that are less near, ties counted half, (P,) in [0, 1]."""
+    true = compared.true[:, None]
+    wins = (true > compared.random) + 0.5 * (true == compared.random)
+    shares: np.ndarray = (wins * compared.drawn).sum(axis=1) / compared.drawn.sum(axis=1)
+    return shares
 
-    Equal pairs, popularity and seed give the same drawn items whatever the vectors, so that two vector sets can be
-    compared pair by pair. Pairs without an item to compare with are left out.
 
-    Raises:
-        NothingToMeasure, ValueError: as `co_consumption_auc`.
+def co_consumption_auc(shares: np.ndarray) -> Probe:
+    """How often a true partner is nearer than a random item as popular as it; chance 0.5, in [0, 1].
+
+    The mean over pairs; its error takes them as independent.
+
+    Args:
+        shares: (P,) from `co_consumption`.
     """
-    return _shares(_pair_cosines(vectors, pairs, popularity, draws, seed))
+    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
 
 
 def co_consumption_gain(before: np.ndarray, after: np.ndarray) -> Probe:
@@ -186,18 +203,17 @@ def _error(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
-def pair_separation(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int = DRAWS, seed: int = 0
-) -> Probe:
+def pair_separation(compared: PairCosines) -> Probe:
     """Mean cosine of true pairs minus that of random ones, in standard deviations; chance 0, unbounded.
 
     The standard deviation is the pooled one of both groups (Cohen's d), at least 1e-6, which is what float32
-    resolves of a cosine. Random pairs and arguments as in `co_consumption_auc`.
-
-    Raises:
-        NothingToMeasure, ValueError: as `co_consumption_auc`.
+    resolves of a cosine.
     """
-    return _separation(_pair_cosines(vectors, pairs, popularity, draws, seed))
+    true, other = compared.true, compared.random[compared.drawn]
+    spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
+    return reading(
+        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
+    )
 
 
 def same_category_share(
@@ -434,25 +450,6 @@ def _checked_pairs(pairs: np.ndarray, n_items: int) -> tuple[np.ndarray, np.ndar
     return pairs[:, 0] - 1, pairs[:, 1] - 1
 
 
-def _pair_cosines(
-    vectors: np.ndarray, pairs: np.ndarray, popularity: np.ndarray, draws: int, seed: int
-) -> _PairCosines:
-    """Cosines of true and drawn pairs; true ones without any drawn item are left out."""
-    unit = _unit(vectors)
-    first, second = _checked_pairs(pairs, len(unit))
-    if popularity.shape != (len(unit),) or draws < 1:
-        raise ValueError(
-            f"popularity has shape {popularity.shape}, draws is {draws}; expected ({len(unit)},) and >= 1"
-        )
-    others, drawn = _matched_items(first, second, popularity, draws, np.random.default_rng(seed))
-    kept = drawn.any(axis=1)
-    if not kept.any():
-        raise NothingToMeasure("no pair has a random item to compare with: nearly all items are partners")
-    first, second, others, drawn = first[kept], second[kept], others[kept], drawn[kept]
-    random = np.stack([_cosines(unit, first, column) for column in others.T], axis=1)
-    return _PairCosines(_cosines(unit, first, second), random, drawn)
-
-
 def _cosines(unit: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Cosine of each pair of (N, D) unit vectors, (P,) float32; so many at a time that they take 64 MB."""
     cosines = np.empty(len(first), dtype=np.float32)
@@ -461,25 +458,6 @@ def _cosines(unit: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndar
         chunk = slice(start, start + pairs)
         cosines[chunk] = np.einsum("pd,pd->p", unit[first[chunk]], unit[second[chunk]])
     return cosines
-
-
-def _shares(compared: _PairCosines) -> np.ndarray:
-    true = compared.true[:, None]
-    wins = (true > compared.random) + 0.5 * (true == compared.random)
-    shares: np.ndarray = (wins * compared.drawn).sum(axis=1) / compared.drawn.sum(axis=1)
-    return shares
-
-
-def _auc(shares: np.ndarray) -> Probe:
-    return reading(shares.mean(), 0.5, 0.0, 1.0, len(shares), HIGHER, _error(shares))
-
-
-def _separation(compared: _PairCosines) -> Probe:
-    true, other = compared.true, compared.random[compared.drawn]
-    spread = float(np.sqrt((len(true) * true.var() + len(other) * other.var()) / (len(true) + len(other))))
-    return reading(
-        (true.mean() - other.mean()) / max(spread, _COSINE_RESOLUTION), 0.0, None, None, len(true), HIGHER
-    )
 
 
 def _matched_items(

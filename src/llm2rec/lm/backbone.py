@@ -443,7 +443,7 @@ def _converted(gguf: Path) -> Path:
     """A GGUF file as a Hugging Face folder in the cache, converted once a content hash."""
     if not gguf.is_file():
         raise ConfigError(f"there is no GGUF file {gguf}")
-    folder = sources.cache_folder() / "converted" / artifacts.hash_file(gguf)
+    folder = sources.cache_folder() / "converted" / artifacts.hash_file_once(gguf)
     manifest = folder / artifacts.MANIFEST
     if not manifest.exists():
         with artifacts.turn(folder.with_suffix(".lock")):
