@@ -68,7 +68,7 @@ class RoundedAdamW(torch.optim.Optimizer):
             state["exp_avg"], state["kahan_comp"] = torch.zeros_like(own), torch.zeros_like(own)
             state["exp_avg_sq"] = torch.zeros_like(own, dtype=torch.float32)
         whole = own, _own(weight.grad).contiguous(), state["exp_avg"], state["exp_avg_sq"], state["kahan_comp"]
-        flat, size = tuple(one.view(-1) for one in whole), _chunk_size(own)
+        flat, size = tuple(one.view(-1) for one in whole), CHUNK[own.device.type]
         return zip(*(one.split(size) for one in flat), strict=True) if own.numel() > size else [flat]
 
 
@@ -77,17 +77,13 @@ def _own(tensor: Any) -> Tensor:
     return tensor.to_local() if is_shared(tensor) else tensor
 
 
-def _chunk_size(values: Tensor) -> int:
-    return CHUNK["cpu" if values.device.type == "cpu" else "cuda"]
-
-
 def _chunks(parts: Iterable[Part]) -> Iterator[list[Part]]:
     """Parts in their order, as many at a time as have `CHUNK` values together."""
     chunk: list[Part] = []
     values = 0
     for part in parts:
         values += len(part[0])
-        if chunk and values > _chunk_size(part[0]):
+        if chunk and values > CHUNK[part[0].device.type]:
             yield chunk
             chunk, values = [], len(part[0])
         chunk.append(part)

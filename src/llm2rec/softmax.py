@@ -56,7 +56,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_
         raise ValueError(f"chunk_rows is {chunk_rows}, must be at least 1")
     if not torch.is_grad_enabled():  # inside a Function, needs_input_grad is set even under no_grad
         hidden, weight = hidden.detach(), weight.detach()
-    logits = CHUNK_LOGITS["cpu" if weight.device.type == "cpu" else "cuda"]
+    logits = CHUNK_LOGITS[weight.device.type]
     rows = logits // weight.shape[0] if chunk_rows is None else chunk_rows
     loss: Tensor
     if chunk_rows is None and rows < min(FEWEST_ROWS, len(hidden)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -200,10 +199,16 @@ def validate(
     scorer: protocol.Scorer, sequences: Sequences, history_length: int, mask_history: bool = False
 ) -> dict[str, float]:
     """NDCG@10 of the validation events, ranked over the whole catalogue."""
-    how: dict[str, Any] = {"mask_history": mask_history, "description": None}
-    how["batch_size"] = VALIDATED_AT_ONCE["cpu" if default_device().type == "cpu" else "cuda"]
     try:
-        ranked = protocol.evaluate(scorer, sequences, VALIDATION, history_length, **how)
+        ranked = protocol.evaluate(
+            scorer,
+            sequences,
+            VALIDATION,
+            history_length,
+            batch_size=VALIDATED_AT_ONCE[default_device().type],
+            description=None,
+            mask_history=mask_history,
+        )
     except ValueError as error:  # a score that is not finite
         raise ArtifactError(f"the recommender has diverged ({error}); lower recommender.learning_rate") from error
     return {METRIC: protocol.mean_metric(ranked, METRIC)}
