@@ -256,6 +256,31 @@ def test_a_row_over_a_text_encoder_may_have_ids_beside_it():
     assert rows.Row.parse("sasrec-llm2rec").text_encoder is None
 
 
+@pytest.mark.parametrize(
+    ("names", "preferred"),
+    [
+        (["sasrec-backbone", "sasrec-llm2rec+average", "gru4rec-llm2rec", "sasrec-llm2rec"], "sasrec-llm2rec"),
+        (["popularity", "sasrec-id", "sasrec-minilm", "sasrec-csft-causal"], "sasrec-csft-causal"),
+        (["ease", "sasrec-id", "sasrec-minilm"], "sasrec-minilm"),
+        (["popularity", "sasrec-context", "sasrec-id"], "sasrec-id"),
+        (["ease", "popularity"], "ease"),
+    ],
+)
+def test_without_a_name_the_row_over_the_latest_vectors_answers(names, preferred):
+    assert rows.preferred_row(names) == preferred
+
+
+@pytest.mark.parametrize(
+    ("names", "preferred"),
+    [
+        (["backbone", "csft-causal", "llm2rec"], "llm2rec"),
+        (["backbone", "backbone-causal", "minilm"], "backbone-causal"),
+    ],
+)
+def test_without_a_name_the_latest_vectors_answer(names, preferred):
+    assert rows.preferred_set(names) == preferred
+
+
 def test_text_encoders_are_named_beside_the_ready_one():
     named = ["encode.text_encoders.mine=some/encoder", "recommender.rows=[sasrec-minilm, sasrec-mine]"]
     recipe = load_recipe("demo", named)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -445,6 +446,21 @@ def test_similar_leaves_the_item_out_and_sorts_by_cosine(finished, vectors):
     best = sorted(cosines, key=cosines.__getitem__, reverse=True)[:5]
     assert [item.item_id for item in listed] == best
     assert [item.score for item in listed] == pytest.approx([cosines[item] for item in best], abs=1e-5)
+
+
+def test_a_run_without_the_usual_row_and_vectors_answers_by_those_it_has(finished, copied, world, capsys):
+    rerun(copied, world, "recommender.rows=[popularity, sasrec-backbone-causal]")
+    shutil.rmtree(copied / "embeddings" / "main" / "llm2rec")
+    history = ["i01", "i02"]
+    by_default = lr.recommend(copied, history), lr.similar(copied, "i03")
+    assert "note: row sasrec-backbone-causal" in (said := capsys.readouterr().err)
+    assert "note: vectors " in said
+    named = re.search(r"note: vectors (\S+);", said)[1]
+    assert by_default[0] == lr.recommend(copied, history, row="sasrec-backbone-causal")
+    assert by_default[1] == lr.similar(copied, "i03", vectors=named)
+    assert "note:" not in capsys.readouterr().err
+    assert lr.recommend(finished.folder, history) == lr.recommend(finished.folder, history, row="sasrec-llm2rec")
+    assert "note:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", ["{by: time}", "{by: users, ratio: [0.6, 0.2, 0.2]}"])

@@ -42,7 +42,9 @@ Fresh = Annotated[
     bool, typer.Option("--fresh", help="rerun every stage, each time it is given; old results are moved aside")
 ]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
-RowName = Annotated[str, typer.Option("--row", help="which recommender of the run")]
+RowName = Annotated[
+    str | None, typer.Option("--row", help="which recommender of the run; by default over its latest vectors")
+]
 NewItems = Annotated[
     int | None, typer.Option("--new-items", help="exactly so many of the list are items without training events")
 ]
@@ -132,7 +134,7 @@ def recommend(
         typer.Option(help="item ids, oldest first, separated by commas; given several times: one id each"),
     ],
     k: Count = 10,
-    row: RowName = "sasrec-llm2rec",
+    row: RowName = None,
     new_items: NewItems = None,
     with_history: WithHistory = False,
     domain: DomainName = None,
@@ -149,7 +151,7 @@ def recommend_users(
     out_table: Annotated[Path, typer.Argument(metavar="OUT", help="the lists: a .parquet or .csv file")],
     log: Annotated[Path | None, typer.Option(help="interactions of users that need not be known")] = None,
     k: Count = 10,
-    row: RowName = "sasrec-llm2rec",
+    row: RowName = None,
     new_items: NewItems = None,
     with_history: WithHistory = False,
     domain: DomainName = None,
@@ -185,7 +187,7 @@ def similar(
     run_folder: RunFolder,
     item: Annotated[str, typer.Argument(help="an item id")],
     k: Count = 10,
-    vectors: Annotated[str, typer.Option(help="which vector set of the run")] = "llm2rec",
+    vectors: Annotated[str | None, typer.Option(help="which vector set of the run; by default its latest")] = None,
     domain: DomainName = None,
 ) -> None:
     """The items nearest to an item by cosine of the run's vectors."""

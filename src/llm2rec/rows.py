@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llm2rec.errors import ConfigError
@@ -17,6 +18,7 @@ RESERVED = ("data", "context")
 FUSIONS = ("sum", "concatenation", "delta", "average")
 ATTENTIONS = ("causal", "bidirectional")  # of models that were trained to look back only
 LOOKING_BACK = ("backbone", "csft")
+LATEST_FIRST = ("llm2rec", "mntp", "csft", "backbone")  # what the stages of the language model make
 ENCODER_NAME = r"[a-z0-9_]+"
 ROW_NAMES = (
     f"{', '.join(FLOORS)}, {CONTEXT}, or ARCHITECTURE-VECTORS of {', '.join(ARCHITECTURES)} and "
@@ -75,3 +77,30 @@ class Row:
         if self.fusion != "average":
             return ()
         return f"{self.architecture}-id", self.name.partition("+")[0]
+
+
+def preferred_row(names: Iterable[str]) -> str:
+    """The row that answers where none is named: SASRec over the vectors of the latest stage, or what is next.
+
+    Text comes before learned ids, which know no new item, plain before fused, and floors and rows that need times
+    last; of equals the first.
+    """
+
+    def place(name: str) -> tuple[bool, int, int, bool]:
+        row = Row.parse(name)
+        if row.architecture not in ARCHITECTURES:
+            return True, 0, 0, False
+        vectors = _place_of_set(row.vectors) if row.vectors else len(LATEST_FIRST) + 1
+        return False, vectors, ARCHITECTURES.index(row.architecture), row.fusion is not None
+
+    return min(names, key=place)
+
+
+def preferred_set(names: Iterable[str]) -> str:
+    """The vector set that answers where none is named: of the latest stage, causal where there are both."""
+    return min(names, key=lambda name: (_place_of_set(name.partition("-")[0]), not name.endswith("-causal"), name))
+
+
+def _place_of_set(name: str) -> int:
+    """Text encoders come after every stage of the language model."""
+    return LATEST_FIRST.index(name) if name in LATEST_FIRST else len(LATEST_FIRST)

@@ -33,7 +33,7 @@ def recommend_users(
     out: str | Path,
     log: str | Path | None = None,
     k: int = 10,
-    row: str = "sasrec-llm2rec",
+    row: str | None = None,
     exclude_history: bool = True,
     domain: str | None = None,
     new_items: int | None = None,

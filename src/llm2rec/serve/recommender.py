@@ -21,11 +21,9 @@ from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
 from llm2rec.rec.average import AVERAGE, ScoreAverage
-from llm2rec.rows import FLOORS, Row
+from llm2rec.rows import FLOORS, Row, preferred_row, preferred_set
 from llm2rec.runs import Domain, Run, open_run, require_row
 from llm2rec.serve import added
-
-SIMILARITY_SET = "llm2rec"
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def recommend(
     run: str | Path | Run,
     history: Iterable[str],
     k: int = 10,
-    row: str = "sasrec-llm2rec",
+    row: str | None = None,
     exclude_history: bool = True,
     domain: str | None = None,
     new_items: int | None = None,
@@ -62,7 +60,8 @@ def recommend(
     Args:
         run: a finished run, or its folder.
         history: item ids, oldest first; only the last `history_length` are looked at.
-        row: which recommender of the run (its seed 0).
+        row: which recommender of the run (its seed 0). None: `preferred_row`, sasrec-llm2rec where it is one; any
+            other is named in a note.
         exclude_history: hide the items of the history.
         domain: which log of the run, where it has several.
         new_items: exactly so many of the list have no training event, where there are so many: those added since
@@ -77,7 +76,7 @@ def recommend(
     return load_row(run, row, domain).recommend(history, k, exclude_history, new_items)
 
 
-def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | None = None) -> ServedRow:
+def load_row(run: str | Path | Run, row: str | None = None, domain: str | None = None) -> ServedRow:
     """A row of a run, loaded once for any number of lists: what a service holds. Arguments as in `recommend`.
 
     Items added to the run later are known to it once it is loaded again.
@@ -87,6 +86,9 @@ def load_row(run: str | Path | Run, row: str = "sasrec-llm2rec", domain: str | N
         ArtifactError: the row is not trained.
     """
     run = opened(run)
+    if row is None:
+        row = preferred_row(run.recipe.recommender.rows)
+        _say_choice("row", row, "sasrec-llm2rec")
     require_row(run, row)
     place = run.domain(domain)
     catalogue = added.load_catalogue(place, with_vectors=_reads_text(row))
@@ -264,9 +266,13 @@ def _best_of(columns: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, 
 
 
 def similar(
-    run: str | Path | Run, item: str, k: int = 10, vectors: str = SIMILARITY_SET, domain: str | None = None
+    run: str | Path | Run, item: str, k: int = 10, vectors: str | None = None, domain: str | None = None
 ) -> list[ScoredItem]:
     """The `k` items nearest to an item by raw cosine of one vector set, best first, without the item.
+
+    Args:
+        vectors: None: `preferred_set` of those that the run has, llm2rec where it is one; any other is named in a
+            note.
 
     Raises:
         DataError: the item is not in the catalogue.
@@ -279,10 +285,18 @@ def similar(
     place = run.domain(domain)
     catalogue = added.load_catalogue(place)
     index = index_of(catalogue, item)
+    if vectors is None:
+        vectors = preferred_set(_made_sets(place) or ["llm2rec"])
+        _say_choice("vectors", vectors, "llm2rec")
     matrix = load_vectors(place, vectors, added.trained_catalogue(place))
     if len(catalogue) > len(matrix):
         matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
     return nearest(catalogue, matrix, [index], k, is_new(place, len(matrix)))[0]
+
+
+def _say_choice(option: str, chosen: str, usual: str) -> None:
+    if chosen != usual:
+        progress.say(f"note: {option} {chosen}; --{option} ({option}=) takes another")
 
 
 def opened(run: str | Path | Run) -> Run:
@@ -352,10 +366,16 @@ def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
     """
     folder = domain.embeddings(name)
     if artifacts.read_manifest(folder) is None:
-        made = sorted(path.name for path in folder.parent.glob("*") if (path / artifacts.MANIFEST).exists())
-        raise ArtifactError(f"{domain.folder} has no vectors {name!r}; it has: {', '.join(made) or 'none yet'}")
+        made = ", ".join(_made_sets(domain)) or "none yet"
+        raise ArtifactError(f"{domain.folder} has no vectors {name!r}; it has: {made}")
     artifacts.require(folder, "encode")
     return ItemEmbeddings.load(folder).aligned_to(catalogue.item_ids)
+
+
+def _made_sets(domain: Domain) -> list[str]:
+    """The vector sets that a domain has, by name."""
+    made = domain.embeddings("*").parent.glob(f"*/{artifacts.MANIFEST}")
+    return sorted(path.parent.name for path in made)
 
 
 def index_of(catalogue: Catalogue, item_id: str) -> int:

@@ -22,7 +22,7 @@ from llm2rec.evaluation.maps import EmbeddingMap, shown_places
 from llm2rec.evaluation.probes import principal_plane
 from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
-from llm2rec.rows import FLOORS
+from llm2rec.rows import FLOORS, preferred_row
 from llm2rec.runs import Domain, Run
 from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
 from llm2rec.stages.base import VARIANTS, averaged_rows, load_domain, row_variants, trained_rows, vector_sets
@@ -37,7 +37,6 @@ SHOWN_CHARACTERS = 80
 CUT = " ..."
 NOT_FACTS = ("item_ids", "seconds", "peak_memory_gb", "dropped")
 LANGUAGE_SETS = (*VARIANTS["backbone"], *VARIANTS["csft"], "mntp", "llm2rec")  # in the order of the pipeline
-PREFERRED_ROWS = ("sasrec-llm2rec", "sasrec-mntp", "sasrec-csft", "sasrec-backbone", "sasrec-id")
 
 
 def judge(run: Run, domain: Domain) -> dict[str, Any]:
@@ -170,10 +169,7 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
         lists = nearest(catalogue, load_vectors(domain, name, catalogue), known, NEIGHBOURS, new)
         for of_item, items in zip(neighbours.values(), lists, strict=True):
             of_item[name] = [_entry(item, names) for item in items]
-    row = next(
-        (name for name in PREFERRED_ROWS if name in run.recipe.recommender.rows),
-        run.recipe.recommender.rows[0],
-    )
+    row = preferred_row(run.recipe.recommender.rows)
     user, known_events = _typical_user(sequences)
     history = np.asarray(sequences.items)[known_events]
     window = known_events[-domain.config.history_length :]
