@@ -43,7 +43,7 @@ Fresh = Annotated[
 ]
 Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
 RowName = Annotated[
-    str | None, typer.Option("--row", help="which recommender of the run; by default over its latest vectors")
+    str | None, typer.Option("--row", help="which recommender of the run; by default that over its latest vectors")
 ]
 NewItems = Annotated[
     int | None, typer.Option("--new-items", help="exactly so many of the list are items without training events")
