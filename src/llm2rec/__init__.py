@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from llm2rec.probing import probe
     from llm2rec.runs import Run, open_run
     from llm2rec.serve.lists import recommend_users
-    from llm2rec.serve.recommender import ScoredItem, ServedRow, load_row, recommend, similar
+    from llm2rec.serve.recommender import ScoredItem, ServedRow, load_row, recommend
+    from llm2rec.serve.service import create_app
+    from llm2rec.serve.similar import ServedVectors, load_set, similar
     from llm2rec.studies import study
 
 _HOMES = {
@@ -39,7 +41,9 @@ _HOMES = {
     **dict.fromkeys(("csft", "demo", "encode", "evaluate", "fit", "iem", "prepare", "run"), "llm2rec.pipeline"),
     "probe": "llm2rec.probing",
     **dict.fromkeys(("Run", "open_run"), "llm2rec.runs"),
-    **dict.fromkeys(("ScoredItem", "ServedRow", "load_row", "recommend", "similar"), "llm2rec.serve.recommender"),
+    **dict.fromkeys(("ScoredItem", "ServedRow", "load_row", "recommend"), "llm2rec.serve.recommender"),
+    **dict.fromkeys(("ServedVectors", "load_set", "similar"), "llm2rec.serve.similar"),
+    "create_app": "llm2rec.serve.service",
     "recommend_users": "llm2rec.serve.lists",
     "study": "llm2rec.studies",
 }
@@ -57,9 +61,11 @@ __all__ = [
     "ScoredItem",
     "Sequences",
     "ServedRow",
+    "ServedVectors",
     "__version__",
     "add_items",
     "compare",
+    "create_app",
     "csft",
     "data",
     "demo",
@@ -68,6 +74,7 @@ __all__ = [
     "fit",
     "iem",
     "load_row",
+    "load_set",
     "models",
     "open_run",
     "prepare",

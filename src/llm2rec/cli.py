@@ -45,6 +45,9 @@ Count = Annotated[int, typer.Option("-k", "--k", help="how many")]
 RowName = Annotated[
     str | None, typer.Option("--row", help="which recommender of the run; by default that over its latest vectors")
 ]
+VectorsName = Annotated[
+    str | None, typer.Option("--vectors", help="which vector set of the run; by default its latest")
+]
 NewItems = Annotated[
     int | None, typer.Option("--new-items", help="exactly so many of the list are items without training events")
 ]
@@ -187,11 +190,26 @@ def similar(
     run_folder: RunFolder,
     item: Annotated[str, typer.Argument(help="an item id")],
     k: Count = 10,
-    vectors: Annotated[str | None, typer.Option(help="which vector set of the run; by default its latest")] = None,
+    vectors: VectorsName = None,
     domain: DomainName = None,
 ) -> None:
     """The items nearest to an item by cosine of the run's vectors."""
     _show_items(lr.similar(run_folder, item, k, vectors, domain), "cosine")
+
+
+@app.command()
+def serve(
+    run_folder: RunFolder,
+    row: RowName = None,
+    vectors: VectorsName = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 answers other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    domain: DomainName = None,
+) -> None:
+    """Answer over HTTP (recommend, similar, a search of titles), with a page to try it, until interrupted."""
+    from llm2rec.serve.service import serve as answer
+
+    answer(run_folder, row, vectors, domain, host, port)
 
 
 @app.command()

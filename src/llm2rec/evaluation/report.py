@@ -31,6 +31,7 @@ from llm2rec.evaluation.verdicts import (
 )
 
 HEADLINE_METRICS = ("ndcg@10", "recall@10")
+TEMPLATES = Path(__file__).parent
 REPORT, COMPARISON, LOG, STUDY = "report.html", "comparison.html", "log.html", "study.html"
 ABSENT = "not in this recipe"
 _TERMINAL_STYLES = {BETTER: "green", WORSE: "red", WITHIN_NOISE: "dim", TOO_FEW: "yellow", REFERENCE: "cyan"}
@@ -233,7 +234,7 @@ def environment() -> Environment:
     from llm2rec.evaluation import figures  # as in render_html
 
     made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -1,9 +1,8 @@
-"""Recommendations for any history of catalogue items, and items like an item. Imports no transformers."""
+"""Recommendations for any history of catalogue items. Imports no transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from llm2rec.evaluation.protocol import Scorer
 from llm2rec.evaluation.ranking import top_k
 from llm2rec.rec import baselines, model
 from llm2rec.rec.average import AVERAGE, ScoreAverage
-from llm2rec.rows import FLOORS, Row, preferred_row, preferred_set
+from llm2rec.rows import FLOORS, Row, preferred_row
 from llm2rec.runs import Domain, Run, open_run, require_row
 from llm2rec.serve import added
 
@@ -88,7 +87,7 @@ def load_row(run: str | Path | Run, row: str | None = None, domain: str | None =
     run = opened(run)
     if row is None:
         row = preferred_row(run.recipe.recommender.rows)
-        _say_choice("row", row, "sasrec-llm2rec")
+        say_choice("row", row, "sasrec-llm2rec")
     require_row(run, row)
     place = run.domain(domain)
     catalogue = added.load_catalogue(place, with_vectors=_reads_text(row))
@@ -166,6 +165,10 @@ class ServedRow:
         if note not in self._said:
             self._said.add(note)
             progress.say(note)
+
+    def reads(self, item_id: str) -> bool:
+        """Whether the item may stand in a history: it is in the catalogue, and the row can know it."""
+        return 0 < self.index.get(item_id, 0) <= self.scorer.n_items
 
     @property
     def window(self) -> int:
@@ -265,36 +268,8 @@ def _best_of(columns: torch.Tensor, scores: torch.Tensor, hidden: torch.Tensor, 
     return F.pad(columns + 1, (1, 0))[found]
 
 
-def similar(
-    run: str | Path | Run, item: str, k: int = 10, vectors: str | None = None, domain: str | None = None
-) -> list[ScoredItem]:
-    """The `k` items nearest to an item by raw cosine of one vector set, best first, without the item.
-
-    Args:
-        vectors: None: `preferred_set` of those that the run has, llm2rec where it is one; any other is named in a
-            note.
-
-    Raises:
-        DataError: the item is not in the catalogue.
-        ConfigError: k < 1.
-        ArtifactError: the run has no such vector set.
-    """
-    run = opened(run)
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}")
-    place = run.domain(domain)
-    catalogue = added.load_catalogue(place)
-    index = index_of(catalogue, item)
-    if vectors is None:
-        vectors = preferred_set(_made_sets(place) or ["llm2rec"])
-        _say_choice("vectors", vectors, "llm2rec")
-    matrix = load_vectors(place, vectors, added.trained_catalogue(place))
-    if len(catalogue) > len(matrix):
-        matrix = np.concatenate([matrix, _added_vectors(place, vectors)])
-    return nearest(catalogue, matrix, [index], k, is_new(place, len(matrix)))[0]
-
-
-def _say_choice(option: str, chosen: str, usual: str) -> None:
+def say_choice(option: str, chosen: str, usual: str) -> None:
+    """Says what answers where none was named, unless it is the usual one."""
     if chosen != usual:
         progress.say(f"note: {option} {chosen}; --{option} ({option}=) takes another")
 
@@ -305,19 +280,6 @@ def opened(run: str | Path | Run) -> Run:
     if problem := run.unfinished():
         progress.say(f"note: {problem}")
     return run
-
-
-def nearest(
-    catalogue: Catalogue, vectors: np.ndarray, indices: SequenceOf[int], k: int, new: torch.Tensor
-) -> list[list[ScoredItem]]:
-    """The `k` items with the highest cosine to each of `indices` (1..N) in `vectors` (N, D), without itself.
-
-    Args:
-        new: (N,) bool, as `is_new` says.
-    """
-    unit, queries = F.normalize(torch.tensor(vectors), dim=-1), torch.tensor(indices)
-    items, values = top_k(unit[queries - 1] @ unit.T, k, exclude=queries[:, None])
-    return [listed(catalogue, *best, new) for best in zip(items, values, strict=True)]
 
 
 def load_scorer(domain: Domain, row: str, seed: int, with_added: bool = False) -> Scorer:
@@ -347,11 +309,11 @@ def load_trained(domain: Domain, row: str, seed: int, with_added: bool = False) 
     name = artifacts.require(folder, "fit").summary["vectors"]
     catalogue = added.trained_catalogue(domain)
     vectors = load_vectors(domain, name, catalogue) if name else None
-    since = _added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
+    since = added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
     return model.load(folder, vectors, added=since, item_ids=catalogue.item_ids)
 
 
-def _added_vectors(domain: Domain, name: str) -> np.ndarray:
+def added_vectors(domain: Domain, name: str) -> np.ndarray:
     """(M, D) vectors of the added items, in the order in which `added.load_catalogue` has them."""
     since = added.load(domain)
     assert since is not None  # asked for where there are added items
@@ -366,13 +328,13 @@ def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:
     """
     folder = domain.embeddings(name)
     if artifacts.read_manifest(folder) is None:
-        made = ", ".join(_made_sets(domain)) or "none yet"
+        made = ", ".join(made_sets(domain)) or "none yet"
         raise ArtifactError(f"{domain.folder} has no vectors {name!r}; it has: {made}")
     artifacts.require(folder, "encode")
     return ItemEmbeddings.load(folder).aligned_to(catalogue.item_ids)
 
 
-def _made_sets(domain: Domain) -> list[str]:
+def made_sets(domain: Domain) -> list[str]:
     """The vector sets that a domain has, by name."""
     made = domain.embeddings("*").parent.glob(f"*/{artifacts.MANIFEST}")
     return sorted(path.parent.name for path in made)
@@ -406,10 +368,11 @@ def index_of(catalogue: Catalogue, item_id: str) -> int:
 def listed(catalogue: Catalogue, items: torch.Tensor, scores: torch.Tensor, new: torch.Tensor) -> list[ScoredItem]:
     """Items by item_index (K,) with their scores (K,) and whether they are new (N,); index 0 is left out."""
     chosen, known = items[items > 0], scores[items > 0]
-    rows = catalogue.frame[(chosen - 1).numpy()]
+    rows = (chosen - 1).numpy()
+    ids, titles = (catalogue.frame[name][rows] for name in (ITEM, TITLE))  # frame[rows] takes threads for few rows
     return [
         ScoredItem(item_id, clean(title), score, is_new_one)
         for item_id, title, score, is_new_one in zip(
-            rows[ITEM], rows[TITLE], known.tolist(), new[chosen - 1].tolist(), strict=True
+            ids, titles, known.tolist(), new[chosen - 1].tolist(), strict=True
         )
     ]

@@ -24,7 +24,8 @@ from llm2rec.evaluation.ranking import list_metrics, metric_names, top_k
 from llm2rec.evaluation.slices import slice_events, summarise_slices
 from llm2rec.rows import FLOORS, preferred_row
 from llm2rec.runs import Domain, Run
-from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors, nearest
+from llm2rec.serve.recommender import ScoredItem, listed, load_scorer, load_vectors
+from llm2rec.serve.similar import nearest, unit_length
 from llm2rec.stages.base import VARIANTS, averaged_rows, load_domain, row_variants, trained_rows, vector_sets
 from llm2rec.stages.evaluation import reference_row
 from llm2rec.stages.language import language_stages
@@ -166,7 +167,8 @@ def showcase(run: Run, domain: Domain, sequences: Sequences) -> dict[str, Any]:
     new, names = torch.from_numpy(events == 0), distinct_names(catalogue)
     neighbours: dict[str, dict[str, Any]] = {names[catalogue.item_ids[index - 1]]: {} for index in known}
     for name in shown_sets(run):
-        lists = nearest(catalogue, load_vectors(domain, name, catalogue), known, NEIGHBOURS, new)
+        unit = unit_length(load_vectors(domain, name, catalogue))
+        lists = nearest(catalogue, unit, known, NEIGHBOURS, new)
         for of_item, items in zip(neighbours.values(), lists, strict=True):
             of_item[name] = [_entry(item, names) for item in items]
     row = preferred_row(run.recipe.recommender.rows)
