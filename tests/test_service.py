@@ -1,8 +1,10 @@
 """A run answers over HTTP as it answers in Python, takes up what changes in it, and says what it cannot do."""
 
+import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -13,14 +15,16 @@ from fastapi.testclient import TestClient
 
 import llm2rec as lr
 from llm2rec import artifacts
+from llm2rec.data.tables import Catalogue
 from llm2rec.errors import ArtifactError, ConfigError
-from llm2rec.serve import service
+from llm2rec.serve import loaded, service
 from test_additions import run, trained  # noqa: F401 (fixtures)
 
 
 @pytest.fixture
 def client(run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(service, "LOOKED_EVERY", 0.0)
+    monkeypatch.setattr(loaded, "LOOKED_EVERY", 0.0)
+    monkeypatch.setattr(loaded, "TRIED_EVERY", 0.0)
     return TestClient(lr.create_app(run))
 
 
@@ -70,13 +74,24 @@ def test_unknown_items_of_a_history_are_left_out_and_named(client):
         {"history": ["i03"], "new_items": -1},
         {"history": ["i03"], "k": 2, "new_items": 3},
         {"history": ["i03"], "kk": 3},
+        {"history": ["i03"], "k": True},
+        {"history": ["i03"], "k": float("nan")},
+        {"history": [True]},
+        {"history": [1.0]},
+        {"history": [None] * 100},
+        {"history": ["i03", "\ud800"]},
+        {"history": ["i03"], "\ud800": 1},
         {},
     ],
-    ids=lambda body: str(body)[:40],
+    ids=lambda body: ascii(body)[:40],
 )
 def test_a_request_that_makes_no_sense_is_refused(client, body):
-    answer = client.post("/recommend", json=body)
-    assert answer.status_code == 422 and answer.json()["detail"]
+    answer = client.post("/recommend", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and 0 < len(answer.json()["detail"]) < 500
+
+
+def test_a_request_too_large_is_not_read(client):
+    assert client.post("/recommend", json={"history": ["x" * service.LARGEST_BODY]}).status_code == 413
 
 
 def test_similar_items_are_those_of_the_function(client, run):  # noqa: F811
@@ -120,13 +135,46 @@ def test_an_item_that_the_row_cannot_know_is_named(run):  # noqa: F811
     assert status == 200 and answer["unknown"] == ["new1"]
 
 
-def test_a_run_that_can_no_longer_be_loaded_goes_on_answering(client, run, capsys):  # noqa: F811
+def test_a_run_that_can_no_longer_be_loaded_goes_on_answering_until_it_can(client, run, capsys):  # noqa: F811
     before = asked(client, "i03")
-    (run.recommender("sasrec-llm2rec", 0) / artifacts.MANIFEST).unlink()
+    manifest = run.recommender("sasrec-llm2rec", 0) / artifacts.MANIFEST
+    weights = manifest.with_name("model.safetensors")
+    kept = weights.read_bytes()
+    weights.unlink()
+    manifest.touch()
     assert asked(client, "i03") == before
-    assert "cannot be loaded; what was loaded before answers" in capsys.readouterr().err
+    assert "cannot be loaded; the earlier one answers" in capsys.readouterr().err
     assert asked(client, "i03") == before
     assert "cannot be loaded" not in capsys.readouterr().err  # said once
+    weights.write_bytes(kept)
+    assert asked(client, "i03") == before
+    assert "loaded anew" in capsys.readouterr().err
+
+
+def test_a_service_answers_from_memory(client, run):  # noqa: F811
+    run.folder.rename(run.folder.with_name("elsewhere"))
+    assert client.get("/items").json() and asked(client, "i03")[0] == 200 and client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("at_the_start", [True, False])
+def test_what_changes_while_it_is_loaded_is_taken_up(run, monkeypatch, at_the_start):  # noqa: F811
+    changes = [lambda: lr.add_items(run, run.folder.parent / "new.csv")]
+
+    def load():
+        made = loaded.load(run.folder, None, None, None)
+        if changes:
+            changes.pop()()
+        return made
+
+    monkeypatch.setattr(loaded, "LOOKED_EVERY", 0.0)
+    change = None if at_the_start else changes.pop()
+    latest = loaded.Latest(load)
+    if change is not None:
+        changes.append(change)
+        (run.data / artifacts.MANIFEST).touch()
+        assert len(latest.loaded.row.catalogue) == len(Catalogue.read(run.data / "catalogue.parquet"))
+    known = latest.loaded
+    assert known.row.reads("new2") and not known.outdated and "new2" in known.titles["item_id"]
 
 
 def test_a_damaged_run_is_refused_at_the_start(run):  # noqa: F811
@@ -161,6 +209,14 @@ def test_what_is_missing_is_named_where_fastapi_is_not_installed(run, monkeypatc
     monkeypatch.setattr(service, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'llm2rec\[serve\]'"):
         lr.create_app(run)
+
+
+@pytest.mark.parametrize("host", ["", "no.such.host.invalid", "127.0.0.1"])
+def test_a_place_where_it_cannot_listen_is_named_before_anything_is_loaded(tmp_path, host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=re.escape(f"cannot listen on host {host!r}, port {port} (")):
+            service.serve(tmp_path / "nothing", host=host, port=port)
 
 
 def test_the_verb_answers_until_it_is_interrupted(run):  # noqa: F811

@@ -1,6 +1,6 @@
 """llm2rec: language models as item encoders for sequential recommendation (LLM2Rec, KDD 2025).
 
-Every verb of the command line is the public function of the same name:
+Every verb of the command line is the public function of the same name (`serve` runs what `create_app` makes):
 
     import llm2rec as lr
     run = lr.run("demo", out="runs/demo")

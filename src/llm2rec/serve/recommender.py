@@ -309,15 +309,14 @@ def load_trained(domain: Domain, row: str, seed: int, with_added: bool = False) 
     name = artifacts.require(folder, "fit").summary["vectors"]
     catalogue = added.trained_catalogue(domain)
     vectors = load_vectors(domain, name, catalogue) if name else None
-    since = added_vectors(domain, name) if name and with_added and added.load(domain) is not None else None
+    since = added_vectors(domain, name) if name and with_added else None
     return model.load(folder, vectors, added=since, item_ids=catalogue.item_ids)
 
 
-def added_vectors(domain: Domain, name: str) -> np.ndarray:
-    """(M, D) vectors of the added items, in the order in which `added.load_catalogue` has them."""
+def added_vectors(domain: Domain, name: str) -> np.ndarray | None:
+    """(M, D) vectors of the added items, in the order of `added.load_catalogue`; None without any."""
     since = added.load(domain)
-    assert since is not None  # asked for where there are added items
-    return added.load_vectors(domain, name).aligned_to(since.item_ids)
+    return None if since is None else added.load_vectors(domain, name).aligned_to(since.item_ids)
 
 
 def load_vectors(domain: Domain, name: str, catalogue: Catalogue) -> np.ndarray:

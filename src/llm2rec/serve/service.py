@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import polars as pl
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from llm2rec import artifacts, progress
-from llm2rec.data.sequences import Sequences
-from llm2rec.data.tables import ITEM, TITLE
-from llm2rec.data.texts import clean
+from llm2rec import progress
 from llm2rec.errors import ArtifactError, ConfigError, DataError, Llm2RecError, first_few
 from llm2rec.evaluation.report import TEMPLATES
-from llm2rec.rows import Row
 from llm2rec.runs import Run
-from llm2rec.serve.recommender import ScoredItem, ServedRow, load_row, made_sets, opened
-from llm2rec.serve.similar import ServedVectors, load_set
+from llm2rec.serve.loaded import Latest, Loaded, load
+from llm2rec.serve.recommender import ScoredItem
 from llm2rec.version import __version__
 
 if TYPE_CHECKING:
@@ -34,19 +27,28 @@ if TYPE_CHECKING:
 
 LONGEST_LIST = 1_000
 LONGEST_HISTORY = 10_000
-LOOKED_EVERY = 1.0  # seconds between two looks at the run's folder
+LARGEST_BODY = 2**20  # bytes
+ERRORS_NAMED = 5
+GRACE = 5  # seconds that requests have to end once the service is told to stop
 PAGE = "service.html"
 
 Places = Annotated[int, Field(ge=1, le=LONGEST_LIST, description="items of the list")]
-ItemId = Annotated[str | int, Field(union_mode="left_to_right")]
+
+
+def _utf8(item_id: str | int) -> str:
+    item_id = str(item_id)
+    item_id.encode()  # UnicodeEncodeError, a ValueError, of half a character: no answer could name it
+    return item_id
 
 
 class RecommendRequest(BaseModel):
     """A history, oldest event first, and what list is wanted; as in `recommend`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    history: list[ItemId] = Field(min_length=1, max_length=LONGEST_HISTORY, description="item ids, oldest first")
+    history: list[Annotated[str | int, AfterValidator(_utf8)]] = Field(
+        min_length=1, max_length=LONGEST_HISTORY, description="item ids, oldest first"
+    )
     k: Places = 10
     new_items: int | None = Field(None, ge=0, description="exactly so many of the list have no training event")
     with_history: bool = Field(False, description="items of the history may be listed again")
@@ -95,85 +97,6 @@ class Health(BaseModel):
     new_items: int
 
 
-@dataclass(frozen=True)
-class Served:
-    """All that a service answers from, in memory. vectors: None of a run that made none."""
-
-    row: ServedRow
-    vectors: ServedVectors | None
-
-    @cached_property
-    def search_table(self) -> pl.DataFrame:
-        """item_id, title, its lower case, and training events of each item, most events first."""
-        counts = Sequences.load(self.row.domain.data).training_counts()
-        items = self.row.catalogue.frame.select(ITEM, TITLE)
-        events = np.pad(counts, (0, len(items) - len(counts)))  # added items have none
-        titles = pl.Series(TITLE, [clean(title) for title in items[TITLE]])
-        table = pl.DataFrame(
-            [items[ITEM], titles, titles.str.to_lowercase().alias("lower"), pl.Series("events", events)]
-        )
-        return table.sort("events", descending=True, maintain_order=True)
-
-    def find(self, text: str, k: int) -> pl.DataFrame:
-        """The `k` items of most training events whose title holds every word of `text`, which may have none."""
-        held = [pl.col("lower").str.contains(word, literal=True) for word in text.lower().split()]
-        return self.search_table.lazy().filter(*held).head(k).collect()
-
-    @property
-    def folders(self) -> list[Path]:
-        """The artifacts that it was loaded from."""
-        place, name = self.row.domain, self.row.row
-        trained = [place.recommender(one, 0) for one in (name, *(Row.parse(name).parents or ()))]
-        shown = [place.embeddings(self.vectors.name)] if self.vectors else []
-        return [place.data, place.added, *trained, *shown]
-
-
-class Service:
-    """Keeps what is `served` up to date with the run's folder: items added or rows trained since are taken up.
-
-    While they are loaded the earlier ones answer, and go on where they cannot be loaded.
-    """
-
-    def __init__(self, load: Callable[[], Served]) -> None:
-        self._load = load
-        self._lock = threading.Lock()
-        self._served = load()
-        self._stamp = _stamp(self._served)
-        self._looked = time.monotonic()
-
-    @property
-    def served(self) -> Served:
-        """What to answer from, now."""
-        if time.monotonic() - self._looked > LOOKED_EVERY and self._lock.acquire(blocking=False):
-            try:
-                self._look()
-            finally:
-                self._looked = time.monotonic()
-                self._lock.release()
-        return self._served
-
-    def _look(self) -> None:
-        stamp = _stamp(self._served)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._served = self._load()
-        except (Llm2RecError, OSError) as error:
-            progress.say(
-                f"note: the run has changed and cannot be loaded; what was loaded before answers: {error}"
-            )
-        else:
-            self._stamp = _stamp(self._served)
-            progress.say(f"the run has changed: loaded anew, {len(self._served.row.new):,} items")
-
-
-def _stamp(served: Served) -> list[int]:
-    """When each artifact was finished, in ns; 0 where there is none."""
-    manifests = (folder / artifacts.MANIFEST for folder in served.folders)
-    return [path.stat().st_mtime_ns if path.exists() else 0 for path in manifests]
-
-
 def create_app(
     run: str | Path | Run, row: str | None = None, vectors: str | None = None, domain: str | None = None
 ) -> FastAPI:
@@ -196,31 +119,42 @@ def create_app(
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ConfigError("serving over HTTP needs FastAPI and uvicorn: pip install 'llm2rec[serve]'")
     from fastapi import FastAPI, HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
 
     folder = (run.folder if isinstance(run, Run) else Path(run)).resolve()
-    service = Service(lambda: _load(folder, row, vectors, domain))
+    latest = Latest(lambda: load(folder, row, vectors, domain))
     computing = threading.Lock()  # lists made at the same time take each other's cores: the slowest wait longer
-    app = FastAPI(title="llm2rec", version=__version__, description=f"Recommendations of {folder.name}")
+    app = FastAPI(
+        title="llm2rec",
+        version=__version__,
+        description=f"Recommendations of {folder.name}",
+        max_body_size=LARGEST_BODY,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
 
     @app.exception_handler(Llm2RecError)
     def refuse(_: Request, error: Llm2RecError) -> JSONResponse:
-        status = 503 if isinstance(error, ArtifactError) else 422
-        return JSONResponse({"detail": str(error)}, status)
+        return JSONResponse({"detail": str(error)}, 503 if isinstance(error, ArtifactError) else 422)
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": _in_words(error.errors())}, 422)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> str:
-        return _page(service.served, folder.name)
+        return _page(latest.loaded, folder.name)
 
     @app.get("/health")
     def health() -> Health:
-        row, near = service.served.row, service.served.vectors
+        row, near = latest.loaded.row, latest.loaded.vectors
         names = {"row": row.row, "vectors": near and near.name}
         return Health(status="ok", version=__version__, **names, items=len(row.new), new_items=int(row.new.sum()))
 
     @app.post("/recommend")
     def recommend(wanted: RecommendRequest) -> RecommendAnswer:
-        row = service.served.row
+        row = latest.loaded.row
         history = [str(item_id) for item_id in wanted.history]
         known = [item_id for item_id in history if row.reads(item_id)]
         unknown = list(dict.fromkeys(item_id for item_id in history if not row.reads(item_id)))
@@ -232,7 +166,7 @@ def create_app(
 
     @app.get("/similar")
     def similar(item: str, k: Places = 10) -> SimilarAnswer:
-        near = service.served.vectors
+        near = latest.loaded.vectors
         if near is None:
             raise HTTPException(404, "the run has no item vectors, so that no item is like another")
         if item not in near.index:
@@ -243,8 +177,7 @@ def create_app(
 
     @app.get("/items")
     def items(title: str = "", k: Places = 20) -> list[FoundItem]:
-        found = service.served.find(title, k).drop("lower")
-        return [FoundItem(**item) for item in found.iter_rows(named=True)]
+        return [FoundItem(**item) for item in latest.loaded.find(title, k).iter_rows(named=True)]
 
     return app
 
@@ -257,33 +190,53 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
-    """Answers over HTTP until it is interrupted; arguments and errors as in `create_app`."""
-    app = create_app(run, row, vectors, domain)
-    import uvicorn
+    """Answers over HTTP until it is interrupted; arguments and errors as in `create_app`.
 
-    with suppress(KeyboardInterrupt):
-        uvicorn.run(app, host=host, port=port)
+    Args:
+        host, port: where it listens; port 0 takes a free one.
+
+    Raises:
+        ConfigError: it cannot listen there.
+    """
+    with _listening(host, port) as listening:
+        app = create_app(run, row, vectors, domain)
+        import uvicorn
+
+        address = f"[{host}]" if ":" in host else host
+        progress.say(f"answers at http://{address}:{listening.getsockname()[1]} until interrupted (Ctrl-C)")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
-def _load(folder: Path, row: str | None, vectors: str | None, domain: str | None) -> Served:
-    run = opened(folder)
-    served = load_row(run, row, domain)
-    if served.lists(1, None).needs_times:
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        if not host:  # for a socket that is every address
+            raise OSError("it is empty")
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
         raise ConfigError(
-            f"row {served.row!r} looks at the times of events, which no request gives; serve another"
-        )
-    has_vectors = vectors is not None or made_sets(run.domain(domain))
-    return Served(served, load_set(run, vectors, domain) if has_vectors else None)
+            f"cannot listen on host {host!r}, port {port} ({error.strerror or error}); choose another of them"
+        ) from error
+
+
+def _in_words(errors: Sequence[Any]) -> str:
+    """What is wrong with a request, without its content, which may be anything and of any size."""
+    named = [
+        f"{'.'.join(map(str, error['loc'][1:])) or 'body'}: {error['msg']}" for error in errors[:ERRORS_NAMED]
+    ]
+    more = [f"{len(errors) - ERRORS_NAMED:,} more"] if len(errors) > ERRORS_NAMED else []
+    return "; ".join([*named, *more]).encode(errors="backslashreplace").decode()
 
 
 def _items(items: list[ScoredItem]) -> list[ListedItem]:
     return [ListedItem(**asdict(item)) for item in items]
 
 
-def _page(served: Served, name: str) -> str:
+def _page(loaded: Loaded, name: str) -> str:
     templates = Environment(
         loader=FileSystemLoader([Path(__file__).parent, TEMPLATES]), autoescape=True, undefined=StrictUndefined
     )
-    near = served.vectors.name if served.vectors else None
-    data = {"title": name, "row": served.row.row, "vectors": near, "items": len(served.row.new)}
+    near = loaded.vectors.name if loaded.vectors else None
+    data = {"title": name, "row": loaded.row.row, "vectors": near, "items": len(loaded.row.new)}
     return templates.get_template(PAGE).render(data=data)

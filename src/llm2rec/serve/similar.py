@@ -61,8 +61,8 @@ def load_set(run: str | Path | Run, vectors: str | None = None, domain: str | No
         vectors = preferred_set(made_sets(place) or ["llm2rec"])
         say_choice("vectors", vectors, "llm2rec")
     matrix = load_vectors(place, vectors, added.trained_catalogue(place))
-    if len(catalogue) > len(matrix):
-        matrix = np.concatenate([matrix, added_vectors(place, vectors)])
+    if (since := added_vectors(place, vectors)) is not None:
+        matrix = np.concatenate([matrix, since])
     index = {item_id: number for number, item_id in enumerate(catalogue.item_ids, start=1)}
     return ServedVectors(place, vectors, catalogue, index, unit_length(matrix), is_new(place, len(matrix)))
 
