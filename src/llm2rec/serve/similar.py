@@ -43,7 +43,10 @@ def similar(
         ConfigError: k < 1.
         ArtifactError: the run has no such vector set.
     """
-    return load_set(run, vectors, domain).similar(item, k)
+    place = opened(run).domain(domain)
+    catalogue = added.load_catalogue(place)
+    index_of(catalogue, item)  # what is wrong with an id is said before any vectors are read
+    return _served(place, catalogue, vectors).similar(item, k)
 
 
 def load_set(run: str | Path | Run, vectors: str | None = None, domain: str | None = None) -> ServedVectors:
@@ -54,9 +57,11 @@ def load_set(run: str | Path | Run, vectors: str | None = None, domain: str | No
     Raises:
         ArtifactError: the run has no such vector set.
     """
-    run = opened(run)
-    place = run.domain(domain)
-    catalogue = added.load_catalogue(place)
+    place = opened(run).domain(domain)
+    return _served(place, added.load_catalogue(place), vectors)
+
+
+def _served(place: Domain, catalogue: Catalogue, vectors: str | None) -> ServedVectors:
     if vectors is None:
         vectors = preferred_set(made_sets(place) or ["llm2rec"])
         say_choice("vectors", vectors, "llm2rec")
