@@ -118,9 +118,8 @@ def create_app(
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ConfigError("serving over HTTP needs FastAPI and uvicorn: pip install 'llm2rec[serve]'")
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import HTMLResponse, JSONResponse
+    from fastapi import FastAPI, HTTPException
+    from fastapi.responses import HTMLResponse
 
     folder = (run.folder if isinstance(run, Run) else Path(run)).resolve()
     latest = Latest(lambda: load(folder, row, vectors, domain))
@@ -134,13 +133,7 @@ def create_app(
         redoc_url=None,
     )
 
-    @app.exception_handler(Llm2RecError)
-    def refuse(_: Request, error: Llm2RecError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 503 if isinstance(error, ArtifactError) else 422)
-
-    @app.exception_handler(RequestValidationError)
-    def refuse_request(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": _in_words(error.errors())}, 422)
+    _refuse_in_words(app)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> str:
@@ -218,6 +211,21 @@ def _listening(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"cannot listen on host {host!r}, port {port} ({error.strerror or error}); choose another of them"
         ) from error
+
+
+def _refuse_in_words(app: FastAPI) -> None:
+    """Every error is answered as {"detail": a sentence}."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+
+    @app.exception_handler(Llm2RecError)
+    def refuse(_: Request, error: Llm2RecError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 503 if isinstance(error, ArtifactError) else 422)
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"detail": _in_words(error.errors())}, 422)
 
 
 def _in_words(errors: Sequence[Any]) -> str:
