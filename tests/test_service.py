@@ -97,6 +97,7 @@ def test_a_request_too_large_is_not_read(client):
 def test_similar_items_are_those_of_the_function(client, run):  # noqa: F811
     answer = client.get("/similar", params={"item": "i03", "k": 4}).json()
     assert answer["vectors"] == "llm2rec"
+    assert lr.load_set(run).similar("i03", 4) == lr.similar(run, "i03", 4)
     assert [item["item_id"] for item in answer["items"]] == [item.item_id for item in lr.similar(run, "i03", 4)]
     missing = client.get("/similar", params={"item": "nothing"})
     assert missing.status_code == 404 and "'nothing'" in missing.json()["detail"]

@@ -17,9 +17,9 @@ from llm2rec.data.tables import ITEM, TITLE
 from llm2rec.data.texts import clean
 from llm2rec.errors import ConfigError
 from llm2rec.rows import Row, preferred_row
-from llm2rec.runs import Domain
-from llm2rec.serve.recommender import ServedRow, load_row, made_sets, opened
-from llm2rec.serve.similar import ServedVectors, load_set
+from llm2rec.runs import Domain, open_run
+from llm2rec.serve.recommender import ServedRow, load_row, made_sets
+from llm2rec.serve.similar import ServedVectors, served_set
 
 LOOKED_EVERY = 1.0  # seconds between two looks at the run's folder
 TRIED_EVERY = 10.0  # seconds between two tries to load what could not be loaded
@@ -51,7 +51,7 @@ class Loaded:
 
 def load(folder: Path, row: str | None, vectors: str | None, domain: str | None) -> Loaded:
     """A row of a run and its vectors; arguments and errors as in `service.create_app`."""
-    run = opened(folder)
+    run = open_run(folder)  # load_row says what is unfinished in it
     place = run.domain(domain)
     stamp = _stamp(place, row or preferred_row(run.recipe.recommender.rows))
     served = load_row(run, row, domain)
@@ -59,7 +59,8 @@ def load(folder: Path, row: str | None, vectors: str | None, domain: str | None)
         raise ConfigError(
             f"row {served.row!r} looks at the times of events, which no request gives; serve another"
         )
-    near = load_set(run, vectors, domain) if vectors is not None or made_sets(place) else None
+    has_vectors = vectors is not None or made_sets(place)
+    near = served_set(place, served.catalogue, vectors) if has_vectors else None
     return Loaded(served, near, _titles(served), stamp)
 
 

@@ -19,7 +19,7 @@ from llm2rec.errors import ArtifactError, ConfigError, DataError, Llm2RecError, 
 from llm2rec.evaluation.report import TEMPLATES
 from llm2rec.runs import Run
 from llm2rec.serve.loaded import Latest, Loaded, load
-from llm2rec.serve.recommender import ScoredItem
+from llm2rec.serve.recommender import ScoredItem, ServedRow
 from llm2rec.version import __version__
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ def create_app(
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
     )
-
     _refuse_in_words(app)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -147,15 +146,8 @@ def create_app(
 
     @app.post("/recommend")
     def recommend(wanted: RecommendRequest) -> RecommendAnswer:
-        row = latest.loaded.row
-        history = [str(item_id) for item_id in wanted.history]
-        known = [item_id for item_id in history if row.reads(item_id)]
-        unknown = list(dict.fromkeys(item_id for item_id in history if not row.reads(item_id)))
-        if not known:
-            raise DataError(f"row {row.row!r} knows no item of the history: {first_few(unknown)}")
         with computing:
-            items = row.recommend(known, wanted.k, not wanted.with_history, wanted.new_items)
-        return RecommendAnswer(row=row.row, items=_items(items), unknown=unknown)
+            return _recommended(latest.loaded.row, wanted)
 
     @app.get("/similar")
     def similar(item: str, k: Places = 10) -> SimilarAnswer:
@@ -239,6 +231,16 @@ def _in_words(errors: Sequence[Any]) -> str:
     ]
     more = [f"{len(errors) - ERRORS_NAMED:,} more"] if len(errors) > ERRORS_NAMED else []
     return "; ".join([*named, *more]).encode(errors="backslashreplace").decode()
+
+
+def _recommended(row: ServedRow, wanted: RecommendRequest) -> RecommendAnswer:
+    history = [str(item_id) for item_id in wanted.history]
+    known = [item_id for item_id in history if row.reads(item_id)]
+    unknown = list(dict.fromkeys(item_id for item_id in history if not row.reads(item_id)))
+    if not known:
+        raise DataError(f"row {row.row!r} knows no item of the history: {first_few(unknown)}")
+    items = row.recommend(known, wanted.k, not wanted.with_history, wanted.new_items)
+    return RecommendAnswer(row=row.row, items=_items(items), unknown=unknown)
 
 
 def _items(items: list[ScoredItem]) -> list[ListedItem]:

@@ -46,7 +46,7 @@ def similar(
     place = opened(run).domain(domain)
     catalogue = added.load_catalogue(place)
     index_of(catalogue, item)  # what is wrong with an id is said before any vectors are read
-    return _served(place, catalogue, vectors).similar(item, k)
+    return served_set(place, catalogue, vectors).similar(item, k)
 
 
 def load_set(run: str | Path | Run, vectors: str | None = None, domain: str | None = None) -> ServedVectors:
@@ -58,10 +58,11 @@ def load_set(run: str | Path | Run, vectors: str | None = None, domain: str | No
         ArtifactError: the run has no such vector set.
     """
     place = opened(run).domain(domain)
-    return _served(place, added.load_catalogue(place), vectors)
+    return served_set(place, added.load_catalogue(place), vectors)
 
 
-def _served(place: Domain, catalogue: Catalogue, vectors: str | None) -> ServedVectors:
+def served_set(place: Domain, catalogue: Catalogue, vectors: str | None) -> ServedVectors:
+    """What `load_set` gives, of a `catalogue` that is loaded already."""
     if vectors is None:
         vectors = preferred_set(made_sets(place) or ["llm2rec"])
         say_choice("vectors", vectors, "llm2rec")
